@@ -1,0 +1,59 @@
+"""How much a transfer may use: connections, memory, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["TransferOptions"]
+
+_MIB = 1024 * 1024
+# https://learn.microsoft.com/azure/storage/blobs/scalability-targets
+_MAX_BLOCKS = 50_000
+_MAX_BLOCK = 4_000 * _MIB
+_BLOCK = 32 * _MIB
+_SMALL_BLOCK = 4 * _MIB
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """Limits of one save or load of one process. The defaults suit a training job; nobody should need to set them.
+
+    Attributes:
+        concurrency: connections, and so requests in flight.
+        memory_budget: bytes that may be held beside the caller's tensors (contiguous copies of strided tensors,
+            staging buffers for device tensors and for columns of a matrix).
+        block_size: bytes of an uploaded block and of a downloaded range. None chooses from the amount of data.
+        retry_seconds: how long one request may be tried again before the transfer fails.
+        checksums: let the service check the CRC64 of every block, keep one of every item, and compare it on loading.
+    """
+
+    concurrency: int = 16
+    memory_budget: int = 512 * _MIB
+    block_size: int | None = None
+    retry_seconds: float = 120.0
+    checksums: bool = True
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {self.concurrency}")
+        if self.memory_budget < _MIB:
+            raise ValueError(f"memory_budget must be at least 1 MiB ({_MIB}), not {self.memory_budget}")
+        if self.block_size is not None and not 1 <= self.block_size <= _MAX_BLOCK:
+            raise ValueError(
+                f"block_size must be between 1 and {_MAX_BLOCK} (the service's limit), not {self.block_size}"
+            )
+        if self.retry_seconds < 0:
+            raise ValueError(f"retry_seconds must not be negative, not {self.retry_seconds}")
+
+    def part_size(self, total: int) -> int:
+        """Bytes of one request when about `total` bytes are moved.
+
+        Small enough that all connections have work and that a part for each fits into the memory budget; large
+        enough that a request's latency and CPU time do not matter, and that 50,000 blocks hold the blob.
+        """
+        size = self.block_size
+        if size is None:
+            fair = min(max(total // (2 * self.concurrency), _SMALL_BLOCK), _BLOCK)
+            size = min(fair, max(self.memory_budget // (self.concurrency + 2), 64 * 1024))
+        # A block for every 49,000th of the data leaves room for what the estimate missed.
+        return min(max(size, -(-total // (_MAX_BLOCKS - 1_000))), _MAX_BLOCK)
