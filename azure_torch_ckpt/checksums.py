@@ -1,0 +1,45 @@
+"""CRC64-NVME, the checksum that the service's ``x-ms-content-crc64`` means.
+
+The values are those of ``azure-storage-extensions``. That library takes ``bytes`` only, holds the GIL and runs at an
+eighth of the speed, so the numbers come from ``awscrt`` (0.31 and later, the first with `combine`).
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING
+
+import awscrt.checksums as _crt  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["combine", "crc64", "header_value"]
+
+
+def crc64(data: Buffer, previous: int = 0) -> int:
+    """The CRC64-NVME of ``data``, or of all data so far if ``previous`` is the value of what came before.
+
+    ``data`` is any contiguous buffer of any length (checked with 5 GiB). It is read in place, without the GIL.
+
+    Raises:
+        BufferError: the buffer is not contiguous.
+    """
+    return int(_crt.crc64nvme(data, previous))
+
+
+def combine(crc_a: int, crc_b: int, length_b: int) -> int:
+    """The CRC of two stretches of data back to back, from the CRC of each and the second one's length in bytes.
+
+    Costs under a microsecond whatever the length, so one pass over the data serves blocks and items alike.
+    """
+    return int(_crt.combine_crc64nvme(crc_a, crc_b, length_b))
+
+
+def header_value(crc: int) -> str:
+    """``crc`` as ``x-ms-content-crc64`` wants it: base64 of its 8 bytes, the lowest byte first.
+
+    The byte order is the one that azure-storage-blob sends when it computes the header itself
+    (``validate_content="crc64"``, since 12.31); the REST reference says only that the value is a CRC64.
+    """
+    return base64.b64encode(crc.to_bytes(8, "little")).decode("ascii")

@@ -1,0 +1,105 @@
+"""When a failed request is tried again, and how long for."""
+
+from __future__ import annotations
+
+import email.utils
+import logging
+import random
+import ssl
+import time
+from typing import Any
+
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    IncompleteReadError,
+    ServiceRequestError,
+    ServiceResponseError,
+)
+from azure.core.pipeline import PipelineRequest, PipelineResponse
+from azure.core.pipeline.policies import HTTPPolicy
+from azure.core.rest import HttpRequest, HttpResponse
+
+__all__ = ["HEALING_STATUS", "RetryPolicy"]
+
+_log = logging.getLogger(__name__)
+
+# https://learn.microsoft.com/rest/api/storageservices/common-rest-api-error-codes: time-outs and a busy server heal.
+HEALING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_FIRST_DELAY = 0.2
+_LONGEST_DELAY = 20.0
+# A name that does not resolve and a port where nobody listens seldom heal: do not keep a job waiting for minutes.
+_UNREACHABLE_SECONDS = 20.0
+
+
+class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
+    """Exponential back-off with jitter from a fraction of a second on, bounded by time rather than by count.
+
+    ``Retry-After`` is honoured. What the request carries is sent again from its start, and what a response had
+    delivered is received again.
+
+    Args:
+        seconds: no attempt starts later than this after the first one.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def send(self, request: PipelineRequest[HttpRequest]) -> PipelineResponse[HttpRequest, HttpResponse]:
+        started = time.monotonic()
+        attempt = 0
+        while True:
+            response: PipelineResponse[HttpRequest, HttpResponse] | None = None
+            limit = self._seconds
+            try:
+                response = self.next.send(request)
+                if response.http_response.status_code not in HEALING_STATUS:
+                    return response
+                reason = f"status {response.http_response.status_code}"
+            except (ServiceRequestError, ServiceResponseError, IncompleteReadError) as error:
+                if isinstance(error, ClientAuthenticationError) or _is_certificate_error(error):
+                    raise
+                if isinstance(error, ServiceRequestError):
+                    limit = min(limit, _UNREACHABLE_SECONDS)
+                reason, failure = str(error), error
+            delay = _delay(attempt, response)
+            if time.monotonic() + delay - started > limit:
+                if response is not None:
+                    return response
+                raise failure
+            attempt += 1
+            _log.info(
+                "%s request failed (%s); attempt %d follows in %.2f s",
+                request.http_request.method,
+                reason,
+                attempt + 1,
+                delay,
+            )
+            sleeper: Any = request.context.transport
+            sleeper.sleep(delay)
+
+
+def _is_certificate_error(error: AzureError) -> bool:
+    return isinstance(error.inner_exception, ssl.SSLCertVerificationError)
+
+
+def _delay(attempt: int, response: PipelineResponse[HttpRequest, HttpResponse] | None) -> float:
+    delay = min(_FIRST_DELAY * 2.0**attempt, _LONGEST_DELAY) * random.uniform(0.5, 1.5)
+    if response is not None:
+        delay = max(delay, _retry_after(response.http_response.headers.get("Retry-After")))
+    return delay
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for: a number or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return 0.0
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return 0.0

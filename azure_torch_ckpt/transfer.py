@@ -1,0 +1,292 @@
+"""Uploads and downloads as lists of memory views: cut into blocks and ranges, moved by a bounded set of workers.
+
+An `Upload` gathers items (views that follow one another) into the blocks of one blob; a `Download` scatters ranges of
+any number of blobs into views. The first error of a worker stops the others and is raised to the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from azure_torch_ckpt.checksums import combine, crc64
+from azure_torch_ckpt.errors import BlobChangedError, CorruptCheckpointError
+from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.transport import Gather
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["GAP", "Check", "Download", "Item", "Read", "Segment", "Upload"]
+
+# Bytes nobody asked for that are fetched rather than starting another request: at tens of MB/s a connection and some
+# 20 ms a request, 128 KiB cost less than the request.
+GAP = 128 * 1024
+
+
+@dataclass(slots=True)
+class Segment:
+    """The part of an item that lies in one block. `crc64` is there once the block is staged."""
+
+    views: list[memoryview] = field(default_factory=list)
+    length: int = 0
+    crc64: int = 0
+
+
+@dataclass(slots=True)
+class Item:
+    """What one call of `Upload.add` wrote: `length` bytes at `offset` of the blob."""
+
+    offset: int
+    length: int = 0
+    segments: list[Segment] = field(default_factory=list)
+
+    def crc64(self) -> int:
+        """CRC64-NVME of the item's bytes; valid after `Upload.finish`."""
+        crc = 0
+        for segment in self.segments:
+            crc = combine(crc, segment.crc64, segment.length)
+        return crc
+
+
+class Upload:
+    """One blob, written as parallel blocks, visible only after `finish`.
+
+    At most ``options.concurrency + 2`` blocks are held at a time, so `add` waits when the network is slower than its
+    caller. Use it as a context manager: an exception inside stops the workers, and nothing is committed.
+
+    Args:
+        path: the blob's name in the container.
+        total: about how many bytes will come; it decides the size of the blocks.
+    """
+
+    def __init__(self, store: BlobStore, path: str, total: int) -> None:
+        self._store = store
+        self._path = path
+        self._checksums = store.options.checksums
+        self.block_size = store.options.part_size(total)
+        self._workers = Workers(store.options.concurrency, "blob-upload")
+        self._blocks = 0
+        # Ids differ between two uploads to one name, so that neither commits a block of the other.
+        self._id = uuid.uuid4().hex[:16]
+        self._block: list[Segment] = []
+        self._room = self.block_size
+        self._offset = 0
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self._workers.__exit__(kind, error, traceback)
+
+    def add(self, views: Iterable[memoryview]) -> Item:
+        """Append an item: one-dimensional byte views, whose memory must not change before `finish` returns.
+
+        Raises:
+            StoreError: a block could not be staged.
+        """
+        item = Item(self._offset)
+        segment = self._new_segment(item)
+        for view in views:
+            length = view.nbytes
+            start = 0
+            while length - start > self._room:
+                cut = start + self._room
+                segment.views.append(view[start:cut])
+                segment.length += self._room
+                self._flush()
+                segment = self._new_segment(item)
+                start = cut
+            if length > start:
+                segment.views.append(view[start:] if start else view)
+                segment.length += length - start
+                self._room -= length - start
+            item.length += length
+        self._offset += item.length
+        return item
+
+    def finish(self) -> None:
+        """Wait for all blocks and commit the blob. Without any bytes, nothing is written.
+
+        Raises:
+            StoreError: a block could not be staged, or the blob could not be committed.
+        """
+        if self._room < self.block_size:
+            self._flush()
+        self._workers.finish()
+        if self._blocks:
+            self._store.commit_blocks(self._path, [self._block_id(number) for number in range(self._blocks)])
+
+    def _new_segment(self, item: Item) -> Segment:
+        segment = Segment()
+        item.segments.append(segment)
+        self._block.append(segment)
+        return segment
+
+    def _block_id(self, number: int) -> str:
+        return f"{self._id}-{number:05d}"
+
+    def _flush(self) -> None:
+        block, self._block, self._room = self._block, [], self.block_size
+        self._workers.submit(functools.partial(self._stage, self._block_id(self._blocks), block))
+        self._blocks += 1
+
+    def _stage(self, block_id: str, block: list[Segment]) -> None:
+        crc = None
+        if self._checksums:
+            crc = 0
+            for segment in block:
+                for view in segment.views:
+                    segment.crc64 = crc64(view, segment.crc64)
+                crc = combine(crc, segment.crc64, segment.length)
+        views = [view for segment in block for view in segment.views]
+        self._store.stage_block(self._path, block_id, Gather(views), crc)
+        for segment in block:
+            segment.views = []  # the item lives on for its checksum; its memory need not
+
+
+class Check:
+    """The checksum of an item that is read whole, in any number of parts and by any number of threads.
+
+    Args:
+        expected: CRC64-NVME of the item's `length` bytes.
+        what: names the item in the error.
+    """
+
+    __slots__ = ("_expected", "_left", "_lock", "_parts", "_what")
+
+    def __init__(self, expected: int, length: int, what: str) -> None:
+        self._expected = expected
+        self._left = length
+        self._what = what
+        self._parts: list[tuple[int, int, int]] = []
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, view: memoryview) -> None:
+        """Take in the part at `offset`. The last one to come compares.
+
+        Raises:
+            CorruptCheckpointError: the bytes have another checksum.
+        """
+        part = (offset, crc64(view), view.nbytes)
+        with self._lock:
+            self._parts.append(part)
+            self._left -= view.nbytes
+            if self._left > 0:
+                return
+        crc = 0
+        for _, part_crc, length in sorted(self._parts):
+            crc = combine(crc, part_crc, length)
+        if crc != self._expected:
+            raise CorruptCheckpointError(
+                f"{self._what}: the bytes have CRC64 {crc:016x} where {self._expected:016x} was saved. They were "
+                "damaged in storage or on the way; load an older checkpoint, or try again to rule out the way"
+            )
+
+
+@dataclass(slots=True)
+class Read:
+    """A run of bytes of one blob, and where it goes.
+
+    Attributes:
+        path: the blob's name in the container.
+        offset: of the first byte in the blob.
+        length: bytes.
+        dest: `length` writable bytes that the run is received into; None for a buffer that lives as long as `use`.
+        use: called by a worker with the received bytes.
+        check: the item's checksum, if the item is read whole.
+    """
+
+    path: str
+    offset: int
+    length: int
+    dest: memoryview | None = None
+    use: Callable[[memoryview], None] | None = None
+    check: Check | None = None
+
+
+class Download:
+    """Ranges of any number of blobs, received in parallel.
+
+    Runs that lie close together in a blob share a request. Runs with a `Read.dest` may be of any length and are
+    split; the others must not be longer than `part_size`, which is what bounds the memory.
+
+    Args:
+        total: about how many bytes will be read; it decides the size of the requests.
+    """
+
+    def __init__(self, store: BlobStore, total: int) -> None:
+        self._store = store
+        self.part_size = store.options.part_size(total)
+        self._etags: dict[str, str] = {}
+        # Bytes nobody asked for land here, from all threads at once.
+        self._waste = memoryview(bytearray(GAP))
+
+    def run(self, reads: Iterable[Read]) -> None:
+        """Fetch everything.
+
+        Raises:
+            BlobNotFoundError: a blob is missing.
+            BlobChangedError: a blob was replaced between two requests.
+            RequestRefusedError: a blob is shorter than a range (``status`` is 416).
+            CorruptCheckpointError: a checksum does not match.
+            StoreError: for other reasons.
+        """
+        with Workers(self._store.options.concurrency, "blob-download") as workers:
+            for request in self._requests(reads):
+                workers.submit(functools.partial(self._fetch, request))
+            workers.finish()
+
+    def _requests(self, reads: Iterable[Read]) -> list[list[Read]]:
+        """Runs that one request fetches, in the order of their offsets."""
+        parts = [part for read in reads for part in self._split(read)]
+        parts.sort(key=lambda part: (part.path, part.offset))
+        requests: list[list[Read]] = []
+        path, start, end = "", 0, 0
+        for part in parts:
+            part_end = part.offset + part.length
+            if (
+                requests
+                and part.path == path
+                and end <= part.offset <= end + GAP
+                and part_end - start <= self.part_size + GAP  # an item's envelope must not cost a request
+            ):
+                requests[-1].append(part)
+            else:
+                requests.append([part])
+                path, start = part.path, part.offset
+            end = part_end
+        return requests
+
+    def _split(self, read: Read) -> Sequence[Read]:
+        if read.length == 0:
+            return []
+        if read.length <= self.part_size or read.dest is None:
+            return [read]
+        parts = []
+        for start in range(0, read.length, self.part_size):
+            dest = read.dest[start : start + self.part_size]
+            parts.append(Read(read.path, read.offset + start, dest.nbytes, dest, read.use, read.check))
+        return parts
+
+    def _fetch(self, request: list[Read]) -> None:
+        path = request[0].path
+        end = request[0].offset
+        views: list[memoryview] = []
+        received: list[memoryview] = []
+        for read in request:
+            if read.offset > end:
+                views.append(self._waste[: read.offset - end])
+            view = memoryview(bytearray(read.length)) if read.dest is None else read.dest
+            views.append(view)
+            received.append(view)
+            end = read.offset + read.length
+        etag = self._store.read_into(path, request[0].offset, views)
+        if self._etags.setdefault(path, etag) != etag:
+            raise BlobChangedError(f"{self._store.location}/{path} was replaced while it was read; try again")
+        for read, view in zip(request, received, strict=True):
+            if read.check is not None:
+                read.check.add(read.offset, view)
+            if read.use is not None:
+                read.use(view)

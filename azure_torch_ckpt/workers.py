@@ -1,0 +1,85 @@
+"""A bounded set of threads that carry out the requests of one transfer."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+from collections.abc import Callable
+
+__all__ = ["Workers"]
+
+
+class Workers:
+    """Run tasks on at most `count` threads. The first error stops the rest and is raised to the caller.
+
+    A context manager: leaving it waits for the tasks that have begun, and after an exception drops those that have not.
+    Not a ``ThreadPoolExecutor``, which takes no more tasks once the main thread has ended, while an asynchronous save
+    still goes on in a thread of its own.
+
+    Args:
+        count: threads; they are started when there is work for them.
+        name: of the threads.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count = count
+        self._name = name
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # A few tasks wait ready, so that no thread idles while the caller prepares the next one.
+        self._permits = threading.Semaphore(count + 2)
+        self._threads: list[threading.Thread] = []
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._error = self._error or error
+        self._join()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Hand over a task, waiting while ``count + 2`` are unfinished.
+
+        Raises:
+            the error of an earlier task.
+        """
+        self._permits.acquire()
+        if self._error is not None:
+            raise self._error
+        if len(self._threads) < self._count:
+            context = contextvars.copy_context()  # tracing finds its parent span there
+            thread = threading.Thread(
+                target=context.run, args=(self._work,), name=f"{self._name}-{len(self._threads)}", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+        self._tasks.put(task)
+
+    def finish(self) -> None:
+        """Wait for all tasks.
+
+        Raises:
+            the first error of a task.
+        """
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def _join(self) -> None:
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                if self._error is None:
+                    task()
+            except BaseException as error:
+                self._error = self._error or error
+            finally:
+                self._permits.release()
