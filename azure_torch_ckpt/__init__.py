@@ -1,0 +1,64 @@
+"""PyTorch checkpoints in Azure Blob Storage."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter
+from azure_torch_ckpt.errors import (
+    AccessDeniedError,
+    AzureCheckpointError,
+    BlobChangedError,
+    BlobNotFoundError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CheckpointReplacedError,
+    CommitConflictError,
+    ContainerNotFoundError,
+    CorruptCheckpointError,
+    CredentialError,
+    EmulatorError,
+    IncompleteSaveError,
+    LocationError,
+    RequestRefusedError,
+    ServiceUnavailableError,
+    StoreError,
+    UnsafeMetadataError,
+    UnsupportedCheckpointError,
+)
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+
+__all__ = [
+    "AccessDeniedError",
+    "AzureBlobReader",
+    "AzureBlobWriter",
+    "AzureCheckpointError",
+    "BlobChangedError",
+    "BlobLocation",
+    "BlobNotFoundError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "CheckpointReplacedError",
+    "CommitConflictError",
+    "ContainerNotFoundError",
+    "CorruptCheckpointError",
+    "CredentialError",
+    "EmulatorError",
+    "IncompleteSaveError",
+    "LocationError",
+    "RequestRefusedError",
+    "ServiceUnavailableError",
+    "StoreError",
+    "TransferOptions",
+    "UnsafeMetadataError",
+    "UnsupportedCheckpointError",
+    "__version__",
+]
+
+try:
+    __version__ = version("azure-torch-ckpt")
+except PackageNotFoundError:  # a source tree on sys.path that nobody installed
+    __version__ = "0+source"

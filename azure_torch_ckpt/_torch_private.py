@@ -1,0 +1,24 @@
+"""Every private name of torch that this package uses, each with the reason why no public one does."""
+
+from __future__ import annotations
+
+# Undoes what `FileSystemWriter(_extensions=...)` did to a stream. Experimental in torch, and the only way to read it.
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+
+# The mark that torch's writer leaves in `Metadata.version`. Not underscored, but not exported either.
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION as CURRENT_DCP_VERSION
+
+# What torch's readers expect as the values of `Metadata.storage_data`: they read its `relative_path`, `offset`,
+# `length` and `transform_descriptors`. A class of ours in the pickle would lock torch's readers out.
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+
+# `TensorProperties` pickles its memory format as a member of this enum, so every `.metadata` names it.
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
+
+__all__ = [
+    "CURRENT_DCP_VERSION",
+    "ExtensionRegistry",
+    "MemoryFormatEncoding",
+    "StorageInfo",
+    "StreamTransformExtension",
+]

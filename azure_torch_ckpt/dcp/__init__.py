@@ -1,0 +1,8 @@
+"""Storage backend for torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.writer import AzureBlobWriter
+
+__all__ = ["AzureBlobReader", "AzureBlobWriter"]

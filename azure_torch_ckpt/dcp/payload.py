@@ -1,0 +1,140 @@
+"""A tensor's memory as bytes, without a copy."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import pickle
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from azure_torch_ckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["address_of", "is_plain", "memory", "readable", "writable"]
+
+# One array type for every length: a ctypes type per length would cost more than the view and leave a cycle to collect.
+# The views below cut the length that is really there.
+_AnyLength = ctypes.c_ubyte * sys.maxsize
+
+_PYBUF_SIMPLE = 0
+
+
+class _PyBuffer(ctypes.Structure):
+    """CPython's ``Py_buffer``, part of its stable ABI."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def memory(address: int, nbytes: int, owner: object) -> memoryview:
+    """``nbytes`` writable bytes (format ``"B"``) at ``address``. They hold ``owner`` as long as any view of them lives.
+
+    ``owner`` must be what keeps the memory allocated.
+    """
+    if nbytes == 0:
+        return memoryview(bytearray())
+    array = _AnyLength.from_address(address)
+    array.owner = owner  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")[:nbytes]
+
+
+def address_of(data: Buffer) -> int:
+    """Where a contiguous buffer's bytes lie. The public ways to learn it refuse a read-only one."""
+    view = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(view), _PYBUF_SIMPLE)
+    address = view.buf
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
+    return address or 0
+
+
+def writable(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, to receive into: ``tensor.nbytes`` of them, of whatever dtype.
+
+    The view holds the tensor's storage, not the tensor: ``del tensor`` or ``tensor.data = other`` leave it valid.
+    Only ``untyped_storage().resize_()`` pulls the memory from under it.
+
+    torch does not see what is written here. The tensor's version counter stays as it is, so autograd will not notice
+    that a value which it saved for backward has changed.
+
+    Raises:
+        CheckpointError: the tensor's memory is not its value: another device, strides with gaps, a conj or neg bit, a
+            wrapper around another tensor.
+    """
+    try:
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            # The address of the tensor itself, not of its storage: it may be a slice.
+            address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            if address or not nbytes:
+                return memory(address, nbytes, tensor.untyped_storage())
+    except RuntimeError as error:  # a tensor without a storage says so this way
+        raise _unusable(tensor) from error
+    raise _unusable(tensor)
+
+
+def readable(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, read-only; all else as in `writable`."""
+    return writable(tensor).toreadonly()
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's raw bytes, its dtype and its shape say all there is to say about it.
+
+    If so it may be stored as an `Envelope` around its bytes, and bytes may be received into it. Any device will do but
+    meta, and any strides: the caller makes it a contiguous CPU tensor first. If not, `serialize` stores it.
+
+    Not plain are subclasses (other than ``nn.Parameter``), other layouts, quantized and nested tensors, conj and neg
+    views, functorch's and other wrappers without memory of their own, and the dtypes for which ``torch.save`` and
+    ``torch.load`` know no raw form (``torch.int4`` and its like).
+
+    Python attributes do not count, nor does ``requires_grad``. ``torch.save`` would keep an attribute, but DCP detaches
+    every tensor before it saves it and copies into an existing one when it loads, and both drop it.
+    """
+    kind = type(tensor)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        return False
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
+        return False
+    if tensor.is_conj() or tensor.is_neg():
+        return False
+    try:
+        has_memory = tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # vmap, grad and other transforms wrap a tensor in one that has no storage
+        return False
+    return has_memory and _has_raw_form(tensor.dtype)
+
+
+@functools.cache
+def _has_raw_form(dtype: torch.dtype) -> bool:
+    """Asks torch instead of keeping a list: every version adds dtypes, and only some can be saved."""
+    stream = io.BytesIO()
+    try:
+        torch.save(torch.empty(0, dtype=dtype, device="cpu"), stream)
+        stream.seek(0)
+        return bool(torch.load(stream, weights_only=True).dtype == dtype)
+    except (KeyError, RuntimeError, pickle.UnpicklingError):
+        return False
+
+
+def _unusable(tensor: torch.Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot use the memory of a {type(tensor).__name__} of {tensor.dtype} and shape {tuple(tensor.shape)} on "
+        f"{tensor.device} as bytes: that takes a contiguous CPU tensor with memory of its own and no conj or neg bit. "
+        "Copy it to one first, or store it with torch.save."
+    )

@@ -1,0 +1,352 @@
+"""`AzureBlobReader`: the ``StorageReader`` of torch.distributed.checkpoint that loads from Blob Storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
+from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
+from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.dcp.tensors import region_reads
+from azure_torch_ckpt.dcp.whole import load_tensor, open_item
+from azure_torch_ckpt.errors import (
+    AzureCheckpointError,
+    BlobChangedError,
+    BlobNotFoundError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReplacedError,
+    CorruptCheckpointError,
+    RequestRefusedError,
+)
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.transfer import Check, Download, Read
+
+__all__ = ["AzureBlobReader"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """Travels in the load plans: which metadata a rank has read."""
+
+    name: str
+    etag: str
+
+
+@dataclasses.dataclass(slots=True)
+class _Wanted:
+    """One thing that the plan asks for."""
+
+    request: ReadItem
+    item: StoredItem
+    what: str
+    target: torch.Tensor | None = None  # where it goes; None for an object
+
+
+class AzureBlobReader(CheckpointPlace, StorageReader):
+    """Load a checkpoint from a URL in Blob Storage, on any number of ranks and with any sharding.
+
+    Reads what `AzureBlobWriter`, torch's ``FileSystemWriter`` and ``FsspecWriter`` write. Only the bytes that the
+    state dict asks for are fetched, straight into its tensors where those are contiguous CPU memory of the saved dtype.
+    After an error the state dict's tensors hold old and new values in no particular order.
+
+    Args:
+        url: the checkpoint's place, as for `AzureBlobWriter`.
+        credential: as for `AzureBlobWriter`; reading and listing are all that it must allow.
+        options: limits of connections, memory and time, and whether checksums are compared.
+        ca_file: a PEM file with certificates to trust besides the platform's.
+
+    Raises:
+        LocationError: the URL names no place in Blob Storage.
+        CredentialError: the credential cannot be used.
+
+    Errors while loading are those of `azure_torch_ckpt.errors`. ``dcp.load`` carries them to every rank in torch's
+    ``CheckpointException``: ``failures[rank][0]`` is the error.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | BlobLocation,
+        *,
+        credential: Credential = None,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        super().__init__(url, credential, options, ca_file)
+        self._metadata = Metadata({}, storage_data={})
+        self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
+        self._seen: _Seen | None = None
+        self._why_no_metadata: AzureCheckpointError | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Fetch and check the checkpoint's metadata; with ``rank=``, one rank's of a save without collectives.
+
+        Raises:
+            CheckpointNotFoundError: there is no complete checkpoint.
+            UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: it cannot be trusted or read.
+            StoreError: the service could not be asked.
+        """
+        rank: int | None = kwargs.get("rank")
+        if rank is None or self._why_no_metadata is None:
+            self._why_no_metadata = None
+            try:
+                return self._read_metadata(rank)
+            except AzureCheckpointError as error:
+                self._why_no_metadata = error
+                raise
+        # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
+        # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
+        first, self._why_no_metadata = self._why_no_metadata, None
+        if not isinstance(first, CheckpointNotFoundError):
+            return _Unreadable(first)
+        try:
+            return self._read_metadata(rank)
+        except CheckpointNotFoundError:
+            return _Unreadable(first)
+        except AzureCheckpointError as error:
+            return _Unreadable(error)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if isinstance(metadata, _Unreadable):
+            raise metadata.error
+        self._metadata = metadata
+        self._chunks = {}
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return dataclasses.replace(plan, storage_data=self._seen)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """See that all ranks have read the same metadata.
+
+        Raises:
+            CheckpointReplacedError: the checkpoint was replaced between one rank's look and another's.
+        """
+        seen = [plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)]
+        if len({one for one in seen if one.name == metadata_name()}) > 1:
+            raise self._replaced()
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fetch what the plan names into the planner's tensors, and hand it the pickled objects.
+
+        Raises:
+            CorruptCheckpointError: a blob is missing or too short, or a checksum does not match.
+            CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
+            StoreError: the service could not be asked.
+        """
+        in_place: list[_Wanted] = []
+        whole: list[_Wanted] = []
+        for request in plan.items:
+            wanted = self._look_up(request)
+            if request.type == LoadItemType.TENSOR:
+                wanted.target = self._target(wanted, planner)
+            if wanted.target is None or wanted.item.payload_offset is None or wanted.item.transforms:
+                whole.append(wanted)
+            else:
+                in_place.append(wanted)
+        self._fetch_regions(in_place)
+        for wanted in in_place:
+            assert wanted.target is not None
+            planner.commit_tensor(wanted.request, wanted.target)
+        for batch in self._batches(whole):
+            self._load_whole(batch, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    # What the plan asks for
+
+    def _look_up(self, request: ReadItem) -> _Wanted:
+        index = request.storage_index
+        what = f"{index.fqn!r}{'' if index.offset is None else f' at {list(index.offset)}'} of {self.checkpoint_id}"
+        info = self._metadata.storage_data.get(index)
+        if info is None:
+            raise CorruptCheckpointError(f"The metadata does not say where {what} lies. Use another checkpoint")
+        return _Wanted(request, stored_item(info), what)
+
+    def _target(self, wanted: _Wanted, planner: LoadPlanner) -> torch.Tensor:
+        target: torch.Tensor = planner.resolve_tensor(wanted.request).detach()
+        if target.shape != wanted.request.lengths:
+            raise CheckpointError(
+                f"The planner gave a tensor of shape {tuple(target.shape)} for {wanted.what}, where the plan reads "
+                f"{tuple(wanted.request.lengths)}"
+            )
+        return target
+
+    def _stored_as(self, request: ReadItem) -> tuple[torch.dtype, torch.Size]:
+        """The dtype and the sizes of the stored chunk that a request reads from."""
+        index = request.storage_index
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        hint = index.index
+        if hint is not None and hint < len(entry.chunks) and entry.chunks[hint].offsets == index.offset:
+            return entry.properties.dtype, entry.chunks[hint].sizes
+        chunks = self._chunks.setdefault(index.fqn, {chunk.offsets: chunk.sizes for chunk in entry.chunks})
+        assert index.offset is not None
+        return entry.properties.dtype, chunks[index.offset]
+
+    # Tensors whose raw bytes have a known place
+
+    def _fetch_regions(self, all_wanted: list[_Wanted]) -> None:
+        total = sum(wanted.target.nbytes for wanted in all_wanted if wanted.target is not None)
+        download = Download(self._store, total)
+        self._run(download, (read for wanted in all_wanted for read in self._reads(wanted, download.part_size)))
+
+    def _reads(self, wanted: _Wanted, limit: int) -> Iterator[Read]:
+        request, item, target = wanted.request, wanted.item, wanted.target
+        assert target is not None and item.payload_offset is not None
+        dtype, chunk = self._stored_as(request)
+        path = self._path(item)
+        payload = item.offset + item.payload_offset
+        nbytes = target.numel() * dtype.itemsize
+        check = None
+        if target.shape == chunk:
+            check = self._check(wanted)
+            if check is not None:
+                # The envelope is part of what the checksum covers; it comes with the same request.
+                after = payload + nbytes
+                for start, end in ((item.offset, payload), (after, item.offset + item.length)):
+                    yield Read(path, start, end - start, memoryview(bytearray(end - start)), None, check)
+        yield from region_reads(path, payload, dtype, chunk, request.storage_offsets, target, limit=limit, check=check)
+
+    # Items that are read whole
+
+    def _batches(self, all_wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
+        """As many items at a time as the memory budget holds, but at least one."""
+        batch: list[_Wanted] = []
+        room = self._store.options.memory_budget
+        for wanted in all_wanted:
+            if batch and wanted.item.length > room:
+                yield batch
+                batch, room = [], self._store.options.memory_budget
+            batch.append(wanted)
+            room -= wanted.item.length
+        if batch:
+            yield batch
+
+    def _load_whole(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
+        # Several requests may read from one item (a chunk that spans several of this rank's shards): fetch it once.
+        buffers: dict[tuple[str, int], bytearray] = {}
+        reads = []
+        for wanted in batch:
+            item = wanted.item
+            if (item.relative_path, item.offset) not in buffers:
+                buffers[item.relative_path, item.offset] = buffer = bytearray(item.length)
+                reads.append(
+                    Read(self._path(item), item.offset, item.length, memoryview(buffer), None, self._check(wanted))
+                )
+        self._run(Download(self._store, sum(read.length for read in reads)), reads)
+        for wanted in batch:
+            item, request = wanted.item, wanted.request
+            stream = open_item(buffers[item.relative_path, item.offset], item.transforms, wanted.what)
+            if wanted.target is None:
+                planner.load_bytes(request, stream)
+                continue
+            tensor = load_tensor(stream, wanted.what)
+            region = tensor
+            for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
+                region = region.narrow(dim, start, size)
+            wanted.target.copy_(region)
+            planner.commit_tensor(request, wanted.target)
+
+    # Fetching
+
+    def _path(self, item: StoredItem) -> str:
+        return self._location.join(item.relative_path).path
+
+    def _check(self, wanted: _Wanted) -> Check | None:
+        item = wanted.item
+        if item.crc64 is None or not self._store.options.checksums:
+            return None
+        what = f"{wanted.what} ({item.length} bytes at offset {item.offset} of blob {item.relative_path})"
+        return Check(item.crc64, item.length, what)
+
+    def _run(self, download: Download, reads: Iterable[Read]) -> None:
+        try:
+            download.run(reads)
+        except BlobNotFoundError as error:
+            self._raise_if_replaced(error)
+            raise CorruptCheckpointError(
+                f"A data blob of the checkpoint is missing: {error}. Somebody deleted it; use another checkpoint"
+            ) from error
+        except RequestRefusedError as error:
+            if error.status != 416:
+                raise
+            self._raise_if_replaced(error)
+            raise CorruptCheckpointError(
+                f"A data blob of the checkpoint is shorter than its metadata says: {error}. Use another checkpoint"
+            ) from error
+        except BlobChangedError as error:
+            raise self._replaced() from error
+        except CorruptCheckpointError as error:
+            self._raise_if_replaced(error)
+            raise
+
+    def _raise_if_replaced(self, error: AzureCheckpointError) -> None:
+        if self._seen is None:
+            return
+        try:
+            etag = self._store.stat(self._location.join(self._seen.name).path).etag
+        except BlobNotFoundError:
+            etag = ""
+        if etag != self._seen.etag:
+            raise self._replaced() from error
+
+    def _replaced(self) -> CheckpointReplacedError:
+        return CheckpointReplacedError(
+            f"The checkpoint at {self.checkpoint_id} was replaced or removed while it was being read. Load again"
+        )
+
+    def _read_metadata(self, rank: int | None) -> Metadata:
+        stored = read_metadata_blob(self._store, self._location, rank)
+        name = metadata_name(rank)
+        if stored is None:
+            raise self._nothing_here(name)
+        where = f"{self.checkpoint_id}/{name}"
+        metadata = load_metadata(stored.data, where)
+        check_metadata(metadata, where)
+        meta = metadata.storage_meta or StorageMeta()
+        meta.load_id = str(uuid.uuid4())
+        metadata.storage_meta = meta
+        self._seen = _Seen(name, stored.etag)
+        return metadata
+
+    def _nothing_here(self, name: str) -> CheckpointNotFoundError:
+        prefix = self._location.path + "/" if self._location.path else ""
+        found = [entry if isinstance(entry, str) else entry.path for entry in self._store.list_folder(prefix)]
+        nearby = [entry[len(prefix) :] for entry in found]
+        if not nearby:
+            hint = "Nothing lies there at all; check the URL"
+        elif any(entry.endswith(".distcp") or _is_save_id(entry) for entry in nearby):
+            hint = "Data blobs lie there without it: a save that did not finish. Load an older checkpoint"
+        else:
+            hint = f"What lies there: {', '.join(nearby[:5])}{', ...' if len(nearby) > 5 else ''}"
+        return CheckpointNotFoundError(f"No complete checkpoint at {self.checkpoint_id}: {name} is not there. {hint}")
+
+
+def _is_save_id(entry: str) -> bool:
+    return len(entry) == 33 and entry.endswith("/") and all(digit in "0123456789abcdef" for digit in entry[:-1])
+
+
+class _Unreadable(Metadata):
+    """Stands for metadata that could not be read. Whoever uses it gets the reason as an exception."""
+
+    def __init__(self, error: AzureCheckpointError) -> None:
+        object.__setattr__(self, "error", error)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "error" or name.startswith("__"):
+            return object.__getattribute__(self, name)
+        raise object.__getattribute__(self, "error")

@@ -1,0 +1,316 @@
+"""`AzureBlobWriter`: the ``StorageWriter`` of torch.distributed.checkpoint that saves into Blob Storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from azure_torch_ckpt._torch_private import CURRENT_DCP_VERSION
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.envelope import envelope, serialize
+from azure_torch_ckpt.dcp.layout import (
+    Stored,
+    commit,
+    data_name,
+    metadata_name,
+    new_save_id,
+    read_metadata_blob,
+    remove_blobs,
+)
+from azure_torch_ckpt.dcp.metadata import check_metadata, data_paths, dump_metadata, load_metadata, storage_info
+from azure_torch_ckpt.dcp.payload import is_plain
+from azure_torch_ckpt.dcp.pieces import pieces
+from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.errors import (
+    AzureCheckpointError,
+    CheckpointError,
+    CheckpointExistsError,
+    CommitConflictError,
+    IncompleteSaveError,
+)
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.transfer import Item, Upload
+
+__all__ = ["AzureBlobWriter"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ticket:
+    """Travels in the plans: from a rank to the coordinator, and back with the save's id.
+
+    Attributes:
+        nonce: of this rank in this save. A ticket that comes back with another nonce is from a cached plan
+            (``enable_plan_caching``), and so is its save id.
+        rank: what the rank calls itself; None lets the coordinator number the plans.
+    """
+
+    nonce: str
+    save_id: str | None = None
+    rank: int | None = None
+
+
+class AzureBlobWriter(CheckpointPlace, StorageWriter):
+    """Save a checkpoint under a URL in Blob Storage, every rank its own shard.
+
+    A save that raised left what stood at the URL before untouched, and a save that returned can be loaded, with
+    `AzureBlobReader` or, once the prefix is copied to a disk, with torch's ``FileSystemReader``.
+
+    One writer does one save at a time, and any number of them one after the other.
+
+    Args:
+        url: the checkpoint's place, ``https://account.blob.core.windows.net/container/run/step-1000`` or
+            ``azblob://account/container/run/step-1000``, with or without a SAS. The container must exist.
+        credential: None for ``DefaultAzureCredential``; a ``TokenCredential``, ``AzureSasCredential``,
+            ``AzureNamedKeyCredential``, account key, SAS or connection string; False for anonymous access. A SAS in
+            the URL wins.
+        overwrite: whether a checkpoint that stands at the URL may be replaced, as torch's ``FileSystemWriter`` does by
+            default. The old one stays until the new one is complete. False refuses before any data is written.
+        options: limits of connections, memory and time.
+        ca_file: a PEM file with certificates to trust besides the platform's.
+
+    Raises:
+        LocationError: the URL names no place in Blob Storage.
+        CredentialError: the credential cannot be used.
+
+    Errors while saving are those of `azure_torch_ckpt.errors`. ``dcp.save`` carries them to every rank in torch's
+    ``CheckpointException``: ``failures[rank][0]`` is the error.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | BlobLocation,
+        *,
+        credential: Credential = None,
+        overwrite: bool = True,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        super().__init__(url, credential, options, ca_file)
+        self._overwrite = overwrite
+        self._is_coordinator = True
+        self._rank: int | None = None
+        self._use_collectives = True
+        self._nonce = new_save_id()
+        self._replaces: Stored | None = None
+        # The coordinator's last save, for as long as it is not known to have been committed.
+        self._unfinished: tuple[BlobLocation, str] | None = None
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._is_coordinator = is_coordinator
+        self._rank = kwargs.get("rank")
+        self._use_collectives = kwargs.get("use_collectives", True)
+        self._nonce = new_save_id()
+        self._replaces = None
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Look at what stands at the URL.
+
+        Raises:
+            CheckpointExistsError: a checkpoint stands there and ``overwrite`` is False, or it is one of the other kind
+                (saved with collectives where this save goes without).
+        """
+        if self._is_coordinator or not self._use_collectives:
+            self._remove_unfinished()
+            self._replaces = self._look_at_url()
+        ticket = _Ticket(self._nonce, rank=None if self._use_collectives else self._rank)
+        return dataclasses.replace(plan, storage_data=ticket)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give the save its id, and every rank a number for its blob."""
+        save_id = new_save_id()
+        self._unfinished = (self._location, save_id)
+        planned = []
+        for rank, plan in enumerate(plans):
+            ticket = plan.storage_data
+            if not isinstance(ticket, _Ticket):
+                raise CheckpointError(
+                    f"The planner replaced SavePlan.storage_data of rank {rank} with {type(ticket).__name__}; that "
+                    "field belongs to the storage writer. Put the planner's own data into planner_data"
+                )
+            number = rank if ticket.rank is None else ticket.rank
+            planned.append(
+                dataclasses.replace(plan, storage_data=dataclasses.replace(ticket, save_id=save_id, rank=number))
+            )
+        return planned
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Upload this rank's items as one blob; return where each of them lies.
+
+        Raises:
+            StoreError: a block could not be stored.
+        """
+        ticket: _Ticket = plan.storage_data
+        save_id = ticket.save_id or self._nonce
+        if ticket.nonce != self._nonce:
+            # The planner took the plan of an earlier save from its cache; this one must not touch that one's blobs.
+            save_id = self._nonce
+        name = data_name(save_id, ticket.rank or 0)
+        total = sum(_planned_size(item) for item in plan.items)
+        checksums = self._store.options.checksums
+        written: list[tuple[WriteItem, Item, int | None]] = []
+        with Upload(self._store, self._location.join(name).path, total) as upload:
+            for write_item in plan.items:
+                views, payload_offset = _views(write_item, planner.resolve_data(write_item), upload.block_size)
+                written.append((write_item, upload.add(views), payload_offset))
+            upload.finish()
+        results = [
+            WriteResult(
+                index=write_item.index,
+                size_in_bytes=item.length,
+                storage_data=storage_info(
+                    name,
+                    item.offset,
+                    item.length,
+                    payload_offset=payload_offset,
+                    crc64=item.crc64() if checksums else None,
+                ),
+            )
+            for write_item, item, payload_offset in written
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Check that the results cover the plan, make the checkpoint visible, and remove the one that it replaced.
+
+        Raises:
+            IncompleteSaveError: something of the plan was not written. Nothing was committed.
+            CommitConflictError: another save committed at this URL meanwhile. Its checkpoint stands.
+        """
+        metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_meta = StorageMeta(
+            checkpoint_id=self.checkpoint_id, save_id=self._unfinished[1] if self._unfinished else None
+        )
+        rank = None if self._use_collectives else self._rank
+        try:
+            _check_complete(metadata, self.checkpoint_id)
+            data = dump_metadata(metadata)
+            check_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+            commit(self._store, self._location, data, self._replaces, rank)
+        except (IncompleteSaveError, CommitConflictError):
+            # Only where it is certain that no metadata names them.
+            remove_blobs(self._store, self._location, data_paths(metadata))
+            self._unfinished = None
+            raise
+        self._unfinished = None
+        if self._replaces is not None:
+            self._remove_replaced(self._replaces, metadata)
+
+    def _look_at_url(self) -> Stored | None:
+        if not self._use_collectives:
+            whole = read_metadata_blob(self._store, self._location)
+            if whole is not None:
+                raise CheckpointExistsError(
+                    f"A checkpoint of all ranks stands at {self.checkpoint_id}; readers would prefer it to one that is "
+                    "saved with use_collectives=False. Use another URL, or remove that checkpoint first"
+                )
+        rank = None if self._use_collectives else self._rank
+        stored = read_metadata_blob(self._store, self._location, rank)
+        if stored is not None:
+            if not self._overwrite:
+                raise CheckpointExistsError(
+                    f"A checkpoint stands at {self.checkpoint_id} already and overwrite=False. Use another URL, or "
+                    "overwrite=True to replace it once the new one is complete"
+                )
+            _log.info("the checkpoint at %s will be replaced", self.checkpoint_id)
+        return stored
+
+    def _remove_replaced(self, replaced: Stored, metadata: Metadata) -> None:
+        where = f"{self.checkpoint_id}/{metadata_name()}"
+        try:
+            old = load_metadata(replaced.data, where)
+            check_metadata(old, where)
+        except AzureCheckpointError as error:
+            _log.warning("the data of the replaced checkpoint stays, for its metadata says too little: %s", error)
+            return
+        remove_blobs(self._store, self._location, sorted(data_paths(old) - data_paths(metadata)))
+
+    def _remove_unfinished(self) -> None:
+        """Remove the blobs of this writer's previous save if some rank's error ended it before `finish`."""
+        if self._unfinished is None:
+            return
+        (location, save_id), self._unfinished = self._unfinished, None
+        if location.container_root() != self._store.location:
+            return
+        try:
+            paths = [blob.path for blob in self._store.list(location.join(save_id).path + "/")]
+        except AzureCheckpointError as error:
+            _log.warning("could not look for the blobs of the failed save %s: %s", location.join(save_id), error)
+            return
+        prefix = len(location.path) + 1 if location.path else 0
+        remove_blobs(self._store, location, [path[prefix:] for path in paths])
+
+
+def _planned_size(item: WriteItem) -> int:
+    """Bytes of an item as far as the plan tells; the pickle of an object is not known before it is made."""
+    if item.tensor_data is None:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> tuple[Iterable[memoryview], int | None]:
+    """An item's bytes as torch.save writes them, and where in them a reader finds the tensor's raw bytes."""
+    if item.type == WriteItemType.BYTE_IO:
+        if not isinstance(data, io.BytesIO):
+            raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not io.BytesIO")
+        return [data.getbuffer().toreadonly()], None
+    if not isinstance(data, torch.Tensor):
+        raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not a tensor")
+    tensor = data.detach()
+    if tensor.layout is torch.strided and not tensor.is_quantized:
+        tensor = tensor.resolve_conj().resolve_neg()
+    if not is_plain(tensor):
+        return serialize(_alone(tensor)), None
+    around = envelope(tensor.dtype, tensor.shape)
+    views = itertools.chain([memoryview(around.head)], pieces(tensor, limit), [memoryview(around.trailer)])
+    planned = item.tensor_data
+    # A planner may save another dtype or shape than it planned; then only torch.load knows what is there.
+    as_planned = (
+        planned is not None and tensor.dtype == planned.properties.dtype and tensor.shape == planned.chunk.sizes
+    )
+    return views, len(around.head) if as_planned else None
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, and with a storage of its own: torch.save writes a view's whole storage."""
+    tensor = tensor.cpu()
+    if tensor.layout is torch.strided and tensor.untyped_storage().size() != tensor.nbytes:
+        tensor = tensor.clone()
+    return tensor
+
+
+def _check_complete(metadata: Metadata, where: str) -> None:
+    missing = []
+    for fqn, entry in metadata.state_dict_metadata.items():
+        indices = (
+            [MetadataIndex(fqn, chunk.offsets) for chunk in entry.chunks]
+            if isinstance(entry, TensorStorageMetadata)
+            else [MetadataIndex(fqn)]
+        )
+        missing += [index for index in indices if index not in metadata.storage_data]
+    if missing:
+        named = ", ".join(f"{index.fqn}{'' if index.offset is None else list(index.offset)}" for index in missing[:5])
+        raise IncompleteSaveError(
+            f"{len(missing)} of the planned items were not written ({named}{', ...' if len(missing) > 5 else ''}), so "
+            f"nothing was committed at {where}. A rank or a planner dropped them; save again"
+        )
