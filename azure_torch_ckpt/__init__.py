@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter
+from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, prune, remove_checkpoint, verify
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -56,6 +56,9 @@ __all__ = [
     "UnsafeMetadataError",
     "UnsupportedCheckpointError",
     "__version__",
+    "prune",
+    "remove_checkpoint",
+    "verify",
 ]
 
 try:

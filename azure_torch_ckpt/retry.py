@@ -7,11 +7,9 @@ import logging
 import random
 import ssl
 import time
-from typing import Any
 
 from azure.core.exceptions import (
     AzureError,
-    ClientAuthenticationError,
     IncompleteReadError,
     ServiceRequestError,
     ServiceResponseError,
@@ -20,12 +18,16 @@ from azure.core.pipeline import PipelineRequest, PipelineResponse
 from azure.core.pipeline.policies import HTTPPolicy
 from azure.core.rest import HttpRequest, HttpResponse
 
+from azure_torch_ckpt.pressure import Pressure
+from azure_torch_ckpt.transport import Cancel
+
 __all__ = ["HEALING_STATUS", "RetryPolicy"]
 
 _log = logging.getLogger(__name__)
 
 # https://learn.microsoft.com/rest/api/storageservices/common-rest-api-error-codes: time-outs and a busy server heal.
 HEALING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_BUSY_STATUS = frozenset({429, 503})
 _FIRST_DELAY = 0.2
 _LONGEST_DELAY = 20.0
 # A name that does not resolve and a port where nobody listens seldom heal: do not keep a job waiting for minutes.
@@ -36,38 +38,47 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
     """Exponential back-off with jitter from a fraction of a second on, bounded by time rather than by count.
 
     ``Retry-After`` is honoured. What the request carries is sent again from its start, and what a response had
-    delivered is received again.
+    delivered is received again. A request that was cancelled (``cancel=``) is not tried again.
 
     Args:
         seconds: no attempt starts later than this after the first one.
+        pressure: holds requests back while the service is busy.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, pressure: Pressure) -> None:
         super().__init__()
         self._seconds = seconds
+        self._pressure = pressure
 
     def send(self, request: PipelineRequest[HttpRequest]) -> PipelineResponse[HttpRequest, HttpResponse]:
+        cancel: Cancel = request.context.options.get("cancel") or Cancel()
         started = time.monotonic()
         attempt = 0
         while True:
             response: PipelineResponse[HttpRequest, HttpResponse] | None = None
+            failure: AzureError | None = None
             limit = self._seconds
             try:
-                response = self.next.send(request)
-                if response.http_response.status_code not in HEALING_STATUS:
+                with self._pressure.slot() as slot:
+                    response = self.next.send(request)
+                    status = response.http_response.status_code
+                    slot.busy = status in _BUSY_STATUS
+                    slot.good = status < 400
+                if status not in HEALING_STATUS:
                     return response
-                reason = f"status {response.http_response.status_code}"
+                reason = f"status {status}"
             except (ServiceRequestError, ServiceResponseError, IncompleteReadError) as error:
-                if isinstance(error, ClientAuthenticationError) or _is_certificate_error(error):
+                if _is_certificate_error(error):
                     raise
                 if isinstance(error, ServiceRequestError):
                     limit = min(limit, _UNREACHABLE_SECONDS)
                 reason, failure = str(error), error
             delay = _delay(attempt, response)
-            if time.monotonic() + delay - started > limit:
-                if response is not None:
-                    return response
-                raise failure
+            if cancel.cancelled or time.monotonic() + delay - started > limit:
+                if failure is not None:
+                    raise failure
+                assert response is not None
+                return response
             attempt += 1
             _log.info(
                 "%s request failed (%s); attempt %d follows in %.2f s",
@@ -76,8 +87,7 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                 attempt + 1,
                 delay,
             )
-            sleeper: Any = request.context.transport
-            sleeper.sleep(delay)
+            cancel.wait(delay)
 
 
 def _is_certificate_error(error: AzureError) -> bool:

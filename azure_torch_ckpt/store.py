@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import email.utils
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,9 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.pressure import Pressure
 from azure_torch_ckpt.retry import HEALING_STATUS, RetryPolicy
-from azure_torch_ckpt.transport import Gather, GatherTransport, Scatter
+from azure_torch_ckpt.transport import Cancel, Gather, GatherTransport, Scatter
 
 __all__ = ["BlobInfo", "BlobStore"]
 
@@ -83,9 +84,10 @@ class BlobStore:
         self.options = options or TransferOptions()
         self._credential = credential
         self._ca_file = ca_file
-        self._lock = threading.Lock()
         self._client: ContainerClient | None = None
-        self._transport: GatherTransport | None = None
+        self._transport = GatherTransport(ca_file=ca_file)
+        self._pressure = Pressure()
+        self._crc64_accepted = True
         # Refuses what cannot be used now, not in a worker thread later.
         resolve(location, credential)
 
@@ -118,44 +120,63 @@ class BlobStore:
         return location, BlobStore(location, self._credential, options=self.options, ca_file=self._ca_file)
 
     def _container(self) -> ContainerClient:
-        with self._lock:
-            if self._client is None:
-                self._transport = GatherTransport(ca_file=self._ca_file)
-                self._client = ContainerClient(
-                    self.location.endpoint,
-                    self.location.container,
-                    credential=resolve(self.location, self._credential),
-                    transport=self._transport,
-                    retry_policy=RetryPolicy(self.options.retry_seconds),
-                    max_single_get_size=_ONE_REQUEST,
-                    max_single_put_size=_ONE_REQUEST,
-                )
-            return self._client
+        # Without a lock, for a fork might copy it held: two threads that come first make a client each, and one stays.
+        client = self._client
+        if client is None:
+            self._client = client = ContainerClient(
+                self.location.endpoint,
+                self.location.container,
+                credential=resolve(self.location, self._credential),
+                transport=self._transport,
+                retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
+                max_single_get_size=_ONE_REQUEST,
+                max_single_put_size=_ONE_REQUEST,
+            )
+        return client
 
     def _blob(self, path: str) -> BlobClient:
         return self._container().get_blob_client(path)
 
     def close(self) -> None:
-        """Close the connections. The store can be used again; it makes new ones."""
-        with self._lock:
-            if self._transport is not None:
-                self._transport.close()
-            self._client = self._transport = None
+        """Close the idle connections. The store can be used again; it makes new ones."""
+        self._transport.close()
 
     # Writing
 
-    def stage_block(self, path: str, block_id: str, body: Gather, crc64: int | None = None) -> None:
+    def stage_block(
+        self, path: str, block_id: str, body: Gather, crc64: int | None = None, *, cancel: Cancel | None = None
+    ) -> None:
         """Put Block: store a part of a blob, invisible until `commit_blocks` names it.
 
         Uncommitted blocks vanish after a week (https://learn.microsoft.com/rest/api/storageservices/put-block).
 
         Args:
             block_id: all ids of a blob must have the same length, 64 bytes at most.
-            crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one.
+            crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one. An endpoint that
+                does not know this check (Azurite without ``--loose``) goes without it; a warning says so, once.
+            cancel: breaks the request off.
         """
-        headers = {} if crc64 is None else {"x-ms-content-crc64": header_value(crc64)}
-        with self._translated("write a block of", path):
-            self._blob(path).stage_block(block_id, body, len(body), headers=headers)  # type: ignore[arg-type]
+        headers = {"x-ms-content-crc64": header_value(crc64)} if crc64 is not None and self._crc64_accepted else {}
+        try:
+            with self._translated("write a block of", path):
+                self._blob(path).stage_block(
+                    block_id,
+                    body,  # type: ignore[arg-type]
+                    len(body),
+                    headers=headers,
+                    cancel=cancel,
+                )
+        except RequestRefusedError as error:
+            if not headers or error.status != 501:
+                raise
+            if self._crc64_accepted:
+                self._crc64_accepted = False
+                _log.warning(
+                    "%s does not check CRC64 on arrival (501); blocks are sent without it from now on. What is stored "
+                    "is still compared when it is loaded",
+                    self.location.endpoint,
+                )
+            self.stage_block(path, block_id, body, cancel=cancel)
 
     def commit_blocks(self, path: str, block_ids: Sequence[str]) -> None:
         """Put Block List: make the blob `path` of staged blocks, replacing what was there. Safe to repeat."""
@@ -205,12 +226,21 @@ class BlobStore:
 
     # Reading
 
-    def read_into(self, path: str, offset: int, views: Sequence[memoryview], *, if_etag: str | None = None) -> str:
+    def read_into(
+        self,
+        path: str,
+        offset: int,
+        views: Sequence[memoryview],
+        *,
+        if_etag: str | None = None,
+        cancel: Cancel | None = None,
+    ) -> str:
         """Get Blob: fill `views` with the bytes from `offset` on, with one request; return the blob's ETag.
 
         Args:
             views: writable one-dimensional byte views, not empty altogether.
             if_etag: read only the blob with this ETag.
+            cancel: breaks the request off.
 
         Raises:
             BlobNotFoundError: there is no such blob.
@@ -223,7 +253,7 @@ class BlobStore:
             condition = {"etag": if_etag, "match_condition": MatchConditions.IfNotModified}
         with self._translated("read", path):
             download = self._blob(path).download_blob(
-                offset=offset, length=dest.size, max_concurrency=1, dest=dest, **condition
+                offset=offset, length=dest.size, max_concurrency=1, dest=dest, cancel=cancel, **condition
             )
             etag = str(download.properties.etag)
             if dest.received:
@@ -279,6 +309,17 @@ class BlobStore:
         with self._translated("list", prefix):
             for entry in self._container().walk_blobs(name_starts_with=prefix, delimiter="/"):
                 yield entry.name if isinstance(entry, BlobPrefix) else _info(entry.name, entry)
+
+    def now(self) -> datetime.datetime:
+        """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by."""
+        dates: list[str] = []
+        with self._translated("list", ""):
+            pages = self._container().list_blobs(
+                results_per_page=1,
+                raw_response_hook=lambda response: dates.append(response.http_response.headers["Date"]),
+            )
+            next(pages.by_page(), None)
+        return email.utils.parsedate_to_datetime(dates[-1])
 
     def create_container(self) -> None:
         """Create the container, unless it exists."""

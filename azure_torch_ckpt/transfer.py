@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt.checksums import combine, crc64
-from azure_torch_ckpt.errors import BlobChangedError, CorruptCheckpointError
+from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.transport import Gather
+from azure_torch_ckpt.transport import Cancel, Gather
 from azure_torch_ckpt.workers import Workers
 
 __all__ = ["GAP", "Check", "Download", "Item", "Read", "Segment", "Upload"]
@@ -66,7 +66,8 @@ class Upload:
         self._path = path
         self._checksums = store.options.checksums
         self.block_size = store.options.part_size(total)
-        self._workers = Workers(store.options.concurrency, "blob-upload")
+        self._cancel = Cancel()
+        self._workers = Workers(store.options.concurrency, "blob-upload", self._cancel.cancel)
         self._blocks = 0
         # Ids differ between two uploads to one name, so that neither commits a block of the other.
         self._id = uuid.uuid4().hex[:16]
@@ -141,7 +142,7 @@ class Upload:
                     segment.crc64 = crc64(view, segment.crc64)
                 crc = combine(crc, segment.crc64, segment.length)
         views = [view for segment in block for view in segment.views]
-        self._store.stage_block(self._path, block_id, Gather(views), crc)
+        self._store.stage_block(self._path, block_id, Gather(views), crc, cancel=self._cancel)
         for segment in block:
             segment.views = []  # the item lives on for its checksum; its memory need not
 
@@ -151,38 +152,31 @@ class Check:
 
     Args:
         expected: CRC64-NVME of the item's `length` bytes.
-        what: names the item in the error.
+        mismatch: called with the CRC64 that was found instead, by the worker that received the last part.
     """
 
-    __slots__ = ("_expected", "_left", "_lock", "_parts", "_what")
+    __slots__ = ("_expected", "_left", "_lock", "_mismatch", "_parts")
 
-    def __init__(self, expected: int, length: int, what: str) -> None:
+    def __init__(self, expected: int, length: int, mismatch: Callable[[int], None]) -> None:
         self._expected = expected
         self._left = length
-        self._what = what
+        self._mismatch = mismatch
         self._parts: list[tuple[int, int, int]] = []
         self._lock = threading.Lock()
 
     def add(self, offset: int, view: memoryview) -> None:
-        """Take in the part at `offset`. The last one to come compares.
-
-        Raises:
-            CorruptCheckpointError: the bytes have another checksum.
-        """
+        """Take in the part that starts at `offset`; the last one to come compares."""
         part = (offset, crc64(view), view.nbytes)
         with self._lock:
             self._parts.append(part)
             self._left -= view.nbytes
             if self._left > 0:
                 return
-        crc = 0
+        found = 0
         for _, part_crc, length in sorted(self._parts):
-            crc = combine(crc, part_crc, length)
-        if crc != self._expected:
-            raise CorruptCheckpointError(
-                f"{self._what}: the bytes have CRC64 {crc:016x} where {self._expected:016x} was saved. They were "
-                "damaged in storage or on the way; load an older checkpoint, or try again to rule out the way"
-            )
+            found = combine(found, part_crc, length)
+        if found != self._expected:
+            self._mismatch(found)
 
 
 @dataclass(slots=True)
@@ -230,12 +224,12 @@ class Download:
             BlobNotFoundError: a blob is missing.
             BlobChangedError: a blob was replaced between two requests.
             RequestRefusedError: a blob is shorter than a range (``status`` is 416).
-            CorruptCheckpointError: a checksum does not match.
-            StoreError: for other reasons.
+            StoreError: for other reasons; and whatever a `Check` or a `Read.use` raises.
         """
-        with Workers(self._store.options.concurrency, "blob-download") as workers:
+        cancel = Cancel()
+        with Workers(self._store.options.concurrency, "blob-download", cancel.cancel) as workers:
             for request in self._requests(reads):
-                workers.submit(functools.partial(self._fetch, request))
+                workers.submit(functools.partial(self._fetch, request, cancel))
             workers.finish()
 
     def _requests(self, reads: Iterable[Read]) -> list[list[Read]]:
@@ -270,7 +264,7 @@ class Download:
             parts.append(Read(read.path, read.offset + start, dest.nbytes, dest, read.use, read.check))
         return parts
 
-    def _fetch(self, request: list[Read]) -> None:
+    def _fetch(self, request: list[Read], cancel: Cancel) -> None:
         path = request[0].path
         end = request[0].offset
         views: list[memoryview] = []
@@ -282,7 +276,7 @@ class Download:
             views.append(view)
             received.append(view)
             end = read.offset + read.length
-        etag = self._store.read_into(path, request[0].offset, views)
+        etag = self._store.read_into(path, request[0].offset, views, cancel=cancel)
         if self._etags.setdefault(path, etag) != etag:
             raise BlobChangedError(f"{self._store.location}/{path} was replaced while it was read; try again")
         for read, view in zip(request, received, strict=True):

@@ -38,7 +38,7 @@ from azure.core.pipeline.transport import HttpTransport
 from azure.core.rest import HttpRequest, HttpResponse
 from azure.core.utils import case_insensitive_dict
 
-__all__ = ["Gather", "GatherTransport", "Scatter"]
+__all__ = ["Cancel", "Gather", "GatherTransport", "Scatter"]
 
 _CONNECT_SECONDS = 10.0
 _IO_SECONDS = 60.0  # without a byte moved; not for a whole body
@@ -111,6 +111,44 @@ class Scatter:
         self.views = views
         self.size = sum(view.nbytes for view in views)
         self.received = False
+
+
+class Cancel:
+    """Ends the requests that carry it (``cancel=``) at once, from any thread, and for good."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        with self._lock:
+            for sock in self._sockets:
+                # Not SSLSocket.shutdown: it would take the TLS state away from the thread that is using it.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not beyond `cancel`."""
+        self._cancelled.wait(seconds)
+
+    @contextlib.contextmanager
+    def holding(self, sock: socket.socket) -> Iterator[None]:
+        """Shut `sock` down on `cancel`, as long as the block lasts."""
+        with self._lock:
+            self._sockets.add(sock)
+        try:
+            if self.cancelled:
+                raise ConnectionAbortedError("cancelled")
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(sock)
 
 
 class _Response(HttpResponse):
@@ -273,12 +311,15 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
     def sleep(self, duration: float) -> None:
         self._stopped.wait(duration)
 
-    def send(self, request: HttpRequest, *, dest: Scatter | None = None, **kwargs: Any) -> HttpResponse:
+    def send(
+        self, request: HttpRequest, *, dest: Scatter | None = None, cancel: Cancel | None = None, **kwargs: Any
+    ) -> HttpResponse:
         """Send `request` and receive the whole response.
 
         Args:
             dest: where the body of a successful response goes if its Content-Length is the views' size. Otherwise
                 the body is kept in the response, and the views are untouched.
+            cancel: breaks the request off.
 
         Raises:
             ServiceRequestError: no connection.
@@ -287,34 +328,25 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         """
         target = urllib.parse.urlsplit(request.url)
         connection, reused = self._take(target.scheme, target.netloc)
+        response = None
         while True:
             try:
-                response = self._exchange(connection, target, request)
+                with contextlib.nullcontext() if cancel is None else cancel.holding(connection.sock):
+                    response = self._exchange(connection, target, request)
+                    body = _body(connection, response, dest)
                 break
             except TimeoutError as error:
                 connection.close()
                 raise ServiceResponseTimeoutError(_describe(error, target), error=error) from error
+            except http.client.IncompleteRead as error:
+                connection.close()
+                raise IncompleteReadError(_describe(error, target), error=error) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                if not reused:
+                if not reused or response is not None:
                     raise ServiceResponseError(_describe(error, target), error=error) from error
                 # The server closed a connection that lay idle. That is no fault, so it does not count as an attempt.
                 connection, reused = self._connect(target.scheme, target.netloc), False
-        try:
-            if dest is not None and response.status in (200, 206) and response.length == dest.size:
-                _receive(connection, response, dest.views)
-                dest.received, body = True, b""
-            else:
-                body = response.read()
-        except TimeoutError as error:
-            connection.close()
-            raise ServiceResponseTimeoutError(_describe(error, target), error=error) from error
-        except http.client.IncompleteRead as error:
-            connection.close()
-            raise IncompleteReadError(_describe(error, target), error=error) from error
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise ServiceResponseError(_describe(error, target), error=error) from error
         if response.will_close or getattr(connection, "body_cut_short", False):
             connection.close()
         else:
@@ -439,6 +471,14 @@ def _readable(sock: socket.socket, seconds: float) -> bool:
         poll.register(sock, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
     return bool(select.select([sock], [], [], seconds)[0])
+
+
+def _body(connection: http.client.HTTPConnection, response: http.client.HTTPResponse, dest: Scatter | None) -> bytes:
+    if dest is None or response.status not in (200, 206) or response.length != dest.size:
+        return response.read()
+    _receive(connection, response, dest.views)
+    dest.received = True
+    return b""
 
 
 def _receive(

@@ -20,11 +20,13 @@ class Workers:
     Args:
         count: threads; they are started when there is work for them.
         name: of the threads.
+        stop: called after the first error, to end tasks that are running.
     """
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, name: str, stop: Callable[[], None] | None = None) -> None:
         self._count = count
         self._name = name
+        self._stop = stop
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A few tasks wait ready, so that no thread idles while the caller prepares the next one.
         self._permits = threading.Semaphore(count + 2)
@@ -36,7 +38,7 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self._error = self._error or error
+            self._fail(error)
         self._join()
 
     def submit(self, task: Callable[[], None]) -> None:
@@ -67,6 +69,12 @@ class Workers:
         if self._error is not None:
             raise self._error
 
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+            if self._stop is not None:
+                self._stop()
+
     def _join(self) -> None:
         for _ in self._threads:
             self._tasks.put(None)
@@ -80,6 +88,6 @@ class Workers:
                 if self._error is None:
                     task()
             except BaseException as error:
-                self._error = self._error or error
+                self._fail(error)
             finally:
                 self._permits.release()

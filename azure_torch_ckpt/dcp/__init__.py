@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from azure_torch_ckpt.dcp.prune import Remains, prune, remove_checkpoint
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, verify
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 
-__all__ = ["AzureBlobReader", "AzureBlobWriter"]
+__all__ = [
+    "AzureBlobReader",
+    "AzureBlobWriter",
+    "BlobReport",
+    "Remains",
+    "VerifyReport",
+    "prune",
+    "remove_checkpoint",
+    "verify",
+]

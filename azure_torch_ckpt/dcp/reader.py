@@ -270,8 +270,15 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         item = wanted.item
         if item.crc64 is None or not self._store.options.checksums:
             return None
-        what = f"{wanted.what} ({item.length} bytes at offset {item.offset} of blob {item.relative_path})"
-        return Check(item.crc64, item.length, what)
+
+        def mismatch(found: int) -> None:
+            raise CorruptCheckpointError(
+                f"{wanted.what}: the {item.length} bytes at offset {item.offset} of blob {item.relative_path} have "
+                f"CRC64 {found:016x} where {item.crc64:016x} was saved. They were damaged in storage or on the way. "
+                "Load an older checkpoint, or try again to rule out the way"
+            )
+
+        return Check(item.crc64, item.length, mismatch)
 
     def _run(self, download: Download, reads: Iterable[Read]) -> None:
         try:

@@ -1,0 +1,157 @@
+"""`verify`: is every byte that a checkpoint's metadata describes in the container, and undamaged?"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.metadata import StoredItem, stored_item
+from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.errors import BlobNotFoundError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.transfer import Check, Download, Read
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["BlobReport", "VerifyReport", "verify"]
+
+
+@dataclass(slots=True)
+class BlobReport:
+    """What was found out about one data blob.
+
+    Attributes:
+        name: below the checkpoint's URL.
+        size: bytes that it has; None if it is missing.
+        expected_size: bytes that it must have at least.
+        items: how many items the metadata places in it.
+        checked: items whose bytes were read and compared.
+        without_checksum: items that cannot be compared, because whoever wrote them kept no CRC64.
+        problems: one sentence each, naming the tensor or object.
+    """
+
+    name: str
+    size: int | None
+    expected_size: int
+    items: int
+    checked: int = 0
+    without_checksum: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The result of `verify`: `ok`, and the blobs in the order of their names."""
+
+    url: str
+    blobs: list[BlobReport]
+
+    @property
+    def ok(self) -> bool:
+        return not any(blob.problems for blob in self.blobs)
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for blob in self.blobs for problem in blob.problems]
+
+
+def verify(
+    url: str | os.PathLike[str] | BlobLocation,
+    *,
+    credential: Credential = None,
+    sample: float = 1.0,
+    options: TransferOptions | None = None,
+    ca_file: str | None = None,
+) -> VerifyReport:
+    """Read a checkpoint and compare every size and CRC64 with its metadata. Changes nothing.
+
+    Args:
+        url: the checkpoint's place.
+        sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
+
+    Raises:
+        CheckpointNotFoundError: there is no complete checkpoint.
+        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read.
+        StoreError: the service could not be asked.
+    """
+    if not 0 <= sample <= 1:
+        raise ValueError(f"sample is a share between 0 and 1, not {sample}")
+    reader = AzureBlobReader(url, credential=credential, options=options, ca_file=ca_file)
+    storage = reader.read_metadata().storage_data
+    location = BlobLocation.parse(url)
+    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    by_blob: dict[str, list[tuple[str, StoredItem]]] = {}
+    for index, info in storage.items():
+        item = stored_item(info)
+        name = repr(index.fqn) if index.offset is None else f"{index.fqn!r} at {list(index.offset)}"
+        by_blob.setdefault(item.relative_path, []).append((name, item))
+    reports = _sizes(store, location, by_blob)
+    chosen = [
+        (reports[path], name, item)
+        for path, items in by_blob.items()
+        for name, item in items
+        if not reports[path].problems and (sample >= 1 or random.random() < sample)
+    ]
+    download = Download(store, sum(item.length for _, _, item in chosen))
+    download.run(
+        read for report, name, item in chosen for read in _reads(location, report, name, item, download.part_size)
+    )
+    return VerifyReport(str(location), [reports[path] for path in sorted(reports)])
+
+
+def _sizes(
+    store: BlobStore, location: BlobLocation, by_blob: dict[str, list[tuple[str, StoredItem]]]
+) -> dict[str, BlobReport]:
+    reports: dict[str, BlobReport] = {}
+
+    def look(path: str, items: list[tuple[str, StoredItem]]) -> None:
+        try:
+            size: int | None = store.stat(location.join(path).path).size
+        except BlobNotFoundError:
+            size = None
+        expected = max(item.offset + item.length for _, item in items)
+        report = BlobReport(path, size, expected, len(items))
+        if expected and size is None:
+            report.problems.append(f"blob {path} is missing; it holds {_some(name for name, _ in items)}")
+        elif size is not None and size < expected:
+            lost = _some(name for name, item in items if item.offset + item.length > size)
+            report.problems.append(
+                f"blob {path} has {size} bytes where {expected} are needed; {lost} lies beyond its end"
+            )
+        reports[path] = report
+
+    with Workers(store.options.concurrency, "blob-verify") as workers:
+        for path, items in by_blob.items():
+            workers.submit(functools.partial(look, path, items))
+        workers.finish()
+    return reports
+
+
+def _reads(location: BlobLocation, report: BlobReport, name: str, item: StoredItem, part_size: int) -> Iterator[Read]:
+    report.checked += 1
+    check = None
+    if item.crc64 is None:
+        report.without_checksum += 1
+    else:
+
+        def mismatch(found: int) -> None:
+            report.problems.append(
+                f"{name}: the {item.length} bytes at offset {item.offset} of blob {report.name} have CRC64 "
+                f"{found:016x} where {item.crc64:016x} was saved"
+            )
+
+        check = Check(item.crc64, item.length, mismatch)
+    path = location.join(item.relative_path).path
+    end = item.offset + item.length
+    for start in range(item.offset, end, part_size):
+        yield Read(path, start, min(part_size, end - start), None, None, check)
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")

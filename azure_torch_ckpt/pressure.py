@@ -1,0 +1,72 @@
+"""How many requests may be in flight: as many as ask, until the service says that it is busy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+__all__ = ["Pressure"]
+
+
+class Pressure:
+    """Halves the requests in flight when the service is busy, and lets one more in per round of good answers.
+
+    All threads of a store share one. Without a busy answer it costs two lock operations a request.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._most = 0  # that were ever in flight while nothing held them back
+        self._limit: float | None = None
+        self._cuts = 0
+
+    @property
+    def limit(self) -> float | None:
+        """Requests that may be in flight now; None where nothing holds them back."""
+        return self._limit
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """Wait for a place for one request; tell the slot that this yields how it went."""
+        if self._pid != os.getpid():  # the parent's requests are not ours, and its lock may have been held
+            self.__init__()  # type: ignore[misc]
+        with self._changed:
+            while self._limit is not None and self._in_flight >= max(1, int(self._limit)):
+                self._changed.wait()
+            self._in_flight += 1
+            if self._limit is None:
+                self._most = max(self._most, self._in_flight)
+            slot = Slot(self._cuts)
+        try:
+            yield slot
+        finally:
+            with self._changed:
+                if slot.busy:
+                    self._cut(slot.cuts)
+                elif slot.good and self._limit is not None:
+                    self._limit += 1 / self._limit
+                    if self._limit > self._most:
+                        self._limit = None
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def _cut(self, cuts_at_start: int) -> None:
+        # Requests that were in flight together complain together. That is one reason to halve, not many.
+        if cuts_at_start == self._cuts:
+            self._cuts += 1
+            self._limit = max(1.0, self._in_flight / 2)
+
+
+class Slot:
+    """One request's place. Set `busy` or `good` before leaving it; neither is for failures that say nothing."""
+
+    __slots__ = ("busy", "cuts", "good")
+
+    def __init__(self, cuts: int) -> None:
+        self.cuts = cuts
+        self.busy = False
+        self.good = False
