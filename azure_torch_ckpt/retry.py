@@ -21,17 +21,21 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure_torch_ckpt.pressure import Pressure
 from azure_torch_ckpt.transport import Cancel
 
-__all__ = ["HEALING_STATUS", "RetryPolicy"]
+__all__ = ["DAMAGED", "HEALING_STATUS", "RetryPolicy"]
 
 _log = logging.getLogger(__name__)
 
 # https://learn.microsoft.com/rest/api/storageservices/common-rest-api-error-codes: time-outs and a busy server heal.
 HEALING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BUSY_STATUS = frozenset({429, 503})
+DAMAGED = "Crc64Mismatch"
+"""Error code of the 400 for a body that did not arrive as it was checksummed
+(https://learn.microsoft.com/rest/api/storageservices/put-block). Sent again, it most likely does."""
 _FIRST_DELAY = 0.2
 _LONGEST_DELAY = 20.0
-# A name that does not resolve and a port where nobody listens seldom heal: do not keep a job waiting for minutes.
-_UNREACHABLE_SECONDS = 20.0
+# A name that does not resolve, a port where nobody listens, and a body that keeps arriving damaged (its memory changed
+# after the checksum) seldom heal: do not keep a job waiting for minutes.
+_SELDOM_HEALS_SECONDS = 20.0
 
 
 class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
@@ -64,14 +68,16 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                     status = response.http_response.status_code
                     slot.busy = status in _BUSY_STATUS
                     slot.good = status < 400
-                if status not in HEALING_STATUS:
-                    return response
                 reason = f"status {status}"
+                if status == 400 and response.http_response.headers.get("x-ms-error-code") == DAMAGED:
+                    limit = min(limit, _SELDOM_HEALS_SECONDS)
+                elif status not in HEALING_STATUS:
+                    return response
             except (ServiceRequestError, ServiceResponseError, IncompleteReadError) as error:
                 if _is_certificate_error(error):
                     raise
                 if isinstance(error, ServiceRequestError):
-                    limit = min(limit, _UNREACHABLE_SECONDS)
+                    limit = min(limit, _SELDOM_HEALS_SECONDS)
                 reason, failure = str(error), error
             delay = _delay(attempt, response)
             if cancel.cancelled or time.monotonic() + delay - started > limit:

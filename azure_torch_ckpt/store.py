@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import email.utils
 import logging
+import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.pressure import Pressure
-from azure_torch_ckpt.retry import HEALING_STATUS, RetryPolicy
+from azure_torch_ckpt.retry import DAMAGED, HEALING_STATUS, RetryPolicy
 from azure_torch_ckpt.transport import Cancel, Gather, GatherTransport, Scatter
 
 __all__ = ["BlobInfo", "BlobStore"]
@@ -152,8 +153,9 @@ class BlobStore:
 
         Args:
             block_id: all ids of a blob must have the same length, 64 bytes at most.
-            crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one. An endpoint that
-                does not know this check (Azurite without ``--loose``) goes without it; a warning says so, once.
+            crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one, and it is sent
+                again. An endpoint that does not know this check (Azurite without ``--loose``) goes without it; a
+                warning says so, once.
             cancel: breaks the request off.
         """
         headers = {"x-ms-content-crc64": header_value(crc64)} if crc64 is not None and self._crc64_accepted else {}
@@ -359,6 +361,11 @@ def _translate(error: AzureError, failed: str, location: BlobLocation) -> StoreE
                 f"{failed}: no token or signature could be made ({_first_line(error)}). Log in (az login), give the "
                 "machine a managed identity, or pass credential="
             )
+        elif isinstance(error.inner_exception, ssl.SSLCertVerificationError):
+            result = ServiceUnavailableError(
+                f"{failed}: {location.endpoint} does not prove who it is ({_first_line(error)}). Check the URL; if the "
+                "certificate is from an authority of your own, pass its PEM file as ca_file="
+            )
         else:
             result = ServiceUnavailableError(
                 f"{failed}: no answer ({_first_line(error)}). Check that the endpoint {location.endpoint} is right and "
@@ -392,6 +399,11 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation) -> Sto
         return BlobChangedError(said)
     if status in HEALING_STATUS:
         return ServiceUnavailableError(f"{said}, also after retries. The service is busy or down; try again later")
+    if code == DAMAGED:
+        return RequestRefusedError(
+            f"{said}, also after retries: what arrived is not what was checksummed. Something on the way damages it, or "
+            "the tensors changed while they were being saved; leave them alone until the save has returned"
+        )
     return RequestRefusedError(said)
 
 

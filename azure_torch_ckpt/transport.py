@@ -308,6 +308,10 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
     def __exit__(self, *args: Any) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_idle"):
+            self.close()
+
     def sleep(self, duration: float) -> None:
         self._stopped.wait(duration)
 

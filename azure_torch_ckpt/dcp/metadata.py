@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -41,6 +41,9 @@ __all__ = [
 _MAX_PATH = 1024  # characters of a blob's name: learn.microsoft.com, "Naming and referencing containers, blobs"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of a URL; a Windows drive looks the same
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # lone surrogates have no place in a URL either
+
+
+_BUILTINS = frozenset({bool, bytes, float, int, str, type(None)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +115,27 @@ def data_paths(metadata: Metadata) -> set[str]:
 def dump_metadata(metadata: Metadata) -> bytes:
     """The content of ``.metadata``: a pickle that torch's ``FileSystemReader`` reads as well.
 
+    Args:
+        metadata: has passed :func:`check_metadata`, so that only ``planner_data`` can hold a surprise.
+
     Raises:
         UnsafeMetadataError: ``metadata`` holds objects (a custom planner's ``planner_data``) that :func:`load_metadata`
             would refuse. Better to fail before the commit than to commit what cannot be loaded.
     """
     data = pickle.dumps(metadata)
-    load_metadata(data, "The metadata of this save")
+    if not _is_builtin(metadata.planner_data):
+        load_metadata(data, "The metadata of this save")
     return data
+
+
+def _is_builtin(value: object) -> bool:
+    kind = type(value)
+    if kind is dict:
+        mapping = cast("dict[object, object]", value)
+        return all(map(_is_builtin, mapping)) and all(map(_is_builtin, mapping.values()))
+    if kind is tuple or kind is list:
+        return all(map(_is_builtin, cast("list[object]", value)))
+    return kind in _BUILTINS
 
 
 def load_metadata(data: bytes, where: str) -> Metadata:

@@ -36,6 +36,9 @@ from azure_torch_ckpt.transfer import Check, Download, Read
 
 __all__ = ["AzureBlobReader"]
 
+# Memory that is taken on the metadata's word alone. For more, the service is asked whether the blob has the bytes.
+_UNASKED = 1024 * 1024
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Seen:
@@ -87,6 +90,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         super().__init__(url, credential, options, ca_file)
         self._metadata = Metadata({}, storage_data={})
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
+        self._sizes: dict[str, int] = {}
         self._seen: _Seen | None = None
         self._why_no_metadata: AzureCheckpointError | None = None
 
@@ -123,6 +127,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             raise metadata.error
         self._metadata = metadata
         self._chunks = {}
+        self._sizes = {}
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return dataclasses.replace(plan, storage_data=self._seen)
@@ -218,7 +223,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 # The envelope is part of what the checksum covers; it comes with the same request.
                 after = payload + nbytes
                 for start, end in ((item.offset, payload), (after, item.offset + item.length)):
-                    yield Read(path, start, end - start, memoryview(bytearray(end - start)), None, check)
+                    yield Read(path, start, end - start, self._buffer(item, end - start), None, check)
         yield from region_reads(path, payload, dtype, chunk, request.storage_offsets, target, limit=limit, check=check)
 
     # Items that are read whole
@@ -239,15 +244,16 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     def _load_whole(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
         # Several requests may read from one item (a chunk that spans several of this rank's shards): fetch it once.
         buffers: dict[tuple[str, int], bytearray] = {}
-        reads = []
-        for wanted in batch:
-            item = wanted.item
-            if (item.relative_path, item.offset) not in buffers:
-                buffers[item.relative_path, item.offset] = buffer = bytearray(item.length)
-                reads.append(
-                    Read(self._path(item), item.offset, item.length, memoryview(buffer), None, self._check(wanted))
-                )
-        self._run(Download(self._store, sum(read.length for read in reads)), reads)
+
+        def reads() -> Iterator[Read]:
+            for wanted in batch:
+                item = wanted.item
+                if (item.relative_path, item.offset) not in buffers:
+                    view = self._buffer(item, item.length)
+                    buffers[item.relative_path, item.offset] = view.obj
+                    yield Read(self._path(item), item.offset, item.length, view, None, self._check(wanted))
+
+        self._run(Download(self._store, sum(wanted.item.length for wanted in batch)), reads())
         for wanted in batch:
             item, request = wanted.item, wanted.request
             stream = open_item(buffers[item.relative_path, item.offset], item.transforms, wanted.what)
@@ -265,6 +271,23 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
 
     def _path(self, item: StoredItem) -> str:
         return self._location.join(item.relative_path).path
+
+    def _buffer(self, item: StoredItem, length: int) -> memoryview:
+        """Memory for `length` of an item's bytes.
+
+        Raises:
+            CorruptCheckpointError: the blob is shorter than that, so damaged metadata asks for memory without end.
+        """
+        if length > _UNASKED:
+            path = self._path(item)
+            if path not in self._sizes:
+                self._sizes[path] = self._store.stat(path).size
+            if item.offset + item.length > self._sizes[path]:
+                raise CorruptCheckpointError(
+                    f"A data blob of the checkpoint is shorter than its metadata says: {item.relative_path} has "
+                    f"{self._sizes[path]} bytes where {item.offset + item.length} are needed. Use another checkpoint"
+                )
+        return memoryview(bytearray(length))
 
     def _check(self, wanted: _Wanted) -> Check | None:
         item = wanted.item

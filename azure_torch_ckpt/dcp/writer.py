@@ -204,8 +204,8 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         rank = None if self._use_collectives else self._rank
         try:
             _check_complete(metadata, self.checkpoint_id)
-            data = dump_metadata(metadata)
             check_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+            data = dump_metadata(metadata)
             commit(self._store, self._location, data, self._replaces, rank)
         except (IncompleteSaveError, CommitConflictError):
             # Only where it is certain that no metadata names them.
@@ -276,8 +276,14 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> tupl
         return [data.getbuffer().toreadonly()], None
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not a tensor")
+    if data.layout is not torch.strided:
+        # torch.save could write it, but no load could bring it back: planners narrow the tensor that they load into.
+        raise CheckpointError(
+            f"{item.index.fqn!r} has the layout {data.layout}, and torch.distributed.checkpoint loads strided tensors "
+            "only. Save it dense (to_dense()), or save its indices and values as tensors of their own"
+        )
     tensor = data.detach()
-    if tensor.layout is torch.strided and not tensor.is_quantized:
+    if not tensor.is_quantized:
         tensor = tensor.resolve_conj().resolve_neg()
     if not is_plain(tensor):
         return serialize(_alone(tensor)), None
@@ -294,7 +300,7 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> tupl
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """On the CPU, and with a storage of its own: torch.save writes a view's whole storage."""
     tensor = tensor.cpu()
-    if tensor.layout is torch.strided and tensor.untyped_storage().size() != tensor.nbytes:
+    if tensor.untyped_storage().size() != tensor.nbytes:
         tensor = tensor.clone()
     return tensor
 

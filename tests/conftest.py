@@ -1,0 +1,76 @@
+"""Fixtures that many test modules share: running emulators and fresh containers in them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from azure.core.credentials import AccessToken
+
+from azure_torch_ckpt.emulator import Azurite
+
+# Behind everything else, so that an installed package goes before the checkout.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tests.proxy import FaultProxy
+
+
+class UnsignedToken:
+    """A `TokenCredential` whose tokens Azurite takes (``--oauth basic``): it does not check signatures."""
+
+    def __init__(self, audience: str = "https://storage.azure.com") -> None:
+        self.audience = audience
+
+    def get_token(self, *scopes: str, **_: Any) -> AccessToken:
+        now = int(time.time())
+        claims = {"aud": self.audience, "iss": "https://sts.windows.net/tests/", "iat": now, "nbf": now - 60}
+        claims["exp"] = now + 3600
+        parts = [{"alg": "RS256", "typ": "JWT"}, claims, "unsigned"]
+        encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in parts]
+        return AccessToken(".".join(encoded), now + 3600)
+
+
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    """One emulator for all tests: plain HTTP, in memory. Start your own to stop it in the middle of a test."""
+    with Azurite() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def azurite_tls() -> Iterator[Azurite]:
+    """One emulator for all tests that need TLS or tokens; clients must trust its `certificate`."""
+    with Azurite(oauth=True) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def container(azurite: Azurite) -> str:
+    """URL of a container that is empty and this test's own. The key is ``azurite.account_key``."""
+    return azurite.create_container(f"test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def token_credential() -> UnsignedToken:
+    """A `TokenCredential` that `azurite_tls` accepts."""
+    return UnsignedToken()
+
+
+@pytest.fixture
+def proxy(azurite: Azurite) -> Iterator[FaultProxy]:
+    """This test's own proxy in front of `azurite`."""
+    with FaultProxy(azurite.endpoint) as between:
+        yield between
+
+
+@pytest.fixture
+def proxied_container(proxy: FaultProxy, container: str) -> str:
+    """URL of `container` through `proxy`. The proxy's log does not have the request that made it."""
+    return f"{proxy.endpoint}/{container.rpartition('/')[2]}"

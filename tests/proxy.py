@@ -1,0 +1,335 @@
+"""A reverse proxy in front of the emulator that records every request and breaks what a test tells it to break.
+
+    with FaultProxy(azurite.endpoint) as proxy:
+        proxy.when("Put Block", nth=3).do(Cut("answer"))  # carried out, and nobody hears of it
+        proxy.when("Get Blob", times=2).do(Answer(503, "ServerBusy"))
+        proxy.when(lambda seen: "__1_" in seen.path).do(Kill(pid, at="answer"))
+        ...
+        assert proxy.count("Put Block List") == 1
+
+It runs in a thread of its own, relays bodies as they come, and keeps one connection to the emulator for each of its
+clients. `faults` has the faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from tests.faults import Action, Answer, At, Call, Cut, Exchange, Flip, Hold, Kill, Kind, Reframe, Rule, exchange_of
+from tests.wire import PIECE, Headers, HttpStream, is_chunked, lowered
+
+_T = TypeVar("_T")
+
+
+class FaultProxy:
+    """See the module's docstring.
+
+    Args:
+        upstream: the emulator's endpoint, `Azurite.endpoint`. A certificate there is not checked.
+        tls: PEM files of the certificate and the key to serve HTTPS with.
+        host: where to listen.
+
+    Attributes:
+        log: every request, in the order of arrival.
+        connections: how many were accepted.
+        in_flight: requests that have come and are not finished; `most_in_flight` is the highest number so far. A client
+            may have its answer a moment before the request counts as finished: `wait_until` waits for that.
+        max_in_flight: requests above this number are answered with 503 ServerBusy.
+    """
+
+    def __init__(self, upstream: str, tls: tuple[Path, Path] | None = None, host: str = "127.0.0.1") -> None:
+        self._upstream = urlsplit(upstream)
+        self._host = host
+        self._tls: ssl.SSLContext | None = None
+        if tls is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*tls)
+        self._to_upstream: ssl.SSLContext | None = None
+        if self._upstream.scheme == "https":
+            self._to_upstream = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            self._to_upstream.check_hostname = False
+            self._to_upstream.verify_mode = ssl.CERT_NONE
+        self.log: list[Exchange] = []
+        self.connections = self.in_flight = self.most_in_flight = 0
+        self.max_in_flight: int | None = None
+        self._rules: list[Rule] = []
+        self.idle: set[asyncio.StreamWriter] = set()
+        self._changed = threading.Condition()
+        self._bug: BaseException | None = None
+        self._port = 0
+
+    # What a test uses
+
+    @property
+    def endpoint(self) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{'https' if self._tls else 'http'}://{host}:{self._port}{self._upstream.path}"
+
+    def when(self, what: Kind | Callable[[Exchange], bool], *, nth: int = 1, times: int | None = 1) -> Rule:
+        """A rule for the `nth` request of a kind from now on, and for as many as `times` says (None: all) from there.
+
+        Where several rules fit a request, the actions of all of them are carried out.
+        """
+        rule = Rule(what if callable(what) else lambda exchange: exchange.kind == what, nth, times)
+        self._rules.append(rule)
+        return rule
+
+    def requests(self, *kinds: Kind) -> list[Exchange]:
+        return [exchange for exchange in list(self.log) if not kinds or exchange.kind in kinds]
+
+    def count(self, *kinds: Kind) -> int:
+        return len(self.requests(*kinds))
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+        """Wait until `condition`, which looks at this proxy, holds."""
+        with self._changed:
+            assert self._changed.wait_for(condition, seconds), f"not within {seconds} s; the log: {self.log[-5:]}"
+
+    def refuse(self) -> None:
+        """Let connections be refused from now on. Those that exist stay."""
+        self._run(self._close_listener())
+
+    def accept(self) -> None:
+        """Undo `refuse`."""
+        self._run(self._listen())
+
+    def close_idle(self) -> int:
+        """Close the connections that no request is under way on, as a server does after some time; tell how many."""
+        return self._run(self._close_idle())
+
+    def __enter__(self) -> FaultProxy:
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)), name="proxy", daemon=True)
+        self._thread.start()
+        started.result()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        if self._bug is not None:
+            raise self._bug
+
+    # In the proxy's thread
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _main(self, started: Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            await self._listen()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        await self._stop.wait()
+        self._listener.close()
+
+    async def _listen(self) -> None:
+        self._listener = await asyncio.start_server(
+            self._serve, self._host, self._port, ssl=self._tls, limit=PIECE, backlog=1024
+        )
+        self._port = self._listener.sockets[0].getsockname()[1]
+
+    async def _close_listener(self) -> None:
+        self._listener.close()
+        await asyncio.sleep(0)  # the loop lets go of the socket
+
+    async def _close_idle(self) -> int:
+        writers = list(self.idle)
+        for writer in writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        return len(writers)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        connection = _Connection(self, self.connections, HttpStream(reader, writer))
+        try:
+            await connection.serve()
+        except (OSError, EOFError):
+            connection.end(reset=True)  # one side went away: so does the other
+        except asyncio.CancelledError:
+            pass  # the proxy stops; asyncio.streams would print a traceback for each connection
+        except Exception as error:
+            self._bug = self._bug or error
+        finally:
+            connection.end(reset=False)
+
+    async def connect(self) -> HttpStream:
+        return HttpStream(
+            *await asyncio.open_connection(
+                self._upstream.hostname, self._upstream.port, ssl=self._to_upstream, limit=PIECE
+            )
+        )
+
+    def begin(self, exchange: Exchange) -> tuple[Action, ...]:
+        """Note a request that has come; return what is to be done to it."""
+        with self._changed:
+            self.log.append(exchange)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            self._changed.notify_all()
+        actions = tuple(action for rule in self._rules for action in rule.actions_for(exchange))
+        if self.max_in_flight is not None and self.in_flight > self.max_in_flight:
+            return (*actions, Answer(503, "ServerBusy"))
+        return actions
+
+    def finish(self, exchange: Exchange) -> None:
+        with self._changed:
+            exchange.finished_at = time.monotonic()
+            self.in_flight -= 1
+            self._changed.notify_all()
+
+
+class _CutError(Exception):
+    def __init__(self, reset: bool) -> None:
+        self.reset = reset
+
+
+class _Connection:
+    """One client and, once it has asked for something, the connection to the emulator that is kept for it."""
+
+    def __init__(self, proxy: FaultProxy, number: int, client: HttpStream) -> None:
+        self._proxy = proxy
+        self._number = number
+        self._client = client
+        self._upstream: HttpStream | None = None
+
+    def end(self, *, reset: bool) -> None:
+        self._client.end(reset=reset)
+        if self._upstream is not None:
+            self._upstream.end(reset=reset)
+
+    async def serve(self) -> None:
+        keep_alive = True
+        while keep_alive:
+            self._proxy.idle.add(self._client.writer)
+            try:
+                first, headers = await self._client.read_head()
+            finally:
+                self._proxy.idle.discard(self._client.writer)
+            exchange = exchange_of(first, headers, self._number)
+            actions = self._proxy.begin(exchange)
+            try:
+                keep_alive = await self._carry_out(exchange, actions, first, headers)
+            except _CutError as cut:
+                self.end(reset=cut.reset)
+                keep_alive = False
+            finally:
+                self._proxy.finish(exchange)
+
+    async def _carry_out(
+        self, exchange: Exchange, actions: Sequence[Action], first: list[str], headers: Headers
+    ) -> bool:
+        """Whether the connection can be used again."""
+        await _reach("request", actions)
+        for action in actions:
+            if isinstance(action, Answer):
+                return await self._answer(exchange, action)
+        if self._upstream is None or self._upstream.is_over:
+            self._upstream = await self._proxy.connect()
+        await self._upstream.send_head(" ".join(first), headers)
+        flips = [action.offset for action in actions if isinstance(action, Flip) and action.of == "request"]
+        chunked = is_chunked(exchange.headers)
+        async for piece in self._client.read_body(exchange.headers):
+            await self._upstream.send_piece(_flipped(piece, exchange.body_length, flips), chunked)
+            exchange.body_length += len(piece)
+        await self._upstream.end_body(chunked)
+
+        first, headers = await self._upstream.read_head()
+        exchange.status, exchange.answered_at = int(first[1]), time.monotonic()
+        await _reach("answer", actions)
+        await self._relay_answer(self._upstream, exchange, actions, first, headers)
+        return not any(isinstance(action, Reframe) and action.close for action in actions) and not any(
+            lowered(sent).get("connection") == "close" for sent in (headers, list(exchange.headers.items()))
+        )
+
+    async def _relay_answer(
+        self,
+        upstream: HttpStream,
+        exchange: Exchange,
+        actions: Sequence[Action],
+        first: list[str],
+        headers: Headers,
+    ) -> None:
+        came = lowered(headers)
+        chunked = is_chunked(came)
+        for action in actions:
+            if isinstance(action, Reframe) and action.chunked:
+                headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+                headers.append(("Transfer-Encoding", "chunked"))
+                chunked = True
+            if isinstance(action, Reframe) and action.close:
+                headers = [(name, value) for name, value in headers if name.lower() not in ("connection", "keep-alive")]
+                headers.append(("Connection", "close"))
+        await self._client.send_head(" ".join(first), headers)
+        if exchange.method == "HEAD" or exchange.status in (204, 304):
+            return
+        flips = [action.offset for action in actions if isinstance(action, Flip) and action.of == "response"]
+        points = sorted({at for action in actions if isinstance(at := getattr(action, "at", None), int)})
+        async for piece in upstream.read_body(came):
+            view = memoryview(_flipped(piece, exchange.sent, flips))
+            while points and points[0] <= exchange.sent + len(view):
+                head, view = view[: points[0] - exchange.sent], view[points[0] - exchange.sent :]
+                exchange.sent = points[0]
+                await self._client.send_piece(head, chunked)
+                await _reach(points.pop(0), actions)
+            exchange.sent += len(view)  # before the client can have them and look
+            await self._client.send_piece(view, chunked)
+        await self._client.end_body(chunked)
+
+    async def _answer(self, exchange: Exchange, answer: Answer) -> bool:
+        if answer.read_body:
+            async for piece in self._client.read_body(exchange.headers):
+                exchange.body_length += len(piece)
+        body = f'<?xml version="1.0"?><Error><Code>{answer.code}</Code><Message>As told.</Message></Error>'.encode()
+        headers = [("x-ms-error-code", answer.code), ("Content-Type", "application/xml"), *answer.headers.items()]
+        headers += [("Content-Length", str(len(body)))] + ([] if answer.read_body else [("Connection", "close")])
+        exchange.status, exchange.answered_at = answer.status, time.monotonic()
+        await self._client.send_head(f"HTTP/1.1 {answer.status} As told", headers)
+        if exchange.method != "HEAD":
+            exchange.sent = len(body)
+            await self._client.send(body)
+        return answer.read_body
+
+
+async def _reach(point: At, actions: Sequence[Action]) -> None:
+    for action in actions:
+        if isinstance(action, (Answer, Flip, Reframe)) or action.at != point:
+            continue
+        if isinstance(action, Hold):
+            await (asyncio.sleep(action.until) if isinstance(action.until, (int, float)) else action.until.passed())
+        elif isinstance(action, Call):
+            await asyncio.to_thread(action.function)
+        elif isinstance(action, Cut):
+            raise _CutError(action.reset)
+        elif isinstance(action, Kill):
+            os.kill(action.pid, signal.SIGKILL)
+            raise _CutError(reset=True)
+
+
+def _flipped(piece: bytes, start: int, offsets: Sequence[int]) -> bytes:
+    for offset in offsets:
+        if start <= offset < start + len(piece):
+            changed = bytearray(piece)
+            changed[offset - start] ^= 0xFF
+            piece = bytes(changed)
+    return piece

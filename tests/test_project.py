@@ -1,0 +1,182 @@
+"""The project keeps the shape that its documents promise: commands, dependencies, module table, import arrows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "azure_torch_ckpt"
+
+# Who may import azure.*: the door to the SDK and what it stands on.
+SDK_MODULES = {"credentials", "retry", "store", "transport"}
+
+TOP_LEVEL = {
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    PACKAGE,
+    "constraints.txt",
+    "docs",
+    "examples",
+    "pyproject.toml",
+    "tests",
+    "tox.ini",
+}
+
+
+def module_paths() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def dotted_name(path: Path) -> str:
+    """``azure_torch_ckpt.dcp.writer``; a package has the name of its directory."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(path: Path, modules: set[str]) -> set[str]:
+    """Dotted names of the modules that a file imports, wherever in the file it does so."""
+    package = dotted_name(path) if path.name == "__init__.py" else dotted_name(path).rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*anchor, base] if base else anchor)
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                found.add(submodule if submodule in modules else base)
+    return found
+
+
+def module_table() -> list[str]:
+    """The files that the first cells of the architecture's table of modules name, in order, relative to the package."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| module \|.*\n\|[-| ]*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    assert table, "docs/architecture.md has no table whose first column is called module"
+    return [name for row in table[1].splitlines() for name in re.findall(r"`([\w/]+\.py)`", row.split("|")[1])]
+
+
+def import_graph() -> dict[str, set[str]]:
+    modules = {dotted_name(path) for path in module_paths()}
+    return {dotted_name(path): imported_names(path, modules) for path in module_paths()}
+
+
+def test_every_module_is_in_the_table() -> None:
+    """The `__init__.py` of a subpackage only gathers names; it has its place above the rows of that subpackage."""
+    files = {path.relative_to(ROOT / PACKAGE) for path in module_paths()}
+    named = {file.as_posix() for file in files if file.name != "__init__.py" or len(file.parts) == 1}
+    table = module_table()
+    assert len(table) == len(set(table))
+    assert set(table) == named
+
+
+def test_imports_point_down_the_table() -> None:
+    depth: dict[str, float] = {}
+    for row, name in enumerate(module_table()):
+        module = dotted_name(ROOT / PACKAGE / name)
+        depth[module] = row
+        if "/" in name:
+            depth.setdefault(module.rpartition(".")[0], row - 0.5)
+    upwards = [
+        f"{module} imports {target}"
+        for module, targets in import_graph().items()
+        for target in targets & depth.keys()
+        if module in depth and target != module and depth[target] < depth[module]
+    ]
+    assert not upwards
+
+
+def test_only_the_store_and_what_it_stands_on_know_the_azure_sdk() -> None:
+    users = {
+        module.removeprefix(f"{PACKAGE}.")
+        for module, targets in import_graph().items()
+        if any(target.split(".")[0] == "azure" for target in targets)
+    }
+    assert users == SDK_MODULES
+
+
+def test_private_modules_and_names_of_others_are_left_alone() -> None:
+    """`_torch_private.py` is the one place for those of torch; of the SDK there is none."""
+    private: list[str] = []
+    for path in module_paths():
+        if path.name == "_torch_private.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            private += [
+                f"{path.relative_to(ROOT)}: {name}"
+                for name in names
+                if name.split(".")[0] in ("azure", "torch") and re.search(r"\._(?!_)", name)
+            ]
+    assert not private
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    fenced = re.findall(r"^```sh\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    commands = [line for block in fenced for line in block.splitlines() if line.startswith("python3 -m venv ")]
+    ci = [line for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    quickstart, tests = commands
+    assert quickstart == f"{tests} -e quickstart"
+    assert ci == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', tests]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def pyproject() -> dict[str, Any]:
+    data: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return data
+
+
+def requirements() -> list[Requirement]:
+    project = pyproject()["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in [*project["dependencies"], *extras]]
+
+
+def test_dependencies_have_lower_bounds_only() -> None:
+    assert {"torch", "azure-storage-blob"} <= {requirement.name for requirement in requirements()}
+    bounds = {clause.operator for requirement in requirements() for clause in requirement.specifier}
+    assert bounds == {">="}
+
+
+def test_every_dependency_is_pinned_for_the_tests() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line[:1] != "#"]
+    assert {clause.operator for pin in pins for clause in pin.specifier} == {"=="}
+    pinned = {canonicalize_name(pin.name) for pin in pins}
+    assert {canonicalize_name(requirement.name) for requirement in requirements()} <= pinned
+
+
+def test_nothing_else_lies_at_the_top() -> None:
+    listing = subprocess.run(
+        # The checkout of a CI service may belong to another user, which git refuses unless told.
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    entries = {name.split("/")[0] for name in listing.split("\0") if name}
+    assert "pyproject.toml" in entries
+    assert {entry for entry in entries if not entry.startswith(".")} <= TOP_LEVEL
