@@ -39,13 +39,19 @@ class AzureCheckpointError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         cause = self.__cause__
-        if cause is not None and not _survives_pickling(cause):
-            # An SDK error holds its response and its connection; what a reader on another rank needs is what it said.
+        if cause is not None and not _may_travel(cause):
+            # What a reader on another rank needs of it is what it said.
             cause = RuntimeError(f"{type(cause).__name__}: {cause}")
         return _rebuild, (type(self), self.args, dict(self.__dict__), cause)
 
 
-def _survives_pickling(error: BaseException) -> bool:
+def _may_travel(error: BaseException) -> bool:
+    """Whether an error can be pickled and holds no more than it says.
+
+    An SDK error holds its response and, in that one's request, the SAS or the token.
+    """
+    if not isinstance(error, AzureCheckpointError) and type(error).__module__ != "builtins":
+        return False
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

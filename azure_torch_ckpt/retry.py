@@ -21,7 +21,7 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure_torch_ckpt.pressure import Pressure
 from azure_torch_ckpt.transport import Cancel
 
-__all__ = ["DAMAGED", "HEALING_STATUS", "RetryPolicy"]
+__all__ = ["DAMAGED", "HEALING_STATUS", "NOT_SUPPORTED", "RetryPolicy"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ _BUSY_STATUS = frozenset({429, 503})
 DAMAGED = "Crc64Mismatch"
 """Error code of the 400 for a body that did not arrive as it was checksummed
 (https://learn.microsoft.com/rest/api/storageservices/put-block). Sent again, it most likely does."""
+NOT_SUPPORTED = "FeatureNotSupported"
+"""Error code of Azurite without ``--loose`` for what it does not know. Its status is 500, and it does not heal."""
 _FIRST_DELAY = 0.2
 _LONGEST_DELAY = 20.0
 # A name that does not resolve, a port where nobody listens, and a body that keeps arriving damaged (its memory changed
@@ -69,9 +71,10 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                     slot.busy = status in _BUSY_STATUS
                     slot.good = status < 400
                 reason = f"status {status}"
-                if status == 400 and response.http_response.headers.get("x-ms-error-code") == DAMAGED:
+                code = response.http_response.headers.get("x-ms-error-code")
+                if code == DAMAGED:
                     limit = min(limit, _SELDOM_HEALS_SECONDS)
-                elif status not in HEALING_STATUS:
+                elif status not in HEALING_STATUS or code == NOT_SUPPORTED:
                     return response
             except (ServiceRequestError, ServiceResponseError, IncompleteReadError) as error:
                 if _is_certificate_error(error):
@@ -111,10 +114,8 @@ def _retry_after(value: str | None) -> float:
     """Seconds that a Retry-After header asks for: a number or a date (RFC 9110, section 10.2.3)."""
     if value is None:
         return 0.0
-    try:
+    if value.isdecimal():
         return float(value)
-    except ValueError:
-        pass
     try:
         return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:

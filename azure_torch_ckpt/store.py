@@ -30,7 +30,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.pressure import Pressure
-from azure_torch_ckpt.retry import DAMAGED, HEALING_STATUS, RetryPolicy
+from azure_torch_ckpt.retry import DAMAGED, HEALING_STATUS, NOT_SUPPORTED, RetryPolicy
 from azure_torch_ckpt.transport import Cancel, Gather, GatherTransport, Scatter
 
 __all__ = ["BlobInfo", "BlobStore"]
@@ -169,12 +169,12 @@ class BlobStore:
                     cancel=cancel,
                 )
         except RequestRefusedError as error:
-            if not headers or error.status != 501:
+            if not headers or (error.status != 501 and error.error_code != NOT_SUPPORTED):
                 raise
             if self._crc64_accepted:
                 self._crc64_accepted = False
                 _log.warning(
-                    "%s does not check CRC64 on arrival (501); blocks are sent without it from now on. What is stored "
+                    "%s does not check CRC64 on arrival; blocks are sent without it from now on. What is stored "
                     "is still compared when it is loaded",
                     self.location.endpoint,
                 )
@@ -314,13 +314,15 @@ class BlobStore:
 
     def now(self) -> datetime.datetime:
         """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by."""
-        dates: list[str] = []
+        dates: list[str | None] = []  # of failed attempts, too, which somebody on the way may have answered
         with self._translated("list", ""):
             pages = self._container().list_blobs(
                 results_per_page=1,
-                raw_response_hook=lambda response: dates.append(response.http_response.headers["Date"]),
+                raw_response_hook=lambda response: dates.append(response.http_response.headers.get("Date")),
             )
             next(pages.by_page(), None)
+        if dates[-1] is None:
+            raise RequestRefusedError(f"could not learn the time: {self.location.endpoint} sends no Date header")
         return email.utils.parsedate_to_datetime(dates[-1])
 
     def create_container(self) -> None:
@@ -397,12 +399,12 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation) -> Sto
         return BlobNotFoundError(said)
     if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
         return BlobChangedError(said)
-    if status in HEALING_STATUS:
+    if status in HEALING_STATUS and code != NOT_SUPPORTED:
         return ServiceUnavailableError(f"{said}, also after retries. The service is busy or down; try again later")
     if code == DAMAGED:
         return RequestRefusedError(
-            f"{said}, also after retries: what arrived is not what was checksummed. Something on the way damages it, or "
-            "the tensors changed while they were being saved; leave them alone until the save has returned"
+            f"{said}, also after retries: what arrived is not what was checksummed. Something on the way damages it, "
+            "or the tensors changed while they were being saved; leave them alone until the save has returned"
         )
     return RequestRefusedError(said)
 

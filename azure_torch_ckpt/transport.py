@@ -244,16 +244,16 @@ class _Response(HttpResponse):
 
 
 class _Stream(Iterator[bytes]):
-    """What the SDK iterates a body with: it wants to know the response and its length, and hangs properties on it."""
+    """What the SDK iterates a body with: it wants to know the response and its length, and hangs properties on it.
+
+    No ``__len__``: the SDK makes a list of the pieces, and `list` would make room for as many pieces as there are bytes.
+    """
 
     def __init__(self, response: _Response) -> None:
         self.request = response.request
         self.response = response
         self.content_length = int(response.headers.get("content-length", 0))
         self._pieces = iter([response.content] if response.content else [])
-
-    def __len__(self) -> int:
-        return self.content_length
 
     def __next__(self) -> bytes:
         return next(self._pieces)
@@ -327,8 +327,8 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
 
         Raises:
             ServiceRequestError: no connection.
-            ServiceResponseError: the connection broke before the response was complete. The service may have
-                carried the request out.
+            ServiceResponseError, IncompleteReadError: the connection broke before the response was complete. The
+                service may have carried the request out.
         """
         target = urllib.parse.urlsplit(request.url)
         connection, reused = self._take(target.scheme, target.netloc)
@@ -380,7 +380,7 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
             connection.endheaders()
             for piece in _pieces(content):
                 connection.send(piece)
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             # A server that refuses a request may answer and hang up before it has read the body: its answer says why.
             with contextlib.suppress(OSError, http.client.HTTPException):
                 response = connection.getresponse()

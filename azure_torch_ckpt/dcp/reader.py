@@ -21,6 +21,7 @@ from azure_torch_ckpt.dcp.place import CheckpointPlace
 from azure_torch_ckpt.dcp.tensors import region_reads
 from azure_torch_ckpt.dcp.whole import load_tensor, open_item
 from azure_torch_ckpt.errors import (
+    AccessDeniedError,
     AzureCheckpointError,
     BlobChangedError,
     BlobNotFoundError,
@@ -90,6 +91,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         super().__init__(url, credential, options, ca_file)
         self._metadata = Metadata({}, storage_data={})
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
+        self._paths: dict[str, str] = {}  # of data blobs in the container, by their names below the URL
         self._sizes: dict[str, int] = {}
         self._seen: _Seen | None = None
         self._why_no_metadata: AzureCheckpointError | None = None
@@ -108,7 +110,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             try:
                 return self._read_metadata(rank)
             except AzureCheckpointError as error:
-                self._why_no_metadata = error
+                self._why_no_metadata = error if rank is None else None
                 raise
         # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
         # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
@@ -127,6 +129,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             raise metadata.error
         self._metadata = metadata
         self._chunks = {}
+        self._paths = {}
         self._sizes = {}
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -138,8 +141,9 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         Raises:
             CheckpointReplacedError: the checkpoint was replaced between one rank's look and another's.
         """
-        seen = [plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)]
-        if len({one for one in seen if one.name == metadata_name()}) > 1:
+        seen = {plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)}
+        # Ranks of which only some have read their own metadata would wait for each other in different collectives.
+        if len(seen) > 1 and any(one.name == metadata_name() for one in seen):
             raise self._replaced()
         return plans
 
@@ -223,7 +227,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 # The envelope is part of what the checksum covers; it comes with the same request.
                 after = payload + nbytes
                 for start, end in ((item.offset, payload), (after, item.offset + item.length)):
-                    yield Read(path, start, end - start, self._buffer(item, end - start), None, check)
+                    yield Read(path, start, end - start, memoryview(self._buffer(item, end - start)), None, check)
         yield from region_reads(path, payload, dtype, chunk, request.storage_offsets, target, limit=limit, check=check)
 
     # Items that are read whole
@@ -249,9 +253,10 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             for wanted in batch:
                 item = wanted.item
                 if (item.relative_path, item.offset) not in buffers:
-                    view = self._buffer(item, item.length)
-                    buffers[item.relative_path, item.offset] = view.obj
-                    yield Read(self._path(item), item.offset, item.length, view, None, self._check(wanted))
+                    buffers[item.relative_path, item.offset] = buffer = self._buffer(item, item.length)
+                    yield Read(
+                        self._path(item), item.offset, item.length, memoryview(buffer), None, self._check(wanted)
+                    )
 
         self._run(Download(self._store, sum(wanted.item.length for wanted in batch)), reads())
         for wanted in batch:
@@ -270,9 +275,12 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     # Fetching
 
     def _path(self, item: StoredItem) -> str:
-        return self._location.join(item.relative_path).path
+        path = self._paths.get(item.relative_path)
+        if path is None:
+            path = self._paths[item.relative_path] = self._location.join(item.relative_path).path
+        return path
 
-    def _buffer(self, item: StoredItem, length: int) -> memoryview:
+    def _buffer(self, item: StoredItem, length: int) -> bytearray:
         """Memory for `length` of an item's bytes.
 
         Raises:
@@ -287,7 +295,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                     f"A data blob of the checkpoint is shorter than its metadata says: {item.relative_path} has "
                     f"{self._sizes[path]} bytes where {item.offset + item.length} are needed. Use another checkpoint"
                 )
-        return memoryview(bytearray(length))
+        return bytearray(length)
 
     def _check(self, wanted: _Wanted) -> Check | None:
         item = wanted.item
@@ -354,8 +362,15 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         return metadata
 
     def _nothing_here(self, name: str) -> CheckpointNotFoundError:
+        missing = f"No complete checkpoint at {self.checkpoint_id}: {name} is not there"
         prefix = self._location.path + "/" if self._location.path else ""
-        found = [entry if isinstance(entry, str) else entry.path for entry in self._store.list_folder(prefix)]
+        try:
+            found = [entry if isinstance(entry, str) else entry.path for entry in self._store.list_folder(prefix)]
+        except AccessDeniedError:
+            return CheckpointNotFoundError(
+                f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the "
+                "URL"
+            )
         nearby = [entry[len(prefix) :] for entry in found]
         if not nearby:
             hint = "Nothing lies there at all; check the URL"
@@ -363,7 +378,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             hint = "Data blobs lie there without it: a save that did not finish. Load an older checkpoint"
         else:
             hint = f"What lies there: {', '.join(nearby[:5])}{', ...' if len(nearby) > 5 else ''}"
-        return CheckpointNotFoundError(f"No complete checkpoint at {self.checkpoint_id}: {name} is not there. {hint}")
+        return CheckpointNotFoundError(f"{missing}. {hint}")
 
 
 def _is_save_id(entry: str) -> bool:

@@ -37,7 +37,6 @@ from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
     CheckpointExistsError,
-    CommitConflictError,
     IncompleteSaveError,
 )
 from azure_torch_ckpt.location import BlobLocation
@@ -140,6 +139,9 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         planned = []
         for rank, plan in enumerate(plans):
             ticket = plan.storage_data
+            if not getattr(plan, "usable", True):
+                planned.append(plan)  # stands for a plan that this rank's planner has in its cache
+                continue
             if not isinstance(ticket, _Ticket):
                 raise CheckpointError(
                     f"The planner replaced SavePlan.storage_data of rank {rank} with {type(ticket).__name__}; that "
@@ -157,7 +159,9 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         Raises:
             StoreError: a block could not be stored.
         """
-        ticket: _Ticket = plan.storage_data
+        ticket = plan.storage_data
+        if not isinstance(ticket, _Ticket):
+            ticket = _Ticket("", rank=self._rank)  # from the planner's cache, of a save with another kind of writer
         save_id = ticket.save_id or self._nonce
         if ticket.nonce != self._nonce:
             # The planner took the plan of an earlier save from its cache; this one must not touch that one's blobs.
@@ -206,13 +210,14 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             _check_complete(metadata, self.checkpoint_id)
             check_metadata(metadata, f"The metadata of {self.checkpoint_id}")
             data = dump_metadata(metadata)
-            commit(self._store, self._location, data, self._replaces, rank)
-        except (IncompleteSaveError, CommitConflictError):
-            # Only where it is certain that no metadata names them.
-            remove_blobs(self._store, self._location, data_paths(metadata))
+            # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
             self._unfinished = None
+            commit(self._store, self._location, data, self._replaces, rank)
+        except CheckpointError:
+            # Not after a StoreError: it leaves open whether the new metadata names them.
+            self._unfinished = None
+            remove_blobs(self._store, self._location, data_paths(metadata))
             raise
-        self._unfinished = None
         if self._replaces is not None:
             self._remove_replaced(self._replaces, metadata)
 
