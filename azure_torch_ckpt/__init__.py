@@ -9,6 +9,7 @@ from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
     BlobChangedError,
+    BlobExistsError,
     BlobNotFoundError,
     CheckpointError,
     CheckpointExistsError,
@@ -27,6 +28,7 @@ from azure_torch_ckpt.errors import (
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -36,6 +38,8 @@ __all__ = [
     "AzureBlobWriter",
     "AzureCheckpointError",
     "BlobChangedError",
+    "BlobExistsError",
+    "BlobIO",
     "BlobLocation",
     "BlobNotFoundError",
     "CheckpointError",

@@ -14,6 +14,7 @@ __all__ = [
     "AccessDeniedError",
     "AzureCheckpointError",
     "BlobChangedError",
+    "BlobExistsError",
     "BlobNotFoundError",
     "CheckpointError",
     "CheckpointExistsError",
@@ -106,6 +107,10 @@ class AccessDeniedError(StoreError, PermissionError):
 
 class BlobChangedError(StoreError):
     """A conditional request found the blob in another state: it exists already, or its ETag is another one."""
+
+
+class BlobExistsError(BlobChangedError, FileExistsError):
+    """There is a blob of this name already, and the caller wants a new one."""
 
 
 class RequestRefusedError(StoreError):

@@ -12,6 +12,9 @@ _MAX_BLOCKS = 50_000
 _MAX_BLOCK = 4_000 * _MIB
 _BLOCK = 32 * _MIB
 _SMALL_BLOCK = 4 * _MIB
+_STREAM_BLOCK = 8 * _MIB
+# Blocks between one size and its double, for a blob of unknown length: 12 of these steps stay below 50,000 blocks.
+_BLOCKS_PER_SIZE = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,19 @@ class TransferOptions:
         size = self.block_size
         if size is None:
             fair = min(max(total // (2 * self.concurrency), _SMALL_BLOCK), _BLOCK)
-            size = min(fair, max(self.memory_budget // (self.concurrency + 2), 64 * 1024))
-        # A block for every 49,000th of the data leaves room for what the estimate missed.
-        return min(max(size, -(-total // (_MAX_BLOCKS - 1_000))), _MAX_BLOCK)
+            size = min(fair, self._affordable_block())
+        # Fewer than 50,000, for what the estimate missed and for copies that leave up to a quarter of a block empty.
+        return min(max(size, -(-total // (_MAX_BLOCKS * 7 // 10))), _MAX_BLOCK)
+
+    def block_size_at(self, offset: int) -> int:
+        """Bytes of the block at `offset` of a blob whose length nobody knows yet.
+
+        It doubles as the blob doubles, from 31 GiB on with the default, so that some 50 TiB fit into the 50,000 blocks
+        that a blob may have (https://learn.microsoft.com/azure/storage/blobs/scalability-targets).
+        """
+        size = self.block_size or min(_STREAM_BLOCK, self._affordable_block())
+        return min(size << (offset // (_BLOCKS_PER_SIZE * size)).bit_length(), _MAX_BLOCK)
+
+    def _affordable_block(self) -> int:
+        # An upload holds two blocks more than it has connections, one that it hands over and one that it fills.
+        return max(self.memory_budget // (self.concurrency + 4), 64 * 1024)

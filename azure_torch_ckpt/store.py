@@ -31,6 +31,7 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.pressure import Pressure
 from azure_torch_ckpt.retry import DAMAGED, HEALING_STATUS, NOT_SUPPORTED, RetryPolicy
+from azure_torch_ckpt.settings import BlobSettings
 from azure_torch_ckpt.transport import Cancel, Gather, GatherTransport, Scatter
 
 __all__ = ["BlobInfo", "BlobStore"]
@@ -135,8 +136,11 @@ class BlobStore:
             )
         return client
 
-    def _blob(self, path: str) -> BlobClient:
-        return self._container().get_blob_client(path)
+    def _blob(self, path: str, moment: BlobLocation | None = None) -> BlobClient:
+        if moment is None:
+            return self._container().get_blob_client(path)
+        # The declared type of `snapshot` forgets None, which is its default.
+        return self._container().get_blob_client(path, moment.snapshot or "", version_id=moment.version_id)
 
     def close(self) -> None:
         """Close the idle connections. The store can be used again; it makes new ones."""
@@ -180,10 +184,49 @@ class BlobStore:
                 )
             self.stage_block(path, block_id, body, cancel=cancel)
 
-    def commit_blocks(self, path: str, block_ids: Sequence[str]) -> None:
-        """Put Block List: make the blob `path` of staged blocks, replacing what was there. Safe to repeat."""
+    def commit_blocks(
+        self,
+        path: str,
+        block_ids: Sequence[str],
+        settings: BlobSettings | None = None,
+        *,
+        if_etag: str | None = None,
+        if_missing: bool = False,
+    ) -> str:
+        """Put Block List: make the blob `path` of staged blocks, replacing what was there, and return its ETag.
+
+        Safe to repeat without a condition. With one, a retry may find what the first attempt did, whose answer got
+        lost: `committed_blocks` tells.
+
+        Args:
+            block_ids: without any, the blob is empty.
+            if_etag: write only over the blob with this ETag.
+            if_missing: write only if there is no such blob.
+
+        Raises:
+            BlobChangedError: the condition does not hold.
+        """
+        settings = settings or BlobSettings()
+        options: dict[str, Any] = {}
+        if settings.content_type is not None:
+            options["content_settings"] = ContentSettings(content_type=settings.content_type)
+        if settings.metadata:
+            options["metadata"] = dict(settings.metadata)
+        if settings.tags:
+            options["tags"] = dict(settings.tags)
+        options |= {"match_condition": MatchConditions.IfMissing} if if_missing else _if(if_etag)
         with self._translated("commit", path):
-            self._blob(path).commit_block_list([BlobBlock(block_id) for block_id in block_ids])
+            result = self._blob(path).commit_block_list([BlobBlock(block_id) for block_id in block_ids], **options)
+            return str(result["etag"])
+
+    def committed_blocks(self, path: str) -> list[str]:
+        """Get Block List: the ids of the blocks that the blob consists of, in their order.
+
+        Raises:
+            BlobNotFoundError: there is no such blob.
+        """
+        with self._translated("look at the blocks of", path):
+            return [str(block.id) for block in self._blob(path).get_block_list("committed")[0]]
 
     def put(self, path: str, data: bytes, *, if_etag: str | None = None, if_missing: bool = False) -> str:
         """Put Blob: write a whole blob with one request, and return its ETag.
@@ -195,33 +238,30 @@ class BlobStore:
         Raises:
             BlobChangedError: the condition does not hold.
         """
-        condition: dict[str, Any] = {"overwrite": True}
-        if if_missing:
-            condition = {"overwrite": False}
-        elif if_etag is not None:
-            condition = {"overwrite": True, "etag": if_etag, "match_condition": MatchConditions.IfNotModified}
         with self._translated("write", path):
             result = self._blob(path).upload_blob(
                 data,
                 length=len(data),
                 max_concurrency=1,
                 content_settings=ContentSettings(content_type="application/octet-stream"),
-                **condition,
+                overwrite=not if_missing,
+                **_if(if_etag),
             )
             return str(result["etag"])
 
-    def delete(self, path: str, *, if_etag: str | None = None) -> bool:
+    def delete(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
         """Delete a blob; tell whether it was there.
+
+        Args:
+            if_etag: delete only the blob with this ETag.
+            cancel: breaks the request off.
 
         Raises:
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
-        condition: dict[str, Any] = {}
-        if if_etag is not None:
-            condition = {"etag": if_etag, "match_condition": MatchConditions.IfNotModified}
         try:
             with self._translated("delete", path):
-                self._blob(path).delete_blob(delete_snapshots="include", **condition)
+                self._blob(path).delete_blob(delete_snapshots="include", cancel=cancel, **_if(if_etag))
         except BlobNotFoundError:
             return False
         return True
@@ -235,6 +275,7 @@ class BlobStore:
         views: Sequence[memoryview],
         *,
         if_etag: str | None = None,
+        moment: BlobLocation | None = None,
         cancel: Cancel | None = None,
     ) -> str:
         """Get Blob: fill `views` with the bytes from `offset` on, with one request; return the blob's ETag.
@@ -242,6 +283,7 @@ class BlobStore:
         Args:
             views: writable one-dimensional byte views, not empty altogether.
             if_etag: read only the blob with this ETag.
+            moment: where its URL names a snapshot or a version of the blob, that one is read.
             cancel: breaks the request off.
 
         Raises:
@@ -250,12 +292,9 @@ class BlobStore:
             RequestRefusedError: the blob ends before the range does (``status`` is 416).
         """
         dest = Scatter(views)
-        condition: dict[str, Any] = {}
-        if if_etag is not None:
-            condition = {"etag": if_etag, "match_condition": MatchConditions.IfNotModified}
         with self._translated("read", path):
-            download = self._blob(path).download_blob(
-                offset=offset, length=dest.size, max_concurrency=1, dest=dest, cancel=cancel, **condition
+            download = self._blob(path, moment).download_blob(
+                offset=offset, length=dest.size, max_concurrency=1, dest=dest, cancel=cancel, **_if(if_etag)
             )
             etag = str(download.properties.etag)
             if dest.received:
@@ -280,24 +319,48 @@ class BlobStore:
         Raises:
             BlobNotFoundError: there is no such blob.
         """
+        data, info = self.read_some(path, 0, limit)
+        return data, info.etag
+
+    def read_some(
+        self, path: str, offset: int, limit: int, *, if_etag: str | None = None, moment: BlobLocation | None = None
+    ) -> tuple[bytes, BlobInfo]:
+        """Get Blob: at most `limit` bytes from `offset` on, none at the blob's end, and what the blob is.
+
+        Args:
+            if_etag, moment: as for `read_into`.
+
+        Raises:
+            BlobNotFoundError: there is no such blob.
+            BlobChangedError: the blob's ETag is not `if_etag`.
+        """
         try:
             with self._translated("read", path):
-                download = self._blob(path).download_blob(offset=0, length=limit, max_concurrency=1)
-                return download.readall(), str(download.properties.etag)
+                download = self._blob(path, moment).download_blob(
+                    offset=offset, length=limit, max_concurrency=1, **_if(if_etag)
+                )
+                data, properties = download.readall(), download.properties
         except RequestRefusedError as error:
             # https://learn.microsoft.com/rest/api/storageservices/get-blob: no range fits an empty blob.
             if error.status != 416:
                 raise
-            return b"", self.stat(path).etag
+            return b"", self.stat(path, if_etag=if_etag, moment=moment)
+        # "bytes 0-9/100"; the size that the SDK gives is the range's.
+        size = int(str(properties.content_range).rpartition("/")[2]) if properties.content_range else len(data)
+        return data, dataclasses.replace(_info(path, properties), size=size)
 
-    def stat(self, path: str) -> BlobInfo:
+    def stat(self, path: str, *, if_etag: str | None = None, moment: BlobLocation | None = None) -> BlobInfo:
         """Get Blob Properties.
+
+        Args:
+            if_etag, moment: as for `read_into`.
 
         Raises:
             BlobNotFoundError: there is no such blob.
+            BlobChangedError: the blob's ETag is not `if_etag`.
         """
         with self._translated("look at", path):
-            properties = self._blob(path).get_blob_properties()
+            properties = self._blob(path, moment).get_blob_properties(**_if(if_etag))
         return _info(path, properties)
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
@@ -343,6 +406,10 @@ class BlobStore:
         except AzureError as error:
             where = f"{self.location}/{path}" if path else str(self.location)
             raise _translate(error, f"could not {doing} {where}", self.location) from error
+
+
+def _if(etag: str | None) -> dict[str, Any]:
+    return {} if etag is None else {"etag": etag, "match_condition": MatchConditions.IfNotModified}
 
 
 def _info(path: str, properties: BlobProperties) -> BlobInfo:

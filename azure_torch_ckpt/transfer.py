@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt.checksums import combine, crc64
 from azure_torch_ckpt.errors import BlobChangedError
+from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transport import Cancel, Gather
 from azure_torch_ckpt.workers import Workers
@@ -53,19 +54,21 @@ class Item:
 class Upload:
     """One blob, written as parallel blocks, visible only after `finish`.
 
-    At most ``options.concurrency + 2`` blocks are held at a time, so `add` waits when the network is slower than its
+    At most ``options.concurrency + 4`` blocks are held at a time, so `add` waits when the network is slower than its
     caller. Use it as a context manager: an exception inside stops the workers, and nothing is committed.
 
     Args:
         path: the blob's name in the container.
-        total: about how many bytes will come; it decides the size of the blocks.
+        total: about how many bytes will come; it decides the size of the blocks. None where nobody knows: the blocks
+            grow with the blob.
     """
 
-    def __init__(self, store: BlobStore, path: str, total: int) -> None:
+    def __init__(self, store: BlobStore, path: str, total: int | None) -> None:
         self._store = store
         self._path = path
         self._checksums = store.options.checksums
-        self.block_size = store.options.part_size(total)
+        self._grows = total is None
+        self.block_size = store.options.block_size_at(0) if total is None else store.options.part_size(total)
         self._cancel = Cancel()
         self._workers = Workers(store.options.concurrency, "blob-upload", self._cancel.cancel)
         self._blocks = 0
@@ -73,6 +76,7 @@ class Upload:
         self._id = uuid.uuid4().hex[:16]
         self._block: list[Segment] = []
         self._room = self.block_size
+        self._flushed = 0
         self._offset = 0
 
     def __enter__(self) -> Upload:
@@ -81,8 +85,12 @@ class Upload:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._workers.__exit__(kind, error, traceback)
 
-    def add(self, views: Iterable[memoryview]) -> Item:
+    def add(self, views: Iterable[memoryview], *, copies: bool = False) -> Item:
         """Append an item: one-dimensional byte views, whose memory must not change before `finish` returns.
+
+        Args:
+            copies: whether nobody but the upload holds the views' memory. Each view of up to a block is then put into
+                one block, not two, so that a block that is staged leaves none of it behind.
 
         Raises:
             StoreError: a block could not be staged.
@@ -91,6 +99,9 @@ class Upload:
         segment = self._new_segment(item)
         for view in views:
             length = view.nbytes
+            if copies and self._room < length <= self.block_size:
+                self._flush()
+                segment = self._new_segment(item)
             start = 0
             while length - start > self._room:
                 cut = start + self._room
@@ -113,11 +124,33 @@ class Upload:
         Raises:
             StoreError: a block could not be staged, or the blob could not be committed.
         """
+        if block_ids := self.stage():
+            self._store.commit_blocks(self._path, block_ids)
+
+    def stage(self) -> list[str]:
+        """Send the unfinished block as well, wait for all of them, and return their ids. More can be added.
+
+        Raises:
+            StoreError: a block could not be staged.
+        """
         if self._room < self.block_size:
             self._flush()
         self._workers.finish()
-        if self._blocks:
-            self._store.commit_blocks(self._path, [self._block_id(number) for number in range(self._blocks)])
+        return [self._block_id(number) for number in range(self._blocks)]
+
+    def settle(self) -> None:
+        """Let the memory that was given to `add` so far go: wait for the full blocks, copy the unfinished one.
+
+        Raises:
+            StoreError: a block could not be staged.
+        """
+        for segment in self._block:
+            segment.views = [memoryview(b"".join(segment.views))]
+        self._workers.finish()
+
+    def abort(self, *, wait: bool = True) -> None:
+        """Break off; nothing is committed. With `wait`, no memory that was given to `add` is used afterwards."""
+        self._workers.abort(wait=wait)
 
     def _new_segment(self, item: Item) -> Segment:
         segment = Segment()
@@ -129,9 +162,13 @@ class Upload:
         return f"{self._id}-{number:05d}"
 
     def _flush(self) -> None:
-        block, self._block, self._room = self._block, [], self.block_size
+        block, self._block = self._block, []
         self._workers.submit(functools.partial(self._stage, self._block_id(self._blocks), block))
         self._blocks += 1
+        self._flushed += sum(segment.length for segment in block)
+        if self._grows:
+            self.block_size = self._store.options.block_size_at(self._flushed)
+        self._room = self.block_size
 
     def _stage(self, block_id: str, block: list[Segment]) -> None:
         crc = None
@@ -208,10 +245,16 @@ class Download:
 
     Args:
         total: about how many bytes will be read; it decides the size of the requests.
+        if_etag: read only from a blob with this ETag.
+        moment: where its URL names a snapshot or a version, that one is read.
     """
 
-    def __init__(self, store: BlobStore, total: int) -> None:
+    def __init__(
+        self, store: BlobStore, total: int, *, if_etag: str | None = None, moment: BlobLocation | None = None
+    ) -> None:
         self._store = store
+        self._if_etag = if_etag
+        self._moment = moment
         self.part_size = store.options.part_size(total)
         self._etags: dict[str, str] = {}
         # Bytes nobody asked for land here, from all threads at once.
@@ -222,7 +265,7 @@ class Download:
 
         Raises:
             BlobNotFoundError: a blob is missing.
-            BlobChangedError: a blob was replaced between two requests.
+            BlobChangedError: a blob was replaced between two requests, or has another ETag than `if_etag`.
             RequestRefusedError: a blob is shorter than a range (``status`` is 416).
             StoreError: for other reasons; and whatever a `Check` or a `Read.use` raises.
         """
@@ -276,7 +319,9 @@ class Download:
             views.append(view)
             received.append(view)
             end = read.offset + read.length
-        etag = self._store.read_into(path, request[0].offset, views, cancel=cancel)
+        etag = self._store.read_into(
+            path, request[0].offset, views, if_etag=self._if_etag, moment=self._moment, cancel=cancel
+        )
         if self._etags.setdefault(path, etag) != etag:
             raise BlobChangedError(f"{self._store.location}/{path} was replaced while it was read; try again")
         for read, view in zip(request, received, strict=True):

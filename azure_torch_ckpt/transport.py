@@ -52,6 +52,7 @@ _SEND_SLICE = 1024 * 1024
 # threads from fighting over it.
 _READ_AHEAD = 256 * 1024
 _TLS_RECORD = 18 * 1024  # a full record and its overhead
+_LOW_WATER_SECONDS = 0.5  # no longer wait for that much; far more than a live connection takes
 _WAIT_ALL = 0 if _IO_TIMEVAL is None else socket.MSG_WAITALL
 # Elsewhere poll() does not heed the low-water mark of a TCP socket.
 _LOW_WATER = socket.SO_RCVLOWAT if sys.platform == "linux" else None
@@ -554,6 +555,12 @@ def _receive_tls(sock: ssl.SSLSocket, views: deque[memoryview]) -> None:
             if wanted != low_water and _LOW_WATER is not None:
                 sock.setsockopt(socket.SOL_SOCKET, _LOW_WATER, wanted)
                 low_water = wanted
+            if _readable(sock, min(_LOW_WATER_SECONDS, _IO_SECONDS)):
+                continue
+            # Less may be all that comes: a server that ends the connection with a TLS alert waits for our answer to it.
+            if low_water != 1 and _LOW_WATER is not None:
+                sock.setsockopt(socket.SOL_SOCKET, _LOW_WATER, 1)
+                low_water = 1
             if not _readable(sock, _IO_SECONDS):
                 raise TimeoutError(f"no data for {_IO_SECONDS:.0f} s")
     finally:

@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 __all__ = ["Workers"]
 
+# A signal that comes just before the main thread begins to wait for a lock has its handler run when that wait ends. So
+# that SIGTERM ends a transfer whose requests hang, no wait is longer than this.
+_WAIT_SECONDS = 0.5
+
 
 class Workers:
     """Run tasks on at most `count` threads. The first error stops the rest and is raised to the caller.
@@ -39,7 +43,12 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._fail(error)
-        self._join()
+        try:
+            self._join()
+        except BaseException as interruption:  # a signal's handler raised
+            self._fail(interruption)
+            self._join()
+            raise
 
     def submit(self, task: Callable[[], None]) -> None:
         """Hand over a task, waiting while ``count + 2`` are unfinished.
@@ -47,16 +56,22 @@ class Workers:
         Raises:
             the error of an earlier task.
         """
-        self._permits.acquire()
+        while not self._permits.acquire(timeout=_WAIT_SECONDS):
+            pass
         if self._error is not None:
+            self._permits.release()  # so that a caller who goes on gets the error again instead of waiting for ever
             raise self._error
         if len(self._threads) < self._count:
             context = contextvars.copy_context()  # tracing finds its parent span there
             thread = threading.Thread(
-                target=context.run, args=(self._work,), name=f"{self._name}-{len(self._threads)}", daemon=True
+                target=context.run,
+                args=(self._work, self._tasks),
+                name=f"{self._name}-{len(self._threads)}",
+                daemon=True,
             )
-            thread.start()
+            # In this order, for a signal's handler may raise while `start` waits: what runs is always listed.
             self._threads.append(thread)
+            thread.start()
         self._tasks.put(task)
 
     def finish(self) -> None:
@@ -69,21 +84,28 @@ class Workers:
         if self._error is not None:
             raise self._error
 
+    def abort(self, *, wait: bool = True) -> None:
+        """Drop the tasks that have not begun and break off the others; with `wait`, return when no thread is left."""
+        self._fail(ConnectionAbortedError("aborted"))
+        self._join(wait)
+
     def _fail(self, error: BaseException) -> None:
         if self._error is None:
             self._error = error
             if self._stop is not None:
                 self._stop()
 
-    def _join(self) -> None:
-        for _ in self._threads:
-            self._tasks.put(None)
+    def _join(self, wait: bool = True) -> None:
+        self._tasks.put(None)
+        if not wait:
+            return
         for thread in self._threads:
-            thread.join()
-        self._threads = []
+            while thread.is_alive():
+                thread.join(_WAIT_SECONDS)
+        self._threads, self._tasks = [], queue.SimpleQueue()
 
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
+    def _work(self, tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        while (task := tasks.get()) is not None:
             try:
                 if self._error is None:
                     task()
@@ -91,3 +113,4 @@ class Workers:
                 self._fail(error)
             finally:
                 self._permits.release()
+        tasks.put(None)  # for the next thread

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, BlobNotFoundError, CommitConflictError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.transport import Cancel
 from azure_torch_ckpt.workers import Workers
 
 __all__ = [
@@ -94,13 +95,14 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
 
 def remove_blobs(store: BlobStore, location: BlobLocation, names: Iterable[str]) -> None:
     """Delete data blobs that no metadata names any more. A failure is logged: it costs storage, not correctness."""
+    cancel = Cancel()
 
     def remove(name: str) -> None:
         try:
-            store.delete(location.join(name).path)
+            store.delete(location.join(name).path, cancel=cancel)
         except AzureCheckpointError as error:
             _log.warning("could not remove %s, which is no longer needed: %s", location.join(name), error)
 
-    with Workers(store.options.concurrency, "blob-remove") as workers:
+    with Workers(store.options.concurrency, "blob-remove", cancel.cancel) as workers:
         for name in names:
             workers.submit(functools.partial(remove, name))

@@ -1,0 +1,372 @@
+"""A blob as a binary file: `BlobIO`, for ``torch.save``, ``torch.load`` and all else that takes a file object."""
+
+from __future__ import annotations
+
+import functools
+import io
+import operator
+import os
+import re
+import warnings
+from collections.abc import Hashable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex, cast, get_args
+
+from azure_torch_ckpt.blockwriter import BlockWriter
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.errors import AccessDeniedError, BlobExistsError, BlobNotFoundError, LocationError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.readahead import RangeReader
+from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.store import BlobStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer, Self
+
+__all__ = ["BlobIO"]
+
+_Mode = Literal["rb", "wb", "xb"]
+_PEEK = 64 * 1024
+_NO_FILE = (
+    "A blob is no file on this machine, so it has no file descriptor and cannot be mapped into memory. Leave mmap=True "
+    "away: torch.load(BlobIO(url, 'rb')) reads every tensor straight into its own memory. To map it all the same, "
+    "copy it first: `with open(path, 'wb') as file: shutil.copyfileobj(blob, file, 2**25)`, and load that path"
+)
+# What torch and NumPy say when they want to map a file and get an object.
+_WANTS_MAPPING = re.compile(r"mmap argument|memmap", re.IGNORECASE)
+
+
+class BlobIO(io.BufferedIOBase):
+    """A blob, opened for reading or for writing.
+
+        with BlobIO("https://account.blob.core.windows.net/models/weights.pt", "wb") as file:
+            torch.save(model.state_dict(), file)
+        with BlobIO("https://account.blob.core.windows.net/models/weights.pt", "rb") as file:
+            model.load_state_dict(torch.load(file))
+
+    **Reading** asks for nothing before the first read. From then on, one state of the blob is read: every request
+    carries the ETag of the first answer, and a blob that is replaced meanwhile is an error, never a mixture. Small
+    reads are served from ranges that are fetched ahead, 64 MiB of them at most; large ones arrive in the caller's
+    memory.
+
+    **Writing** sends blocks in parallel. The blob appears, or is replaced, when `close` returns, and not before. An
+    exception inside ``with`` leaves what was there untouched, and so do `abort` and an object that is lost without
+    `close` (a `ResourceWarning` tells). A `write` of 64 MiB or more is sent from the caller's memory without a copy,
+    and returns when it is sent. Smaller ones are copied, and at most ``options.memory_budget`` bytes of them are held.
+
+    Not for several threads at once. A reader can go on in a forked child; nothing here can be pickled.
+
+    Args:
+        blob_url: the blob; a SAS, ``snapshot=`` and ``versionid=`` in the URL are respected.
+        mode: ``"rb"``, ``"wb"`` or ``"xb"`` (make the blob; it is an error if it exists).
+        credential: see `azure_torch_ckpt.credentials.resolve`; a SAS in the URL wins.
+        if_etag: read, or replace, only the blob with this ETag.
+        content_type, metadata, tags: what a written blob carries; see `BlobSettings`.
+        options: limits. ``options.block_size`` is that of the first blocks.
+        ca_file: PEM file with further certificates to trust.
+
+    Attributes:
+        mode: as it was given.
+        name: the URL without its SAS.
+
+    Raises:
+        ValueError: another mode, an argument that is not for this mode, or settings that the service would refuse.
+        LocationError, CredentialError: `blob_url` or `credential` cannot be used.
+        BlobExistsError: the blob exists, and `mode` is ``"xb"``. It is a `FileExistsError`.
+        StoreError (all methods): the service cannot be reached or refuses. `BlobNotFoundError` is a
+            `FileNotFoundError`, `AccessDeniedError` a `PermissionError`. After a failed write nothing is committed.
+    """
+
+    # A finaliser runs, too, when `__init__` has failed.
+    _closed = True
+
+    def __init__(
+        self,
+        blob_url: str | os.PathLike[str] | BlobLocation,
+        mode: _Mode,
+        *,
+        credential: Credential = None,
+        if_etag: str | None = None,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        if mode not in get_args(_Mode):
+            raise ValueError(f"Unsupported mode: {mode!r}. BlobIO is binary: 'rb', 'wb' or 'xb'")
+        location = BlobLocation.parse(blob_url)
+        if not location.path:
+            raise LocationError(f"{location} is a container. Append the name of a blob")
+        settings = BlobSettings(content_type, metadata, tags)
+        store = _shared_store(location.container_root(), credential, options, ca_file)
+        self.mode = mode
+        self.name = str(location)
+        self._etag: str | None = None
+        self._reader: RangeReader | None = None
+        self._writer: BlockWriter | None = None
+        self._position = 0
+        if mode == "rb":
+            if settings != BlobSettings():
+                raise ValueError("content_type, metadata and tags are for writing")
+            self._reader = RangeReader(store, location, if_etag)
+        else:
+            if location.snapshot is not None or location.version_id is not None:
+                raise LocationError(f"{location} is a snapshot or a version, which never changes. Write to the blob")
+            if mode == "xb":
+                if if_etag is not None:
+                    raise ValueError("if_etag is a condition on a blob that exists, and 'xb' makes a new one")
+                _refuse_existing(store, location)
+            self._writer = BlockWriter(store, location.path, settings, if_etag=if_etag, if_missing=mode == "xb")
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<BlobIO {self.name!r} mode={self.mode!r}{' closed' if self._closed else ''}>"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(f"cannot pickle or copy an open {self!r}: pass its URL, and open it there")
+
+    # Either mode
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def etag(self) -> str | None:
+        """The blob's ETag: of what is read (a HEAD request if nothing was read yet), or, once closed, was written."""
+        if self._reader is not None and self._etag is None:
+            self._etag = self._reader.info().etag
+        return self._etag
+
+    def readable(self) -> bool:
+        self._check_open()
+        return self._reader is not None
+
+    def writable(self) -> bool:
+        self._check_open()
+        return self._writer is not None
+
+    def seekable(self) -> bool:
+        """Whether `seek` works: in mode ``"rb"``."""
+        return self.readable()
+
+    def tell(self) -> int:
+        self._check_open()
+        return self._position
+
+    def fileno(self) -> NoReturn:
+        """Raises `io.UnsupportedOperation`: there is no file descriptor."""
+        raise io.UnsupportedOperation(_NO_FILE)
+
+    def flush(self) -> None:
+        """Wait until everything that was written has arrived at the service; in mode ``"rb"``, do nothing.
+
+        It shows whether the service takes the data, and nothing else: the blob appears with `close`. What does not fill
+        a block makes a small one, which the first 4,000 flushes may do, since a blob has 50,000 blocks at most. Later
+        ones keep it in memory until there is more.
+        """
+        self._check_open()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """End reading, or commit what was written. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._writer is not None:
+            self._etag = self._writer.commit()
+        if self._reader is not None:
+            self._reader.drop()
+
+    def abort(self) -> None:
+        """Close without committing: what was written is dropped, and a blob that was there stays as it was."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._writer is not None:
+            self._writer.abort()
+        if self._reader is not None:
+            self._reader.drop()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        self.abort()
+        if isinstance(error, ValueError) and _WANTS_MAPPING.search(str(error)):
+            raise io.UnsupportedOperation(_NO_FILE) from error
+
+    def __del__(self) -> None:
+        writer = None if self._closed else self._writer
+        self._closed = True
+        if writer is not None and not writer.is_inherited:
+            # Not waiting: this may run in any thread, also while the interpreter ends and the workers are gone.
+            writer.abort(wait=False)
+            warnings.warn(
+                f"{self!r} was never closed, so nothing was written. Use `with`", ResourceWarning, 2, source=self
+            )
+
+    # Reading
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most `size` bytes, fewer only at the end; everything that is left for -1 or None."""
+        reader = self._for_reading("read")
+        length = None if size is None else operator.index(size)
+        if length is not None and length < -1:
+            raise ValueError(f"size must be greater than or equal to -1, not {length}")
+        if length == 0:
+            return b""
+        length = None if length == -1 else length
+        left = reader.begin(self._position, length) - self._position
+        length = left if length is None else min(length, left)
+        if length <= 0:
+            return b""
+        ready = reader.at(self._position)
+        if ready.nbytes >= length:
+            self._position += length
+            return bytes(ready[:length])
+        # Of all that the standard library has, only this gives bytes that were written in place.
+        memory = io.BytesIO()
+        memory.seek(length - 1)
+        memory.write(b"\0")
+        with memory.getbuffer() as view:
+            self._position += reader.read_into(self._position, view)
+        return memory.getvalue()
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        """At most `size` bytes with at most one fetch."""
+        reader = self._for_reading("read")
+        ready = reader.at(self._position) if size != 0 else memoryview(b"")
+        if size is not None and size >= 0:
+            ready = ready[:size]
+        self._position += ready.nbytes
+        return bytes(ready)
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Fill a writable buffer, and return the number of bytes: its size, or fewer at the end of the blob."""
+        reader = self._for_reading("read")
+        view = _bytes_of(buffer)
+        if view.readonly and view.nbytes:
+            raise TypeError(f"readinto() needs a writable buffer, not a read-only {type(buffer).__name__}")
+        count = reader.read_into(self._position, view)
+        self._position += count
+        return count
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Bytes that the next read will give, without moving: at least one before the end, however many `size` asks."""
+        return bytes(self._for_reading("peek").at(self._position)[: max(size, _PEEK)])
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """The rest of the line with its ``b"\\n"``; at most `size` bytes, if that is not negative."""
+        reader = self._for_reading("read")
+        limit = -1 if size is None else operator.index(size)
+        pieces: list[bytes] = []
+        while limit != 0:
+            ready = reader.at(self._position)
+            piece = _line_in(ready if limit < 0 else ready[:limit])
+            if not piece:
+                break
+            pieces.append(piece)
+            self._position += len(piece)
+            limit = max(limit - len(piece), 0) if limit > 0 else limit
+            if piece.endswith(b"\n"):
+                break
+        return b"".join(pieces)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move, also beyond the end, and return the new position. Asks for nothing, except the size for `SEEK_END`."""
+        reader = self._for_reading("seek")
+        offset, whence = operator.index(offset), operator.index(whence)
+        if whence == os.SEEK_CUR:
+            offset += self._position
+        elif whence == os.SEEK_END:
+            offset += reader.info().size
+        elif whence != os.SEEK_SET:
+            raise ValueError(f"Unsupported whence: {whence}")
+        if offset < 0:
+            raise ValueError(f"Cannot seek to the negative position {offset}")
+        self._position = offset
+        return offset
+
+    # Writing
+
+    def write(self, data: Buffer, /) -> int:
+        """Append any contiguous buffer; return its size in bytes. An error of an earlier write may come only here.
+
+        Raises:
+            TypeError: no buffer (a str), or one that is not contiguous.
+        """
+        self._check_open()
+        if self._writer is None:
+            raise io.UnsupportedOperation("write")
+        view = _bytes_of(data)
+        self._writer.write(view)
+        self._position += view.nbytes
+        return view.nbytes
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("I/O operation on closed file")
+
+    def _for_reading(self, operation: str) -> RangeReader:
+        self._check_open()
+        if self._reader is None:
+            raise io.UnsupportedOperation(operation)
+        return self._reader
+
+
+def _bytes_of(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # a view with a zero in its shape cannot be cast
+
+
+def _line_in(view: memoryview) -> bytes:
+    """What lies before and at the first line end, or everything. Copies no more than it has to look at."""
+    step = 8 * 1024
+    pieces = []
+    for start in range(0, view.nbytes, step):
+        piece = bytes(view[start : start + step])
+        end = piece.find(b"\n") + 1
+        if end:
+            pieces.append(piece[:end])
+            break
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _refuse_existing(store: BlobStore, location: BlobLocation) -> None:
+    try:
+        store.stat(location.path)
+    except BlobNotFoundError:
+        return
+    except AccessDeniedError:  # a credential for writing only; the commit is conditional all the same
+        return
+    raise BlobExistsError(f"{location} exists already. Choose another name, or open it with 'wb' to replace it")
+
+
+@functools.lru_cache(maxsize=8, typed=True)
+def _kept_store(location: BlobLocation, *arguments: Any) -> BlobStore:
+    credential, options, ca_file = arguments
+    return BlobStore(location, credential, options=options, ca_file=ca_file)
+
+
+def _shared_store(
+    location: BlobLocation, credential: Credential, options: TransferOptions | None, ca_file: str | None
+) -> BlobStore:
+    """One store for all files of a container: a connection and a token cost more than a small blob."""
+    try:
+        return _kept_store(location, cast("Hashable", credential), options, ca_file)
+    except TypeError:  # a credential that cannot be hashed
+        return BlobStore(location, credential, options=options, ca_file=ca_file)
