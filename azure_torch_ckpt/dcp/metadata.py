@@ -120,9 +120,15 @@ def dump_metadata(metadata: Metadata) -> bytes:
 
     Raises:
         UnsafeMetadataError: ``metadata`` holds objects (a custom planner's ``planner_data``) that :func:`load_metadata`
-            would refuse. Better to fail before the commit than to commit what cannot be loaded.
+            would refuse, or that cannot be pickled. Better to fail before the commit than to commit what cannot be
+            loaded.
     """
-    data = pickle.dumps(metadata)
+    try:
+        data = pickle.dumps(metadata)
+    except Exception as error:  # an object's own __reduce__ may raise anything
+        raise UnsafeMetadataError(
+            f"The metadata of this save cannot be pickled ({error}). Have the planner put plain values into planner_data"
+        ) from error
     if not _is_builtin(metadata.planner_data):
         load_metadata(data, "The metadata of this save")
     return data

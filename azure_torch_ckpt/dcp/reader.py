@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -365,7 +366,8 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         missing = f"No complete checkpoint at {self.checkpoint_id}: {name} is not there"
         prefix = self._location.path + "/" if self._location.path else ""
         try:
-            found = [entry if isinstance(entry, str) else entry.path for entry in self._store.list_folder(prefix)]
+            entries = itertools.islice(self._store.list_folder(prefix), 1_000)  # a hint, not an inventory
+            found = [entry if isinstance(entry, str) else entry.path for entry in entries]
         except AccessDeniedError:
             return CheckpointNotFoundError(
                 f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the "
