@@ -127,7 +127,7 @@ def dump_metadata(metadata: Metadata) -> bytes:
         data = pickle.dumps(metadata)
     except Exception as error:  # an object's own __reduce__ may raise anything
         raise UnsafeMetadataError(
-            f"The metadata of this save cannot be pickled ({error}). Have the planner put plain values into planner_data"
+            f"The metadata of this save cannot be pickled ({error}). Let the planner put plain values there"
         ) from error
     if not _is_builtin(metadata.planner_data):
         load_metadata(data, "The metadata of this save")

@@ -270,6 +270,11 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             region = tensor
             for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
                 region = region.narrow(dim, start, size)
+            if region.is_quantized and not _same_quantizer(region, wanted.target):
+                raise CheckpointError(
+                    f"{wanted.what} was saved with another scale or zero point than the tensor to load into has, and "
+                    "only the integers can be copied. Make that tensor with the saved quantizer"
+                )
             wanted.target.copy_(region)
             planner.commit_tensor(request, wanted.target)
 
@@ -381,6 +386,20 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         else:
             hint = f"What lies there: {', '.join(nearby[:5])}{', ...' if len(nearby) > 5 else ''}"
         return CheckpointNotFoundError(f"{missing}. {hint}")
+
+
+def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not other.is_quantized:
+        return True  # copy_ dequantizes
+    if one.qscheme() != other.qscheme():
+        return False
+    if one.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return one.q_scale() == other.q_scale() and one.q_zero_point() == other.q_zero_point()
+    return (
+        one.q_per_channel_axis() == other.q_per_channel_axis()
+        and torch.equal(one.q_per_channel_scales(), other.q_per_channel_scales())
+        and torch.equal(one.q_per_channel_zero_points(), other.q_per_channel_zero_points())
+    )
 
 
 def _is_save_id(entry: str) -> bool:
