@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError
+from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobExistsError, StoreError
 from azure_torch_ckpt.settings import BlobSettings
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transfer import Upload
@@ -100,8 +100,9 @@ class BlockWriter:
             except BlobChangedError as error:
                 where = f"{self._store.location}/{self._path}"
                 # The ids of an upload are its own: with them, the first attempt went well and only its answer got lost.
-                if block_ids and self._store.committed_blocks(self._path) == block_ids:
-                    return self._store.stat(self._path).etag
+                with contextlib.suppress(AccessDeniedError):  # a credential for writing only
+                    if block_ids and self._store.committed_blocks(self._path) == block_ids:
+                        return self._store.stat(self._path).etag
                 if self._if_missing:
                     raise BlobExistsError(f"{where} exists; somebody wrote it meanwhile. It was left alone") from error
                 raise BlobChangedError(

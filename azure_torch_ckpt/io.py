@@ -6,7 +6,6 @@ import functools
 import io
 import operator
 import os
-import re
 import warnings
 from collections.abc import Hashable, Mapping
 from types import TracebackType
@@ -22,7 +21,16 @@ from azure_torch_ckpt.settings import BlobSettings
 from azure_torch_ckpt.store import BlobStore
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
     from typing_extensions import Buffer, Self
+
+    # What libraries declare for a file is IO[bytes], which no base class of the io module is.
+    class _BinaryFile(io.BufferedIOBase, BinaryIO):
+        pass
+
+else:
+    _BinaryFile = io.BufferedIOBase
 
 __all__ = ["BlobIO"]
 
@@ -33,11 +41,12 @@ _NO_FILE = (
     "away: torch.load(BlobIO(url, 'rb')) reads every tensor straight into its own memory. To map it all the same, "
     "copy it first: `with open(path, 'wb') as file: shutil.copyfileobj(blob, file, 2**25)`, and load that path"
 )
-# What torch and NumPy say when they want to map a file and get an object.
-_WANTS_MAPPING = re.compile(r"mmap argument|memmap", re.IGNORECASE)
+# What torch.load says when it wants to map a file and gets an object: "f must be a file path in order to use the mmap
+# argument". It looks at nothing else of the object, so this is the place to say more.
+_WANTS_MAPPING = "mmap argument"
 
 
-class BlobIO(io.BufferedIOBase):
+class BlobIO(_BinaryFile):
     """A blob, opened for reading or for writing.
 
         with BlobIO("https://account.blob.core.windows.net/models/weights.pt", "wb") as file:
@@ -65,10 +74,6 @@ class BlobIO(io.BufferedIOBase):
         content_type, metadata, tags: what a written blob carries; see `BlobSettings`.
         options: limits. ``options.block_size`` is that of the first blocks.
         ca_file: PEM file with further certificates to trust.
-
-    Attributes:
-        mode: as it was given.
-        name: the URL without its SAS.
 
     Raises:
         ValueError: another mode, an argument that is not for this mode, or settings that the service would refuse.
@@ -101,8 +106,8 @@ class BlobIO(io.BufferedIOBase):
             raise LocationError(f"{location} is a container. Append the name of a blob")
         settings = BlobSettings(content_type, metadata, tags)
         store = _shared_store(location.container_root(), credential, options, ca_file)
-        self.mode = mode
-        self.name = str(location)
+        self._mode = mode
+        self._name = str(location)
         self._etag: str | None = None
         self._reader: RangeReader | None = None
         self._writer: BlockWriter | None = None
@@ -128,6 +133,15 @@ class BlobIO(io.BufferedIOBase):
         raise TypeError(f"cannot pickle or copy an open {self!r}: pass its URL, and open it there")
 
     # Either mode
+
+    @property
+    def mode(self) -> _Mode:
+        return self._mode
+
+    @property
+    def name(self) -> str:
+        """The URL without its SAS."""
+        return self._name
 
     @property
     def closed(self) -> bool:
@@ -202,7 +216,7 @@ class BlobIO(io.BufferedIOBase):
             self.close()
             return
         self.abort()
-        if isinstance(error, ValueError) and _WANTS_MAPPING.search(str(error)):
+        if isinstance(error, ValueError) and _WANTS_MAPPING in str(error):
             raise io.UnsupportedOperation(_NO_FILE) from error
 
     def __del__(self) -> None:

@@ -200,7 +200,8 @@ class RangeReader:
         if self._info is None:
             return BlobChangedError(f"{self._location} has another ETag than if_etag={self._etag}: it was replaced")
         return BlobChangedError(
-            f"{self._location} was replaced while it was read. What was read before is of the old blob; open it again"
+            f"{self._location} was replaced or removed while it was read. What was read before is of the old blob; "
+            "open it again"
         )
 
     def _keep(self, chunk: _Chunk) -> None:

@@ -451,7 +451,7 @@ def _translate(error: AzureError, failed: str, location: BlobLocation) -> StoreE
 
 
 def _by_status(status: int, code: str, said: str, location: BlobLocation) -> StoreError:
-    if status in (401, 403):
+    if status in (401, 403) or code == "InvalidAuthenticationInfo":  # the latter may come as 400
         return AccessDeniedError(
             f"{said}. Check that the credential is meant for account {location.account!r}, has not expired and allows "
             "this (role Storage Blob Data Contributor, or a SAS with read, write, delete and list), and that the "

@@ -247,7 +247,7 @@ class _Response(HttpResponse):
 class _Stream(Iterator[bytes]):
     """What the SDK iterates a body with: it wants to know the response and its length, and hangs properties on it.
 
-    No ``__len__``: the SDK makes a list of the pieces, and `list` would make room for as many pieces as there are bytes.
+    No ``__len__``: the SDK makes a list of the pieces, and `list` would make room for one per byte.
     """
 
     def __init__(self, response: _Response) -> None:

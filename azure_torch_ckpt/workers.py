@@ -34,7 +34,9 @@ class Workers:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A few tasks wait ready, so that no thread idles while the caller prepares the next one.
         self._permits = threading.Semaphore(count + 2)
-        self._threads: list[threading.Thread] = []
+        # With each thread, an event for its end: Thread.join believes, up to Python 3.12, that the thread has ended
+        # once a signal's handler has raised in it.
+        self._threads: list[tuple[threading.Thread, threading.Event]] = []
         self._error: BaseException | None = None
 
     def __enter__(self) -> Workers:
@@ -63,15 +65,20 @@ class Workers:
             raise self._error
         if len(self._threads) < self._count:
             context = contextvars.copy_context()  # tracing finds its parent span there
+            ended = threading.Event()
             thread = threading.Thread(
                 target=context.run,
-                args=(self._work, self._tasks),
+                args=(self._work, self._tasks, ended),
                 name=f"{self._name}-{len(self._threads)}",
                 daemon=True,
             )
             # In this order, for a signal's handler may raise while `start` waits: what runs is always listed.
-            self._threads.append(thread)
-            thread.start()
+            self._threads.append((thread, ended))
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no thread left
+                self._threads.pop()
+                raise
         self._tasks.put(task)
 
     def finish(self) -> None:
@@ -99,12 +106,13 @@ class Workers:
         self._tasks.put(None)
         if not wait:
             return
-        for thread in self._threads:
-            while thread.is_alive():
-                thread.join(_WAIT_SECONDS)
+        for thread, ended in self._threads:
+            while not ended.wait(_WAIT_SECONDS):
+                pass
+            thread.join()
         self._threads, self._tasks = [], queue.SimpleQueue()
 
-    def _work(self, tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    def _work(self, tasks: queue.SimpleQueue[Callable[[], None] | None], ended: threading.Event) -> None:
         while (task := tasks.get()) is not None:
             try:
                 if self._error is None:
@@ -114,3 +122,4 @@ class Workers:
             finally:
                 self._permits.release()
         tasks.put(None)  # for the next thread
+        ended.set()

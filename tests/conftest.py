@@ -20,6 +20,7 @@ from azure_torch_ckpt.emulator import Azurite
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tests.proxy import FaultProxy
+from tests.tally import Tally
 
 
 class UnsignedToken:
@@ -74,3 +75,9 @@ def proxy(azurite: Azurite) -> Iterator[FaultProxy]:
 def proxied_container(proxy: FaultProxy, container: str) -> str:
     """URL of `container` through `proxy`. The proxy's log does not have the request that made it."""
     return f"{proxy.endpoint}/{container.rpartition('/')[2]}"
+
+
+@pytest.fixture(scope="session")
+def tally() -> Tally:
+    """Where a test of faults writes what it counted."""
+    return Tally()

@@ -14,7 +14,6 @@ clients. `faults` has the faults.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import ssl
@@ -65,7 +64,7 @@ class FaultProxy:
         self.connections = self.in_flight = self.most_in_flight = 0
         self.max_in_flight: int | None = None
         self._rules: list[Rule] = []
-        self.idle: set[asyncio.StreamWriter] = set()
+        self.idle: set[HttpStream] = set()
         self._changed = threading.Condition()
         self._bug: BaseException | None = None
         self._port = 0
@@ -152,14 +151,16 @@ class FaultProxy:
         await asyncio.sleep(0)  # the loop lets go of the socket
 
     async def _close_idle(self) -> int:
-        writers = list(self.idle)
-        for writer in writers:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-        return len(writers)
+        clients = list(self.idle)
+        for client in clients:
+            client.end(reset=False)
+        await asyncio.sleep(0)  # the loop closes the sockets
+        return len(clients)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._stop.is_set():  # too late to be cancelled with the others
+            writer.transport.abort()
+            return
         self.connections += 1
         connection = _Connection(self, self.connections, HttpStream(reader, writer))
         try:
@@ -221,11 +222,11 @@ class _Connection:
     async def serve(self) -> None:
         keep_alive = True
         while keep_alive:
-            self._proxy.idle.add(self._client.writer)
+            self._proxy.idle.add(self._client)
             try:
                 first, headers = await self._client.read_head()
             finally:
-                self._proxy.idle.discard(self._client.writer)
+                self._proxy.idle.discard(self._client)
             exchange = exchange_of(first, headers, self._number)
             actions = self._proxy.begin(exchange)
             try:

@@ -27,7 +27,7 @@ class HttpStream:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self.writer = writer
-        # `send` returns when the kernel has it all. Not 0, with which asyncio's TLS pauses at an empty buffer, for ever.
+        # `send` returns when the kernel has it all. Not 0: asyncio's TLS would pause at an empty buffer, for ever.
         writer.transport.set_write_buffer_limits(1)
         writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -87,3 +87,5 @@ class HttpStream:
             self.writer.transport.abort()
         else:
             self.writer.close()
+            # Over TLS that says good-bye and waits up to 30 s for the other side to say it too. Servers do not wait.
+            asyncio.get_running_loop().call_later(0.05, self.writer.transport.abort)
