@@ -36,17 +36,21 @@ class HangingRequests:
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
-        self.begun = self.ended = 0
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.has_begun = threading.Event()
 
     def stop(self) -> None:
         self._stopped.set()
 
     def request(self) -> None:
-        self.begun += 1
+        self.begun.append(threading.get_ident())
+        self.has_begun.set()
         assert self._stopped.wait(_SECONDS)
-        self.ended += 1
+        self.ended.append(threading.get_ident())
 
     def request_and_signal(self) -> None:
+        assert self.has_begun.wait(_SECONDS)
         _until_the_main_thread_waits()
         os.kill(os.getpid(), signal.SIGUSR1)
         self.request()
@@ -82,7 +86,8 @@ def test_a_signal_ends_the_wait_for_requests_that_hang(wait: Callable[[Workers, 
         workers.submit(service.request_and_signal)
         wait(workers, service.request)
     # Those that had begun have ended before the block was left, and no other one has begun.
-    assert service.begun == service.ended == 2
+    assert len(service.begun) == 2
+    assert sorted(service.ended) == sorted(service.begun)
 
 
 def test_a_signal_while_a_thread_starts_does_not_leave_another_one_without_an_end(
@@ -103,9 +108,10 @@ def test_a_signal_while_a_thread_starts_does_not_leave_another_one_without_an_en
     def transfer() -> None:
         with pytest.raises(InterruptionError), Workers(2, "test", service.stop) as workers:
             workers.submit(service.request)
+            assert service.has_begun.wait(_SECONDS)
             workers.submit(service.request)
         left.set()
 
     threading.Thread(target=transfer, daemon=True).start()
     assert left.wait(_SECONDS)
-    assert service.begun == service.ended == 1
+    assert service.ended == service.begun
