@@ -28,9 +28,9 @@ _log = logging.getLogger(__name__)
 # https://learn.microsoft.com/rest/api/storageservices/common-rest-api-error-codes: time-outs and a busy server heal.
 HEALING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BUSY_STATUS = frozenset({429, 503})
-DAMAGED = "Crc64Mismatch"
-"""Error code of the 400 for a body that did not arrive as it was checksummed
-(https://learn.microsoft.com/rest/api/storageservices/put-block). Sent again, it most likely does."""
+DAMAGED = frozenset({"Crc64Mismatch", "Md5Mismatch"})
+"""Error codes of the 400 for a body that did not arrive as it was checksummed
+(https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes). Sent again, it most likely does."""
 NOT_SUPPORTED = "FeatureNotSupported"
 """Error code of Azurite without ``--loose`` for what it does not know. Its status is 500, and it does not heal."""
 _FIRST_DELAY = 0.2
@@ -72,7 +72,7 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                     slot.good = status < 400
                 reason = f"status {status}"
                 code = response.http_response.headers.get("x-ms-error-code")
-                if code == DAMAGED:
+                if code in DAMAGED:
                     limit = min(limit, _SELDOM_HEALS_SECONDS)
                 elif status not in HEALING_STATUS or code == NOT_SUPPORTED:
                     return response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import datetime
@@ -16,7 +17,7 @@ from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 from azure.storage.blob import BlobBlock, BlobClient, BlobPrefix, BlobProperties, ContainerClient, ContentSettings
 
-from azure_torch_ckpt.checksums import header_value
+from azure_torch_ckpt.checksums import header_value, md5
 from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -51,12 +52,14 @@ class BlobInfo:
         size: bytes.
         etag: changes with every write.
         last_modified: with time zone.
+        md5: of the content, if it was stored with the blob: `BlobStore.put` does.
     """
 
     path: str
     size: int
     etag: str
     last_modified: datetime.datetime
+    md5: bytes | None = None
 
 
 class BlobStore:
@@ -231,6 +234,9 @@ class BlobStore:
     def put(self, path: str, data: bytes, *, if_etag: str | None = None, if_missing: bool = False) -> str:
         """Put Blob: write a whole blob with one request, and return its ETag.
 
+        The service checks the content's MD5 on arrival and keeps it (`BlobInfo.md5`):
+        https://learn.microsoft.com/rest/api/storageservices/put-blob.
+
         Args:
             if_etag: write only over the blob with this ETag.
             if_missing: write only if there is no such blob.
@@ -244,6 +250,7 @@ class BlobStore:
                 length=len(data),
                 max_concurrency=1,
                 content_settings=ContentSettings(content_type="application/octet-stream"),
+                headers={"Content-MD5": base64.b64encode(md5(data)).decode()},
                 overwrite=not if_missing,
                 **_if(if_etag),
             )
@@ -417,7 +424,10 @@ def _info(path: str, properties: BlobProperties) -> BlobInfo:
     etag = str(properties.etag)
     if not etag.startswith('"'):
         etag = f'"{etag}"'
-    return BlobInfo(path, int(properties.size), etag, properties.last_modified)
+    stored_md5 = properties.content_settings.content_md5
+    return BlobInfo(
+        path, int(properties.size), etag, properties.last_modified, None if stored_md5 is None else bytes(stored_md5)
+    )
 
 
 def _translate(error: AzureError, failed: str, location: BlobLocation) -> StoreError:
@@ -468,7 +478,7 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation) -> Sto
         return BlobChangedError(said)
     if status in HEALING_STATUS and code != NOT_SUPPORTED:
         return ServiceUnavailableError(f"{said}, also after retries. The service is busy or down; try again later")
-    if code == DAMAGED:
+    if code in DAMAGED:
         return RequestRefusedError(
             f"{said}, also after retries: what arrived is not what was checksummed. Something on the way damages it, "
             "or the tensors changed while they were being saved; leave them alone until the save has returned"

@@ -348,7 +348,7 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
                 raise IncompleteReadError(_describe(error, target), error=error) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                if not reused or response is not None:
+                if not reused or response is not None or (cancel is not None and cancel.cancelled):
                     raise ServiceResponseError(_describe(error, target), error=error) from error
                 # The server closed a connection that lay idle. That is no fault, so it does not count as an attempt.
                 connection, reused = self._connect(target.scheme, target.netloc), False

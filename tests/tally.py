@@ -4,12 +4,18 @@
 
 adds a line such as ``{"fault": "first save: SIGKILL", "tried": 18, "outcome": "nothing", "count": 12}`` for each kind
 of outcome. The lines of one fault have the same `tried`, and their counts add up to it.
+
+    python -m tests.tally counts.jsonl docs/reliability.md
+
+puts them into the table, between its marks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -32,3 +38,26 @@ class Tally:
         """One line for each outcome of a fault."""
         for outcome, count in sorted(outcomes.items()):
             self.add(fault, outcomes.total(), outcome, count)
+
+
+def table(lines: list[str]) -> str:
+    """A row for each fault: how often it was tried, and what came of it."""
+    outcomes: dict[str, list[str]] = {}
+    tried: dict[str, int] = {}
+    for entry in map(json.loads, lines):
+        outcomes.setdefault(entry["fault"], []).append(f"{entry['outcome']}: {entry['count']}")
+        tried[entry["fault"]] = entry["tried"]
+    rows = [f"| {fault} | {tried[fault]} | {'; '.join(outcomes[fault])} |" for fault in sorted(outcomes)]
+    return "\n".join(["| fault | tried | what happened |", "|---|--:|---|", *rows])
+
+
+def main(log: str, document: str) -> None:
+    page = Path(document)
+    rows = table(Path(log).read_text(encoding="utf-8").splitlines())
+    text = page.read_text(encoding="utf-8")
+    between = re.compile(r"(<!-- table -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    page.write_text(between.sub(lambda marks: marks[1] + rows + marks[2], text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

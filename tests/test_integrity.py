@@ -33,7 +33,7 @@ from azure_torch_ckpt.dcp.metadata import StoredItem
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.store import BlobStore
 from tests.crcserver import CrcServer
-from tests.faults import Exchange, Flip
+from tests.faults import Answer, Exchange, Flip
 from tests.mixed import (
     KEY,
     SMALL,
@@ -328,3 +328,44 @@ def test_a_byte_that_changed_on_the_way_down_is_found_in_every_request(
             outcomes["error names tensor, blob, offset"] += 1
     assert_right(load(url))
     tally.add_all("byte flipped on the way down", outcomes)
+
+
+def test_metadata_that_changed_on_the_way_down_is_found_wherever_the_byte_lies(
+    proxy: FaultProxy, proxied_container: str, tally: Tally
+) -> None:
+    url = f"{proxied_container}/a"
+    save(url)
+
+    def is_metadata(seen: Exchange) -> bool:
+        return seen.kind == "Get Blob" and seen.path.endswith(".metadata")
+
+    size = BlobStore(BlobLocation.parse(url), KEY).stat("a/.metadata").size
+    outcomes: Counter[str] = Counter()
+    for offset in range(0, size, size // 12):
+        proxy.when(is_metadata).do(Flip(offset))
+        with pytest.raises(CheckpointException) as caught:
+            load(url)
+        error = error_of(caught)
+        assert isinstance(error, CorruptCheckpointError) and "MD5" in str(error) and ".metadata" in str(error)
+        outcomes["error names the blob"] += 1
+    assert_right(load(url))
+    tally.add_all("byte of .metadata flipped on the way down", outcomes)
+
+
+def test_metadata_that_changed_on_the_way_up_never_becomes_a_checkpoint(
+    proxy: FaultProxy, proxied_container: str, tally: Tally
+) -> None:
+    url = f"{proxied_container}/a"
+    save(url, version=1)
+    for offset in (0, 300, 1000):
+        proxy.when("Put Blob").do(Flip(offset, of="request"))
+        with pytest.raises(CheckpointException) as caught:
+            save(url)
+        # Azurite compares Content-MD5, but calls a mismatch InvalidOperation, so that nobody tries again.
+        assert isinstance(error_of(caught), RequestRefusedError)
+        assert_right(load(url), version=1)
+    # The service calls it Md5Mismatch: https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
+    proxy.when("Put Blob").do(Answer(400, "Md5Mismatch"))
+    save(url)
+    assert_right(load(url))
+    tally.add("byte of .metadata flipped on the way up", 4, "refused by the service", 4)

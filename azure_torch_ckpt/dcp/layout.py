@@ -12,7 +12,14 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, BlobNotFoundError, CommitConflictError
+from azure_torch_ckpt.checksums import md5
+from azure_torch_ckpt.errors import (
+    AzureCheckpointError,
+    BlobChangedError,
+    BlobNotFoundError,
+    CommitConflictError,
+    CorruptCheckpointError,
+)
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transport import Cancel
@@ -57,12 +64,21 @@ def data_name(save_id: str, rank: int) -> str:
 
 
 def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | None = None) -> Stored | None:
-    """The metadata that stands at `location`, or None."""
+    """The metadata that stands at `location`, or None.
+
+    Raises:
+        CorruptCheckpointError: its bytes do not have the MD5 that was stored with them.
+    """
     try:
-        data, etag = store.read(location.join(metadata_name(rank)).path, limit=_METADATA_LIMIT)
+        data, info = store.read_some(location.join(metadata_name(rank)).path, 0, _METADATA_LIMIT)
     except BlobNotFoundError:
         return None
-    return Stored(data, etag)
+    if info.md5 is not None and info.md5 != md5(data):
+        raise CorruptCheckpointError(
+            f"{location}/{metadata_name(rank)} was damaged in storage or on the way: its bytes do not have the MD5 "
+            "that was stored with them. Try again to rule out the way, or use another checkpoint"
+        )
+    return Stored(data, info.etag)
 
 
 def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stored | None, rank: int | None) -> None:
