@@ -64,6 +64,7 @@ class FaultProxy:
         self.connections = self.in_flight = self.most_in_flight = 0
         self.max_in_flight: int | None = None
         self._rules: list[Rule] = []
+        self._serving: set[asyncio.Task[None]] = set()
         self.idle: set[HttpStream] = set()
         self._changed = threading.Condition()
         self._bug: BaseException | None = None
@@ -139,6 +140,11 @@ class FaultProxy:
         started.set_result(None)
         await self._stop.wait()
         self._listener.close()
+        await asyncio.sleep(0)  # connections that were accepted just now begin, and end, with `_stop` set
+        while self._serving:
+            for task in self._serving:
+                task.cancel()
+            await asyncio.wait(self._serving)
 
     async def _listen(self) -> None:
         self._listener = await asyncio.start_server(
@@ -158,9 +164,13 @@ class FaultProxy:
         return len(clients)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._stop.is_set():  # too late to be cancelled with the others
+        if self._stop.is_set():
             writer.transport.abort()
             return
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         self.connections += 1
         connection = _Connection(self, self.connections, HttpStream(reader, writer))
         try:

@@ -81,8 +81,10 @@ def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | Non
     return Stored(data, info.etag)
 
 
-def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stored | None, rank: int | None) -> None:
+def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stored | None, rank: int | None) -> str:
     """Make a checkpoint visible: write its metadata if what stands there is still what stood there before the save.
+
+    Returns the metadata's ETag.
 
     Args:
         replaces: what stood there when the save began; None if nothing did.
@@ -95,14 +97,13 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
     path = location.join(metadata_name(rank)).path
     try:
         if replaces is None:
-            store.put(path, data, if_missing=True)
-        else:
-            store.put(path, data, if_etag=replaces.etag)
+            return store.put(path, data, if_missing=True)
+        return store.put(path, data, if_etag=replaces.etag)
     except BlobChangedError as error:
         # The first attempt may have been carried out and only its answer lost; then the second finds its own work.
         now = read_metadata_blob(store, location, rank)
         if now is not None and now.data == data:
-            return
+            return now.etag
         raise CommitConflictError(
             f"Another save {'removed' if now is None else 'committed'} the checkpoint at {location} since this one "
             "began, so this one was dropped. Give each job a URL of its own, or save again to replace what stands there"

@@ -106,6 +106,8 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         self._use_collectives = True
         self._nonce = new_save_id()
         self._replaces: Stored | None = None
+        # URL and ETag of the metadata of the last save, and the names of its data blobs.
+        self._committed: tuple[str, str, set[str]] | None = None
         # The coordinator's last save, for as long as it is not known to have been committed.
         self._unfinished: tuple[BlobLocation, str] | None = None
 
@@ -214,14 +216,16 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             data = dump_metadata(metadata)
             # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
             self._unfinished = None
-            commit(self._store, self._location, data, self._replaces, rank)
+            etag = commit(self._store, self._location, data, self._replaces, rank)
         except CheckpointError:
             # Not after a StoreError: it leaves open whether the new metadata names them.
             self._unfinished = None
             remove_blobs(self._store, self._location, data_paths(metadata))
             raise
+        names = data_paths(metadata)
         if self._replaces is not None:
-            self._remove_replaced(self._replaces, metadata)
+            self._remove_replaced(self._replaces, names)
+        self._committed = (self.checkpoint_id, etag, names)
 
     def _look_at_url(self) -> Stored | None:
         if not self._use_collectives:
@@ -242,15 +246,19 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             _log.info("the checkpoint at %s will be replaced", self.checkpoint_id)
         return stored
 
-    def _remove_replaced(self, replaced: Stored, metadata: Metadata) -> None:
-        where = f"{self.checkpoint_id}/{metadata_name()}"
-        try:
-            old = load_metadata(replaced.data, where)
-            check_metadata(old, where)
-        except AzureCheckpointError as error:
-            _log.warning("the data of the replaced checkpoint stays, for its metadata says too little: %s", error)
-            return
-        remove_blobs(self._store, self._location, sorted(data_paths(old) - data_paths(metadata)))
+    def _remove_replaced(self, replaced: Stored, names: set[str]) -> None:
+        if self._committed is not None and self._committed[:2] == (self.checkpoint_id, replaced.etag):
+            old_names = self._committed[2]  # of this writer's own last save; to read them again would take time
+        else:
+            where = f"{self.checkpoint_id}/{metadata_name()}"
+            try:
+                old = load_metadata(replaced.data, where)
+                check_metadata(old, where)
+            except AzureCheckpointError as error:
+                _log.warning("the data of the replaced checkpoint stays, for its metadata says too little: %s", error)
+                return
+            old_names = data_paths(old)
+        remove_blobs(self._store, self._location, sorted(old_names - names))
 
     def _remove_unfinished(self) -> None:
         """Remove the blobs of this writer's previous save if some rank's error ended it before `finish`."""
