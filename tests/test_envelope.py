@@ -211,7 +211,7 @@ def test_settings_of_torch_make_no_difference(settings: dict[str, Any], tmp_path
 def test_modes_of_the_caller_do_not_reach_it() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class LooksAtEverything(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class LooksAtEverything(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.numel():
