@@ -11,8 +11,7 @@ _MIB = 1024 * 1024
 _MAX_BLOCKS = 50_000
 _MAX_BLOCK = 4_000 * _MIB
 _BLOCK = 32 * _MIB
-_SMALL_BLOCK = 4 * _MIB
-_STREAM_BLOCK = 8 * _MIB
+_SMALL_BLOCK = 8 * _MIB
 # Blocks between one size and its double, for a blob of unknown length: 12 of these steps stay below 50,000 blocks.
 _BLOCKS_PER_SIZE = 4_000
 
@@ -67,7 +66,7 @@ class TransferOptions:
         It doubles as the blob doubles, from 31 GiB on with the default, so that some 50 TiB fit into the 50,000 blocks
         that a blob may have (https://learn.microsoft.com/azure/storage/blobs/scalability-targets).
         """
-        size = self.block_size or min(_STREAM_BLOCK, self._affordable_block())
+        size = self.block_size or min(_SMALL_BLOCK, self._affordable_block())
         return min(size << (offset // (_BLOCKS_PER_SIZE * size)).bit_length(), _MAX_BLOCK)
 
     def _affordable_block(self) -> int:

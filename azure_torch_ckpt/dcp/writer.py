@@ -30,7 +30,7 @@ from azure_torch_ckpt.dcp.layout import (
     remove_blobs,
 )
 from azure_torch_ckpt.dcp.metadata import check_metadata, data_paths, dump_metadata, load_metadata, storage_info
-from azure_torch_ckpt.dcp.payload import is_plain
+from azure_torch_ckpt.dcp.payload import is_plain, readable
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import CheckpointPlace
 from azure_torch_ckpt.errors import (
@@ -176,8 +176,8 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             for write_item in plan.items:
                 data = planner.resolve_data(write_item)
                 # Pieces of a quarter of a block, of which every block takes whole ones, leave little of it empty.
-                views, payload_offset = _views(write_item, data, upload.block_size // 4)
-                written.append((write_item, upload.add(views, copies=not _is_sent_in_place(data)), payload_offset))
+                views, payload_offset, copies = _views(write_item, data, upload.block_size // 4)
+                written.append((write_item, upload.add(views, copies=copies), payload_offset))
             upload.finish()
         results = [
             WriteResult(
@@ -283,12 +283,14 @@ def _planned_size(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> tuple[Iterable[memoryview], int | None]:
-    """An item's bytes as torch.save writes them, and where in them a reader finds the tensor's raw bytes."""
+def _views(
+    item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int
+) -> tuple[Iterable[memoryview], int | None, bool]:
+    """An item's bytes as torch.save writes them, where in them the raw bytes start, and whether they are copies."""
     if item.type == WriteItemType.BYTE_IO:
         if not isinstance(data, io.BytesIO):
             raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not io.BytesIO")
-        return [data.getbuffer().toreadonly()], None
+        return [data.getbuffer().toreadonly()], None, True
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not a tensor")
     if data.layout is not torch.strided:
@@ -297,23 +299,24 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> tupl
             f"{item.index.fqn!r} has the layout {data.layout}, and torch.distributed.checkpoint loads strided tensors "
             "only. Save it dense (to_dense()), or save its indices and values as tensors of their own"
         )
-    tensor = data.detach()
-    if not tensor.is_quantized:
-        tensor = tensor.resolve_conj().resolve_neg()
+    tensor = data
     if not is_plain(tensor):
-        return serialize(_alone(tensor)), None
+        tensor = tensor.detach()
+        if not tensor.is_quantized:
+            tensor = tensor.resolve_conj().resolve_neg()
+        if not is_plain(tensor):
+            return serialize(_alone(tensor)), None, True
     around = envelope(tensor.dtype, tensor.shape)
-    views = itertools.chain([memoryview(around.head)], pieces(tensor, limit), [memoryview(around.trailer)])
     planned = item.tensor_data
     # A planner may save another dtype or shape than it planned; then only torch.load knows what is there.
     as_planned = (
         planned is not None and tensor.dtype == planned.properties.dtype and tensor.shape == planned.chunk.sizes
     )
-    return views, len(around.head) if as_planned else None
-
-
-def _is_sent_in_place(data: torch.Tensor | io.BytesIO) -> bool:
-    return isinstance(data, torch.Tensor) and data.device.type == "cpu" and data.is_contiguous()
+    payload_offset = len(around.head) if as_planned else None
+    head, trailer = memoryview(around.head), memoryview(around.trailer)
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        return (head, readable(tensor), trailer), payload_offset, False
+    return itertools.chain((head,), pieces(tensor.detach(), limit), (trailer,)), payload_offset, True
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
