@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from azure_torch_ckpt.datasets import (
+    Blob,
+    BlobCache,
+    BlobDataset,
+    BlobListing,
+    BlobSampler,
+    IterableBlobDataset,
+    TarDataset,
+)
 from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, prune, remove_checkpoint, verify
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -37,11 +46,16 @@ __all__ = [
     "AzureBlobReader",
     "AzureBlobWriter",
     "AzureCheckpointError",
+    "Blob",
+    "BlobCache",
     "BlobChangedError",
+    "BlobDataset",
     "BlobExistsError",
     "BlobIO",
+    "BlobListing",
     "BlobLocation",
     "BlobNotFoundError",
+    "BlobSampler",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
@@ -52,10 +66,12 @@ __all__ = [
     "CredentialError",
     "EmulatorError",
     "IncompleteSaveError",
+    "IterableBlobDataset",
     "LocationError",
     "RequestRefusedError",
     "ServiceUnavailableError",
     "StoreError",
+    "TarDataset",
     "TransferOptions",
     "UnsafeMetadataError",
     "UnsupportedCheckpointError",

@@ -1,0 +1,284 @@
+"""The blobs of a dataset as one compact list: made by one listing, saved, loaded, shared by all processes of a node."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import mmap
+import os
+import re
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from azure_torch_ckpt.checksums import crc64
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.errors import LocationError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.store import BlobStore
+
+__all__ = ["BlobListing", "ListedBlob"]
+
+_MAGIC = b"azure-torch-ckpt blob listing 1\n"
+# The form that the service's ETags have; others are kept as text.
+_ETAG = re.compile(r'"0x([1-9A-F][0-9A-F]{0,15})"', re.ASCII)
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ListedBlob:
+    """One entry. `size` (bytes) and `etag` are those of the time of listing, None where only the URL was given."""
+
+    location: BlobLocation
+    size: int | None
+    etag: str | None
+
+
+class BlobListing:
+    """Names, sizes and ETags of any number of blobs, in 24 bytes each beside the name.
+
+        listing = BlobListing.from_container_url(url, prefix="train/", suffix=".jpg")
+        listing.save("train.listing")                        # once, on one machine
+        dataset = BlobDataset.from_listing(BlobListing.load("train.listing"))
+
+    A listing that was loaded is mapped into memory, so all processes of a machine share it. It never changes. A file
+    holds no SAS; a pickle does, for a worker could not read otherwise.
+    """
+
+    def __init__(self, containers: tuple[BlobLocation, ...], columns: _Columns) -> None:
+        self._containers = containers
+        self._columns = columns
+        self._fingerprint: int | None = None
+
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str | os.PathLike[str] | BlobLocation,
+        *,
+        prefix: str | None = None,
+        glob: str | None = None,
+        suffix: str | tuple[str, ...] | None = None,
+        credential: Credential = None,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> BlobListing:
+        """List a container, 5,000 blobs to a request, in the order of their names.
+
+        Args:
+            container_url: a path in it is a folder, and only what lies below it is listed.
+            prefix: of the names, below that folder.
+            glob: of the whole name, as in `fnmatch.fnmatchcase`: ``*`` matches ``/``, too.
+            suffix: one, or several of which one must fit.
+
+        Raises:
+            StoreError: the container cannot be listed.
+        """
+        location = BlobLocation.parse(container_url)
+        store = BlobStore(location, credential, options=options, ca_file=ca_file)
+        folder = location.path + "/" if location.path else ""
+        wanted = _filter(glob, suffix)
+        columns = _Builder()
+        for info in store.list(folder + (prefix or "")):
+            if wanted(info.path):
+                columns.add(info.path, info.size, info.etag)
+        store.close()
+        return cls((location.container_root(),), columns.done({}))
+
+    @classmethod
+    def from_blob_urls(cls, blob_urls: str | Iterable[str | os.PathLike[str] | BlobLocation]) -> BlobListing:
+        """The blobs at these URLs, in this order; nothing is requested. They may lie in several containers.
+
+        Raises:
+            LocationError: one of them is no URL of a blob.
+        """
+        urls = [blob_urls] if isinstance(blob_urls, (str, os.PathLike, BlobLocation)) else blob_urls
+        numbers: dict[BlobLocation, int] = {}
+        moments: dict[int, tuple[str | None, str | None]] = {}
+        columns = _Builder()
+        for index, url in enumerate(urls):
+            location = BlobLocation.parse(url)
+            if not location.path:
+                raise LocationError(f"{location} is a container. Append the name of a blob")
+            if location.snapshot is not None or location.version_id is not None:
+                moments[index] = (location.snapshot, location.version_id)
+            root = location.container_root()
+            columns.add(location.path, None, None, numbers.setdefault(root, len(numbers)))
+        return cls(tuple(numbers), columns.done(moments))
+
+    def __len__(self) -> int:
+        return len(self._columns.ends)
+
+    def __getitem__(self, index: int) -> ListedBlob:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"blob {index} of {len(self)}")
+        index %= len(self)
+        columns = self._columns
+        container = self._containers[columns.containers[index] if columns.containers else 0]
+        snapshot, version_id = columns.moments.get(index, (None, None))
+        location = dataclasses.replace(container, path=self.name(index), snapshot=snapshot, version_id=version_id)
+        size = columns.sizes[index]
+        return ListedBlob(location, None if size < 0 else size, columns.etag(index))
+
+    def __iter__(self) -> Iterator[ListedBlob]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        places = ", ".join(str(container) for container in self._containers[:3])
+        return f"<BlobListing of {len(self)} blobs in {places}{', ...' if len(self._containers) > 3 else ''}>"
+
+    def name(self, index: int) -> str:
+        """The name of the blob in its container."""
+        start = self._columns.ends[index - 1] if index else 0
+        return bytes(self._columns.names[start : self._columns.ends[index]]).decode()
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of the names and their order: the same for two listings of the same blobs."""
+        if self._fingerprint is None:
+            columns = self._columns
+            ends = memoryview(columns.ends).cast("B") if len(columns.ends) else memoryview(b"")
+            self._fingerprint = crc64(ends, crc64(memoryview(columns.names)))
+        return self._fingerprint
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file, which appears when it is complete. SAS are left out: give a credential when you load it."""
+        path = Path(path)
+        columns = self._columns
+        sections = columns.sections()
+        header = {
+            "fingerprint": self.fingerprint,
+            "containers": [str(container) for container in self._containers],
+            "moments": {str(index): moment for index, moment in columns.moments.items()},
+            "etags": {str(index): etag for index, etag in columns.other_etags.items()},
+            "sections": [section.nbytes for section in sections],
+        }
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                head = json.dumps(header).encode()
+                file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
+                for section in sections:
+                    file.write(bytes(-file.tell() % _ALIGNMENT))
+                    file.write(section)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BlobListing:
+        """Map a saved listing into memory.
+
+        Raises:
+            ValueError: the file is no listing, or not complete.
+        """
+        with open(path, "rb") as file:
+            data = memoryview(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+            )
+        start = len(_MAGIC) + 8
+        if bytes(data[: len(_MAGIC)]) != _MAGIC:
+            raise ValueError(f"{os.fspath(path)} is no listing of this version. Make it with BlobListing.save")
+        end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
+        sections = []
+        try:
+            header = json.loads(bytes(data[start:end]))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not complete, or damaged. Copy it anew") from error
+        for length in header["sections"]:
+            start = end + -end % _ALIGNMENT
+            end = start + length
+            sections.append(data[start:end])
+        if end != len(data):
+            raise ValueError(
+                f"{os.fspath(path)} has {len(data)} bytes instead of {end}: it is not complete. Copy it anew"
+            )
+        names, ends, sizes, etags, numbers = sections
+        columns = _Columns(
+            names,
+            ends.cast("Q"),
+            sizes.cast("q"),
+            etags.cast("Q"),
+            numbers.cast("I"),
+            {int(index): etag for index, etag in header["etags"].items()},
+            {int(index): (moment[0], moment[1]) for index, moment in header["moments"].items()},
+        )
+        listing = cls(tuple(BlobLocation.parse(url) for url in header["containers"]), columns)
+        listing._fingerprint = header["fingerprint"]
+        columns.path = os.path.abspath(path)
+        return listing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._columns.path is not None:
+            return _load_again, (self._columns.path, self._containers, self.fingerprint)
+        return BlobListing, (self._containers, self._columns)
+
+
+def _load_again(path: str, containers: tuple[BlobLocation, ...], fingerprint: int) -> BlobListing:
+    listing = BlobListing.load(path)
+    if listing.fingerprint != fingerprint:
+        raise ValueError(f"{path} was replaced by another listing since this process began to use it. Start anew")
+    listing._containers = containers
+    return listing
+
+
+@dataclass(slots=True)
+class _Columns:
+    """Entry i has the name ``names[ends[i - 1]:ends[i]]``. A size of -1 and an ETag of 0 are not known as such.
+
+    Attributes:
+        containers: the number of each entry's container; empty if there is only one.
+        path: of the file that all of this is mapped from.
+    """
+
+    names: Any
+    ends: Any
+    sizes: Any
+    etags: Any
+    containers: Any
+    other_etags: dict[int, str]
+    moments: dict[int, tuple[str | None, str | None]]
+    path: str | None = None
+
+    def etag(self, index: int) -> str | None:
+        packed = self.etags[index]
+        return f'"0x{packed:X}"' if packed else self.other_etags.get(index)
+
+    def sections(self) -> list[memoryview]:
+        return [memoryview(part) for part in (self.names, self.ends, self.sizes, self.etags, self.containers)]
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self._names = bytearray()
+        self._ends, self._sizes, self._etags, self._containers = array("Q"), array("q"), array("Q"), array("I")
+        self._other_etags: dict[int, str] = {}
+
+    def add(self, name: str, size: int | None, etag: str | None, container: int = 0) -> None:
+        self._names += name.encode()
+        self._ends.append(len(self._names))
+        self._sizes.append(-1 if size is None else size)
+        packed = _ETAG.fullmatch(etag) if etag is not None else None
+        if packed is None and etag is not None:
+            self._other_etags[len(self._etags)] = etag
+        self._etags.append(int(packed[1], 16) if packed else 0)
+        self._containers.append(container)
+
+    def done(self, moments: dict[int, tuple[str | None, str | None]]) -> _Columns:
+        containers = self._containers if any(self._containers) else array("I")
+        return _Columns(
+            bytes(self._names), self._ends, self._sizes, self._etags, containers, self._other_etags, moments
+        )
+
+
+def _filter(glob: str | None, suffix: str | tuple[str, ...] | None) -> Callable[[str], bool]:
+    pattern = None if glob is None else re.compile(fnmatch.translate(glob))
+    return lambda name: (
+        (pattern is None or pattern.match(name) is not None) and (suffix is None or name.endswith(suffix))
+    )
