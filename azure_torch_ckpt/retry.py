@@ -18,8 +18,8 @@ from azure.core.pipeline import PipelineRequest, PipelineResponse
 from azure.core.pipeline.policies import HTTPPolicy
 from azure.core.rest import HttpRequest, HttpResponse
 
+from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.pressure import Pressure
-from azure_torch_ckpt.transport import Cancel
 
 __all__ = ["DAMAGED", "HEALING_STATUS", "NOT_SUPPORTED", "RetryPolicy"]
 

@@ -17,6 +17,7 @@ from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 from azure.storage.blob import BlobBlock, BlobClient, BlobPrefix, BlobProperties, ContainerClient, ContentSettings
 
+from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.checksums import header_value, md5
 from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
 from azure_torch_ckpt.errors import (
@@ -33,7 +34,7 @@ from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.pressure import Pressure
 from azure_torch_ckpt.retry import DAMAGED, HEALING_STATUS, NOT_SUPPORTED, RetryPolicy
 from azure_torch_ckpt.settings import BlobSettings
-from azure_torch_ckpt.transport import Cancel, Gather, GatherTransport, Scatter
+from azure_torch_ckpt.transport import GatherTransport
 
 __all__ = ["BlobInfo", "BlobStore"]
 

@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.checksums import combine, crc64
 from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.transport import Cancel, Gather
 from azure_torch_ckpt.workers import Workers
 
 __all__ = ["GAP", "Check", "Download", "Item", "Read", "Segment", "Upload"]

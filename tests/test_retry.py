@@ -12,6 +12,7 @@ import pytest
 from azure.core.credentials import AzureSasCredential
 
 from azure_torch_ckpt import retry
+from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -24,7 +25,6 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.transport import Cancel, Gather
 from tests.faults import Answer, Call, Cut, Flip
 from tests.proxy import FaultProxy
 

@@ -16,6 +16,7 @@ from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, gener
 
 from azure_torch_ckpt import checksums
 from azure_torch_ckpt import store as store_module
+from azure_torch_ckpt.bodies import Gather, Scatter
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -31,7 +32,7 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.settings import BlobSettings
 from azure_torch_ckpt.store import BlobInfo, BlobStore
-from azure_torch_ckpt.transport import Gather, GatherTransport, Scatter
+from azure_torch_ckpt.transport import GatherTransport
 from tests.faults import Answer, Reframe
 from tests.proxy import FaultProxy
 

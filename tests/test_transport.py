@@ -36,8 +36,9 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import transport as transport_module
+from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.emulator import Azurite
-from azure_torch_ckpt.transport import Cancel, Gather, GatherTransport, Scatter
+from azure_torch_ckpt.transport import GatherTransport
 from tests.faults import Answer, Cut, Hold, Reframe
 from tests.proxy import FaultProxy
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.checksums import md5
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
@@ -22,7 +23,6 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.transport import Cancel
 from azure_torch_ckpt.workers import Workers
 
 __all__ = [

@@ -1,0 +1,109 @@
+"""What a request carries besides its headers: memory to send, memory to receive into, a way to break it off."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+
+__all__ = ["SEND_SLICE", "Cancel", "Gather", "Scatter"]
+
+# Pieces below this are joined before they are sent: a system call each would cost more than the copy.
+_JOIN_BELOW = 64 * 1024
+SEND_SLICE = 1024 * 1024
+"""``sendall`` applies its time-out to the whole buffer, so a buffer is handed over in slices of this size (bytes)."""
+
+
+class Gather:
+    """A request body made of views that lie anywhere in memory.
+
+    Sized and iterable again for each attempt, as the SDK's retries need it. Small neighbours are joined on the way.
+
+    Args:
+        views: one-dimensional byte views, sent one after the other. They must not change until the request returns.
+    """
+
+    __slots__ = ("_size", "_views")
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = views
+        self._size = sum(view.nbytes for view in views)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[memoryview | bytes]:
+        small: list[memoryview] = []
+        waiting = 0
+        for view in self._views:
+            if view.nbytes < _JOIN_BELOW:
+                small.append(view)
+                waiting += view.nbytes
+                if waiting < _JOIN_BELOW:
+                    continue
+                view = memoryview(b"".join(small))
+            elif small:
+                yield b"".join(small)
+            small, waiting = [], 0
+            for start in range(0, view.nbytes, SEND_SLICE):
+                yield view[start : start + SEND_SLICE]
+        if small:
+            yield b"".join(small)
+
+
+class Scatter:
+    """Where the body of a successful response goes: views that lie anywhere in memory.
+
+    Args:
+        views: writable one-dimensional byte views, filled one after the other.
+
+    Attributes:
+        received: whether the body is in the views. False after a response of another length, which nothing was
+            written for, and where the SDK did not hand the keyword on.
+    """
+
+    __slots__ = ("received", "size", "views")
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self.views = views
+        self.size = sum(view.nbytes for view in views)
+        self.received = False
+
+
+class Cancel:
+    """Ends the requests that carry it (``cancel=``) at once, from any thread, and for good."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        with self._lock:
+            for sock in self._sockets:
+                # Not SSLSocket.shutdown: it would take the TLS state away from the thread that is using it.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not beyond `cancel`."""
+        self._cancelled.wait(seconds)
+
+    @contextlib.contextmanager
+    def holding(self, sock: socket.socket) -> Iterator[None]:
+        """Shut `sock` down on `cancel`, as long as the block lasts."""
+        with self._lock:
+            self._sockets.add(sock)
+        try:
+            if self.cancelled:
+                raise ConnectionAbortedError("cancelled")
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(sock)
