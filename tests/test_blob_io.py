@@ -315,7 +315,7 @@ def test_every_request_is_for_the_state_that_was_read_first(proxy: FaultProxy, p
         file.readinto(bytearray(9 * MIB))
         first, *others = proxy.requests("Get Blob", "Head")
         assert "if-match" not in first.headers
-        assert len(others) > 3
+        assert len(others) >= 3
         assert {request.headers["if-match"] for request in others} == {etag}
 
 
