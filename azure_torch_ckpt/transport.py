@@ -190,7 +190,6 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
     def __init__(self, *, ca_file: str | None = None) -> None:
         self._ca_file = ca_file
         self._tls: ssl.SSLContext | None = None
-        self._stopped = threading.Event()
         self._forget_connections()
         _transports.add(self)
 
@@ -199,11 +198,10 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         self._idle: dict[tuple[str, str], deque[http.client.HTTPConnection]] = {}
 
     def open(self) -> None:
-        self._stopped.clear()
+        pass  # connections are made when a request needs one
 
     def close(self) -> None:
-        """Close the idle connections and wake the sleepers. The transport can be used again afterwards."""
-        self._stopped.set()
+        """Close the idle connections. The transport can be used again afterwards."""
         with self._lock:
             idle, self._idle = self._idle, {}
         for connections in idle.values():
@@ -216,9 +214,6 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
     def __del__(self) -> None:
         if hasattr(self, "_idle"):
             self.close()
-
-    def sleep(self, duration: float) -> None:
-        self._stopped.wait(duration)
 
     def send(
         self, request: HttpRequest, *, dest: Scatter | None = None, cancel: Cancel | None = None, **kwargs: Any
