@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 __all__ = ["SEND_SLICE", "Cancel", "Gather", "Scatter"]
 
 # Pieces below this are joined before they are sent: a system call each would cost more than the copy.
-_JOIN_BELOW = 64 * 1024
+_JOIN_BELOW = 96 * 1024
+_JOINED = 512 * 1024
 SEND_SLICE = 1024 * 1024
 """``sendall`` applies its time-out to the whole buffer, so a buffer is handed over in slices of this size (bytes)."""
 
@@ -40,7 +41,7 @@ class Gather:
             if view.nbytes < _JOIN_BELOW:
                 small.append(view)
                 waiting += view.nbytes
-                if waiting < _JOIN_BELOW:
+                if waiting < _JOINED:
                     continue
                 view = memoryview(b"".join(small))
             elif small:

@@ -15,7 +15,7 @@ import awscrt.checksums as _crt  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["combine", "crc64", "header_value", "md5"]
+__all__ = ["combine", "crc64", "header_value", "md5", "parse_header_value"]
 
 
 def crc64(data: Buffer, previous: int = 0) -> int:
@@ -44,6 +44,11 @@ def header_value(crc: int) -> str:
     (``validate_content="crc64"``, since 12.31); the REST reference says only that the value is a CRC64.
     """
     return base64.b64encode(crc.to_bytes(8, "little")).decode("ascii")
+
+
+def parse_header_value(value: str | bytes | bytearray) -> int:
+    """The inverse of `header_value`, for its text or its decoded bytes."""
+    return int.from_bytes(base64.b64decode(value) if isinstance(value, str) else value, "little")
 
 
 def md5(data: bytes) -> bytes:

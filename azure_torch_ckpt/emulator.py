@@ -198,8 +198,7 @@ class Azurite:
         """
         url = self.url(name)
         ca_file = None if self.certificate is None else str(self.certificate)
-        with contextlib.closing(BlobStore(BlobLocation.parse(url), self.account_key, ca_file=ca_file)) as store:
-            store.create_container()
+        BlobStore(BlobLocation.parse(url), self.account_key, ca_file=ca_file).create_container()
         return url
 
     def _launch(self, node: str, script: Path) -> None:

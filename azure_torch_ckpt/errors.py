@@ -21,12 +21,16 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointReplacedError",
     "CommitConflictError",
+    "ConfigurationError",
     "ContainerNotFoundError",
     "CorruptCheckpointError",
     "CredentialError",
+    "CredentialTypeError",
     "EmulatorError",
     "IncompleteSaveError",
+    "LocalFileError",
     "LocationError",
+    "MissingDependencyError",
     "RequestRefusedError",
     "ServiceUnavailableError",
     "StoreError",
@@ -77,8 +81,24 @@ class CredentialError(AzureCheckpointError, ValueError):
     """``credential=`` cannot be used: its type, its form, or where it would be sent (a token over plain HTTP)."""
 
 
+class ConfigurationError(AzureCheckpointError, ValueError):
+    """Parts that were put together cannot work together: a callback, a plugin, a strategy, their arguments."""
+
+
+class CredentialTypeError(CredentialError, TypeError):
+    """What was given as ``credential=`` is none of the things that it may be."""
+
+
 class EmulatorError(AzureCheckpointError, RuntimeError):
     """Azurite could not be found, installed or started."""
+
+
+class LocalFileError(AzureCheckpointError, OSError):
+    """A file or folder of this machine could not be read or written."""
+
+
+class MissingDependencyError(AzureCheckpointError, ImportError):
+    """A package that only this feature needs is not installed."""
 
 
 class StoreError(AzureCheckpointError):

@@ -1,4 +1,4 @@
-"""How many requests may be in flight: as many as ask, until the service says that it is busy."""
+"""How many requests may be in flight: as many as ask, until the service says that it is busy; how many there were."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-__all__ = ["Pressure"]
+__all__ = ["Pressure", "RequestCounts"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCounts:
+    """How many requests there were, and how many of them were sent because another one had failed."""
+
+    requests: int = 0
+    retries: int = 0
 
 
 class Pressure:
@@ -23,6 +32,18 @@ class Pressure:
         self._most = 0  # that were ever in flight while nothing held them back
         self._limit: float | None = None
         self._cuts = 0
+        self._requests = 0
+        self._retries = 0
+
+    @property
+    def counts(self) -> RequestCounts:
+        """Of this process, since the store was made."""
+        return RequestCounts(self._requests, self._retries)
+
+    def try_again(self) -> None:
+        """Count a request that is about to be sent once more."""
+        with self._changed:
+            self._retries += 1
 
     @property
     def limit(self) -> float | None:
@@ -52,6 +73,7 @@ class Pressure:
                     if self._limit > self._most:
                         self._limit = None
                 self._in_flight -= 1
+                self._requests += 1
                 self._changed.notify_all()
 
     def _cut(self, cuts_at_start: int) -> None:

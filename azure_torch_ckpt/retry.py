@@ -96,6 +96,7 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                 attempt + 1,
                 delay,
             )
+            self._pressure.try_again()
             cancel.wait(delay)
 
 

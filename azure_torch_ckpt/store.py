@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import datetime
 import email.utils
+import itertools
 import logging
-import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from azure.core import MatchConditions
-from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
-from azure.storage.blob import BlobBlock, BlobClient, BlobPrefix, BlobProperties, ContainerClient, ContentSettings
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+from azure.storage.blob import (
+    BlobBlock,
+    BlobPrefix,
+    BlobProperties,
+    BlobSasPermissions,
+    ContentSettings,
+    generate_blob_sas,
+)
 
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
-from azure_torch_ckpt.checksums import header_value, md5
-from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
-from azure_torch_ckpt.errors import (
-    AccessDeniedError,
-    BlobChangedError,
-    BlobNotFoundError,
-    ContainerNotFoundError,
-    RequestRefusedError,
-    ServiceUnavailableError,
-    StoreError,
-)
+from azure_torch_ckpt.checksums import header_value, md5, parse_header_value
+from azure_torch_ckpt.connection import ContainerConnection
+from azure_torch_ckpt.credentials import resolve
+from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.pressure import Pressure
-from azure_torch_ckpt.retry import DAMAGED, HEALING_STATUS, NOT_SUPPORTED, RetryPolicy
+from azure_torch_ckpt.retry import NOT_SUPPORTED
 from azure_torch_ckpt.settings import BlobSettings
-from azure_torch_ckpt.transport import GatherTransport
 
-__all__ = ["BlobInfo", "BlobStore"]
+__all__ = ["BlobInfo", "BlobStore", "CopySource"]
 
 _log = logging.getLogger(__name__)
-
-# Larger than any blob (about 190.7 TiB), so that the SDK sends one request for one call of ours.
-_ONE_REQUEST = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +47,9 @@ class BlobInfo:
         etag: changes with every write.
         last_modified: with time zone.
         md5: of the content, if it was stored with the blob: `BlobStore.put` does.
+        metadata: names and values that were stored with the blob; None where there are none,
+            or where a listing was not asked for them.
+        created: with time zone; None where the service does not tell.
     """
 
     path: str
@@ -61,9 +57,26 @@ class BlobInfo:
     etag: str
     last_modified: datetime.datetime
     md5: bytes | None = None
+    metadata: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
+    created: datetime.datetime | None = None
 
 
-class BlobStore:
+@dataclass(frozen=True, slots=True, repr=False)
+class CopySource:
+    """A blob as the service can read it for a copy; `BlobStore.copy_source` makes one. Both strings are secret.
+
+    Attributes:
+        url: the blob's, with a SAS where it takes one.
+        etag: only the blob with this ETag is copied.
+        authorization: header by which the service gets at it instead, or None.
+    """
+
+    url: str
+    etag: str
+    authorization: str | None = None
+
+
+class BlobStore(ContainerConnection):
     """One container: small verbs on blobs, with this package's errors and retries.
 
     Thread-safe; usable after a fork; picklable (the connections are made lazily, in each process). A pickle holds the
@@ -78,41 +91,6 @@ class BlobStore:
         `RequestRefusedError`, and what each method names.
     """
 
-    def __init__(
-        self,
-        location: BlobLocation,
-        credential: Credential = None,
-        *,
-        options: TransferOptions | None = None,
-        ca_file: str | None = None,
-    ) -> None:
-        self.location = location.container_root()
-        self.options = options or TransferOptions()
-        self._credential = credential
-        self._ca_file = ca_file
-        self._client: ContainerClient | None = None
-        self._transport = GatherTransport(ca_file=ca_file)
-        self._pressure = Pressure()
-        self._crc64_accepted = True
-        # Refuses what cannot be used now, not in a worker thread later.
-        resolve(location, credential)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "location": self.location,
-            "options": self.options,
-            "credential": PickledCredential.of(self._credential),
-            "ca_file": self._ca_file,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(  # type: ignore[misc]
-            state["location"], state["credential"].restore(), options=state["options"], ca_file=state["ca_file"]
-        )
-
-    def __repr__(self) -> str:
-        return f"BlobStore({str(self.location)!r})"
-
     def moved_to(self, location: BlobLocation) -> tuple[BlobLocation, BlobStore]:
         """A store for `location` with the same credential and options: this one if it serves that container already.
 
@@ -124,31 +102,6 @@ class BlobStore:
         if location.container_root() == self.location:
             return location, self
         return location, BlobStore(location, self._credential, options=self.options, ca_file=self._ca_file)
-
-    def _container(self) -> ContainerClient:
-        # Without a lock, for a fork might copy it held: two threads that come first make a client each, and one stays.
-        client = self._client
-        if client is None:
-            self._client = client = ContainerClient(
-                self.location.endpoint,
-                self.location.container,
-                credential=resolve(self.location, self._credential),
-                transport=self._transport,
-                retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
-                max_single_get_size=_ONE_REQUEST,
-                max_single_put_size=_ONE_REQUEST,
-            )
-        return client
-
-    def _blob(self, path: str, moment: BlobLocation | None = None) -> BlobClient:
-        if moment is None:
-            return self._container().get_blob_client(path)
-        # The declared type of `snapshot` forgets None, which is its default.
-        return self._container().get_blob_client(path, moment.snapshot or "", version_id=moment.version_id)
-
-    def close(self) -> None:
-        """Close the idle connections. The store can be used again; it makes new ones."""
-        self._transport.close()
 
     # Writing
 
@@ -274,6 +227,101 @@ class BlobStore:
             return False
         return True
 
+    # Copying on the service's side
+
+    def copy_source(self, path: str, etag: str) -> CopySource:
+        """A blob of this store for `copy` and `stage_block_from` of any store, good for a day.
+
+        The service reads it with the SAS of this store's URL or credential, with one that is signed here if the account
+        key is known, or with this store's token
+        (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url#authorization).
+        """
+        location = self.location.join(path)
+        credential = resolve(self.location, self._credential)
+        url, sas, authorization = str(location), None, None
+        if isinstance(credential, AzureSasCredential):
+            sas = credential.signature.removeprefix("?")
+        elif isinstance(credential, AzureNamedKeyCredential):
+            expiry = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
+            account, key = credential.named_key
+            sas = generate_blob_sas(
+                account,
+                location.container,
+                path,
+                account_key=key,
+                permission=BlobSasPermissions(read=True),
+                expiry=expiry,
+            )
+        elif credential is not None:
+            with self._translated("get a token to copy", path):
+                authorization = f"Bearer {credential.get_token('https://storage.azure.com/.default').token}"
+        return CopySource(url if sas is None else f"{url}?{sas}", etag, authorization)
+
+    def copy(
+        self,
+        path: str,
+        source: CopySource,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        cancel: Cancel | None = None,
+    ) -> int | None:
+        """Copy Blob From URL: make the blob `path` of another one, of at most 256 MiB, replacing what was there.
+
+        https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url. Returns the CRC64-NVME of what was
+        copied, if the service tells.
+
+        Args:
+            metadata: stored with the blob in place of the source's.
+            cancel: breaks the request off.
+
+        Raises:
+            BlobChangedError: the source has another ETag.
+        """
+        with self._translated("copy another blob to", path):
+            result = self._blob(path).start_copy_from_url(
+                source.url,
+                None if metadata is None else dict(metadata),
+                requires_sync=True,
+                source_etag=source.etag,
+                source_match_condition=MatchConditions.IfNotModified,
+                cancel=cancel,
+                **_authorized(source),
+            )
+        return _told_crc64(result)
+
+    def stage_block_from(
+        self,
+        path: str,
+        block_id: str,
+        source: CopySource,
+        offset: int,
+        length: int,
+        *,
+        cancel: Cancel | None = None,
+    ) -> int | None:
+        """Put Block From URL: `stage_block` of `length` bytes from `offset` on of another blob.
+
+        https://learn.microsoft.com/rest/api/storageservices/put-block-from-url. Returns the CRC64-NVME of the block, if
+        the service tells.
+
+        Args:
+            cancel: breaks the request off.
+
+        Raises:
+            BlobChangedError: the source has another ETag.
+        """
+        with self._translated("copy a part of another blob to", path):
+            result = self._blob(path).stage_block_from_url(
+                block_id,
+                source.url,
+                offset,
+                length,
+                headers={"x-ms-source-if-match": source.etag},
+                cancel=cancel,
+                **_authorized(source),
+            )
+        return _told_crc64(result)
+
     # Reading
 
     def read_into(
@@ -357,24 +405,38 @@ class BlobStore:
         size = int(str(properties.content_range).rpartition("/")[2]) if properties.content_range else len(data)
         return data, dataclasses.replace(_info(path, properties), size=size)
 
-    def stat(self, path: str, *, if_etag: str | None = None, moment: BlobLocation | None = None) -> BlobInfo:
+    def stat(
+        self,
+        path: str,
+        *,
+        if_etag: str | None = None,
+        moment: BlobLocation | None = None,
+        cancel: Cancel | None = None,
+    ) -> BlobInfo:
         """Get Blob Properties.
 
         Args:
-            if_etag, moment: as for `read_into`.
+            if_etag, moment, cancel: as for `read_into`.
 
         Raises:
             BlobNotFoundError: there is no such blob.
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
         with self._translated("look at", path):
-            properties = self._blob(path, moment).get_blob_properties(**_if(if_etag))
+            properties = self._blob(path, moment).get_blob_properties(cancel=cancel, **_if(if_etag))
         return _info(path, properties)
 
-    def list(self, prefix: str) -> Iterator[BlobInfo]:
-        """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request."""
+    def list(self, prefix: str, *, with_metadata: bool = False, limit: int | None = None) -> Iterator[BlobInfo]:
+        """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.
+
+        Args:
+            with_metadata: fill in `BlobInfo.metadata`.
+            limit: end after so many.
+        """
+        include = ["metadata"] if with_metadata else None
         with self._translated("list", prefix):
-            for properties in self._container().list_blobs(name_starts_with=prefix):
+            found = self._container().list_blobs(name_starts_with=prefix, include=include, results_per_page=limit)
+            for properties in itertools.islice(found, limit):
                 yield _info(properties.name, properties)
 
     def list_folder(self, prefix: str) -> Iterator[BlobInfo | str]:
@@ -405,19 +467,18 @@ class BlobStore:
             if error.error_code != "ContainerAlreadyExists":
                 raise
 
-    # Errors
-
-    @contextlib.contextmanager
-    def _translated(self, doing: str, path: str) -> Iterator[None]:
-        try:
-            yield
-        except AzureError as error:
-            where = f"{self.location}/{path}" if path else str(self.location)
-            raise _translate(error, f"could not {doing} {where}", self.location) from error
-
 
 def _if(etag: str | None) -> dict[str, Any]:
     return {} if etag is None else {"etag": etag, "match_condition": MatchConditions.IfNotModified}
+
+
+def _authorized(source: CopySource) -> dict[str, Any]:
+    return {} if source.authorization is None else {"source_authorization": source.authorization}
+
+
+def _told_crc64(headers: Mapping[str, Any]) -> int | None:
+    value = headers.get("content_crc64")
+    return None if value is None else parse_header_value(value)
 
 
 def _info(path: str, properties: BlobProperties) -> BlobInfo:
@@ -427,65 +488,11 @@ def _info(path: str, properties: BlobProperties) -> BlobInfo:
         etag = f'"{etag}"'
     stored_md5 = properties.content_settings.content_md5
     return BlobInfo(
-        path, int(properties.size), etag, properties.last_modified, None if stored_md5 is None else bytes(stored_md5)
+        path,
+        int(properties.size),
+        etag,
+        properties.last_modified,
+        None if stored_md5 is None else bytes(stored_md5),
+        dict(properties.metadata) if properties.metadata else None,
+        properties.creation_time,
     )
-
-
-def _translate(error: AzureError, failed: str, location: BlobLocation) -> StoreError:
-    # The base class that the SDK declares lacks the headers that every response has.
-    response: Any = error.response if isinstance(error, HttpResponseError) else None
-    if response is None:
-        result: StoreError
-        if isinstance(error, ClientAuthenticationError):
-            result = AccessDeniedError(
-                f"{failed}: no token or signature could be made ({_first_line(error)}). Log in (az login), give the "
-                "machine a managed identity, or pass credential="
-            )
-        elif isinstance(error.inner_exception, ssl.SSLCertVerificationError):
-            result = ServiceUnavailableError(
-                f"{failed}: {location.endpoint} does not prove who it is ({_first_line(error)}). Check the URL; if the "
-                "certificate is from an authority of your own, pass its PEM file as ca_file="
-            )
-        else:
-            result = ServiceUnavailableError(
-                f"{failed}: no answer ({_first_line(error)}). Check that the endpoint {location.endpoint} is right and "
-                "can be reached from here"
-            )
-        return result
-    status = int(response.status_code or 0)
-    code = response.headers.get("x-ms-error-code") or getattr(error, "error_code", None)
-    said = f"{failed}: {status} {code or response.reason}"
-    result = _by_status(status, str(code or ""), said, location)
-    result.status = status
-    result.error_code = None if code is None else str(code)
-    return result
-
-
-def _by_status(status: int, code: str, said: str, location: BlobLocation) -> StoreError:
-    if status in (401, 403) or code == "InvalidAuthenticationInfo":  # the latter may come as 400
-        return AccessDeniedError(
-            f"{said}. Check that the credential is meant for account {location.account!r}, has not expired and allows "
-            "this (role Storage Blob Data Contributor, or a SAS with read, write, delete and list), and that the "
-            "account's firewall lets this machine in"
-        )
-    if status == 404:
-        if code.startswith("Container") or code == "ResourceNotFound":
-            return ContainerNotFoundError(
-                f"{said}. Create the container {location.container!r} in account {location.account!r}, or correct the "
-                "URL"
-            )
-        return BlobNotFoundError(said)
-    if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
-        return BlobChangedError(said)
-    if status in HEALING_STATUS and code != NOT_SUPPORTED:
-        return ServiceUnavailableError(f"{said}, also after retries. The service is busy or down; try again later")
-    if code in DAMAGED:
-        return RequestRefusedError(
-            f"{said}, also after retries: what arrived is not what was checksummed. Something on the way damages it, "
-            "or the tensors changed while they were being saved; leave them alone until the save has returned"
-        )
-    return RequestRefusedError(said)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -7,6 +7,7 @@ any number of blobs into views. The first error of a worker stops the others and
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,8 @@ __all__ = ["GAP", "Check", "Download", "Item", "Read", "Segment", "Upload"]
 # Bytes nobody asked for that are fetched rather than starting another request: at tens of MB/s a connection and some
 # 20 ms a request, 128 KiB cost less than the request.
 GAP = 128 * 1024
+# Runs shorter than this are received together and copied: a receive or three for each would cost more.
+_COPY_BELOW = 32 * 1024
 
 
 @dataclass(slots=True)
@@ -45,6 +48,8 @@ class Item:
 
     def crc64(self) -> int:
         """CRC64-NVME of the item's bytes; valid after `Upload.finish`."""
+        if len(self.segments) == 1:
+            return self.segments[0].crc64
         crc = 0
         for segment in self.segments:
             crc = combine(crc, segment.crc64, segment.length)
@@ -61,11 +66,15 @@ class Upload:
         path: the blob's name in the container.
         total: about how many bytes will come; it decides the size of the blocks. None where nobody knows: the blocks
             grow with the blob.
+        moved: called by a worker with the bytes of each block that has arrived.
     """
 
-    def __init__(self, store: BlobStore, path: str, total: int | None) -> None:
+    def __init__(
+        self, store: BlobStore, path: str, total: int | None, *, moved: Callable[[int], None] | None = None
+    ) -> None:
         self._store = store
         self._path = path
+        self._moved = moved
         self._checksums = store.options.checksums
         self._grows = total is None
         self.block_size = store.options.block_size_at(0) if total is None else store.options.part_size(total)
@@ -96,6 +105,17 @@ class Upload:
             StoreError: a block could not be staged.
         """
         item = Item(self._offset)
+        if not copies:
+            views = list(views)
+            size = sum(view.nbytes for view in views)
+            if size <= self._room:  # as most items of a checkpoint of many small ones
+                segment = Segment(views, size)
+                self._block.append(segment)
+                self._room -= size
+                self._offset += size
+                item.length = size
+                item.segments.append(segment)
+                return item
         segment = self._new_segment(item)
         for view in views:
             length = view.nbytes
@@ -179,9 +199,12 @@ class Upload:
                     segment.crc64 = crc64(view, segment.crc64)
                 crc = combine(crc, segment.crc64, segment.length)
         views = [view for segment in block for view in segment.views]
-        self._store.stage_block(self._path, block_id, Gather(views), crc, cancel=self._cancel)
+        body = Gather(views)
+        self._store.stage_block(self._path, block_id, body, crc, cancel=self._cancel)
         for segment in block:
             segment.views = []  # the item lives on for its checksum; its memory need not
+        if self._moved is not None:
+            self._moved(len(body))
 
 
 class Check:
@@ -201,17 +224,22 @@ class Check:
         self._parts: list[tuple[int, int, int]] = []
         self._lock = threading.Lock()
 
-    def add(self, offset: int, view: memoryview) -> None:
-        """Take in the part that starts at `offset`; the last one to come compares."""
-        part = (offset, crc64(view), view.nbytes)
+    def add(self, offset: int, *views: memoryview) -> None:
+        """Take in the part that starts at `offset` and lies in `views`; the last one to come compares."""
+        found = length = 0
+        for view in views:
+            found = crc64(view, found)
+            length += view.nbytes
         with self._lock:
-            self._parts.append(part)
-            self._left -= view.nbytes
+            self._left -= length
+            if self._parts or self._left > 0:
+                self._parts.append((offset, found, length))
             if self._left > 0:
                 return
-        found = 0
-        for _, part_crc, length in sorted(self._parts):
-            found = combine(found, part_crc, length)
+        if self._parts:
+            found = 0
+            for _, part_crc, part_length in sorted(self._parts):
+                found = combine(found, part_crc, part_length)
         if found != self._expected:
             self._mismatch(found)
 
@@ -224,9 +252,11 @@ class Read:
         path: the blob's name in the container.
         offset: of the first byte in the blob.
         length: bytes.
-        dest: `length` writable bytes that the run is received into; None for a buffer that lives as long as `use`.
+        dest: writable bytes that the run is received into, or its bytes from `skip` on; None for a buffer that lives
+            as long as `use`.
         use: called by a worker with the received bytes.
         check: the item's checksum, if the item is read whole.
+        skip: bytes of the run before those for `dest`. These, and those behind, are only for the check.
     """
 
     path: str
@@ -235,6 +265,7 @@ class Read:
     dest: memoryview | None = None
     use: Callable[[memoryview], None] | None = None
     check: Check | None = None
+    skip: int = 0
 
 
 class Download:
@@ -247,18 +278,26 @@ class Download:
         total: about how many bytes will be read; it decides the size of the requests.
         if_etag: read only from a blob with this ETag.
         moment: where its URL names a snapshot or a version, that one is read.
+        moved: called by a worker with the bytes of each request that was answered, without those nobody asked for.
     """
 
     def __init__(
-        self, store: BlobStore, total: int, *, if_etag: str | None = None, moment: BlobLocation | None = None
+        self,
+        store: BlobStore,
+        total: int,
+        *,
+        if_etag: str | None = None,
+        moment: BlobLocation | None = None,
+        moved: Callable[[int], None] | None = None,
     ) -> None:
         self._store = store
         self._if_etag = if_etag
         self._moment = moment
+        self._moved = moved
         self.part_size = store.options.part_size(total)
         self._etags: dict[str, str] = {}
-        # Bytes nobody asked for land here, from all threads at once.
-        self._waste = memoryview(bytearray(GAP))
+        # Scratch memory that a request is done with. To take it anew from the system costs a page fault per 4 KiB.
+        self._free: list[bytearray] = []
 
     def run(self, reads: Iterable[Read]) -> None:
         """Fetch everything.
@@ -277,55 +316,102 @@ class Download:
 
     def _requests(self, reads: Iterable[Read]) -> list[list[Read]]:
         """Runs that one request fetches, in the order of their offsets."""
-        parts = [part for read in reads for part in self._split(read)]
-        parts.sort(key=lambda part: (part.path, part.offset))
+        parts: list[Read] = []
+        for read in reads:
+            if 0 < read.length <= self.part_size:
+                parts.append(read)
+            else:
+                parts += self._split(read)
+        parts.sort(key=operator.attrgetter("path", "offset"))
         requests: list[list[Read]] = []
         path, start, end = "", 0, 0
+        most = self.part_size + GAP  # an item's envelope must not cost a request
         for part in parts:
-            part_end = part.offset + part.length
-            if (
-                requests
-                and part.path == path
-                and end <= part.offset <= end + GAP
-                and part_end - start <= self.part_size + GAP  # an item's envelope must not cost a request
-            ):
+            offset = part.offset
+            part_end = offset + part.length
+            if requests and part.path == path and end <= offset <= end + GAP and part_end - start <= most:
                 requests[-1].append(part)
             else:
                 requests.append([part])
-                path, start = part.path, part.offset
+                path, start = part.path, offset
             end = part_end
         return requests
 
     def _split(self, read: Read) -> Sequence[Read]:
         if read.length == 0:
             return []
-        if read.length <= self.part_size or read.dest is None:
+        if read.dest is None:
             return [read]
+        first, behind = read.offset + read.skip, read.offset + read.skip + read.dest.nbytes
         parts = []
-        for start in range(0, read.length, self.part_size):
+        for offset, length in ((read.offset, read.skip), (behind, read.offset + read.length - behind)):
+            if length:
+                parts.append(Read(read.path, offset, length, None, None, read.check))
+        for start in range(0, read.dest.nbytes, self.part_size):
             dest = read.dest[start : start + self.part_size]
-            parts.append(Read(read.path, read.offset + start, dest.nbytes, dest, read.use, read.check))
+            parts.append(Read(read.path, first + start, dest.nbytes, dest, read.use, read.check))
         return parts
 
     def _fetch(self, request: list[Read], cancel: Cancel) -> None:
-        path = request[0].path
-        end = request[0].offset
-        views: list[memoryview] = []
-        received: list[memoryview] = []
+        path, end = request[0].path, request[0].offset
+        used = 0  # bytes of scratch memory: gaps, envelopes, and small runs, for which a receive each would cost more
+        placed: list[tuple[Read, int]] = []
+        direct: list[tuple[int, memoryview]] = []  # destinations, each with the scratch bytes that come before it
         for read in request:
-            if read.offset > end:
-                views.append(self._waste[: read.offset - end])
-            view = memoryview(bytearray(read.length)) if read.dest is None else read.dest
-            views.append(view)
-            received.append(view)
-            end = read.offset + read.length
+            used += read.offset - end
+            placed.append((read, used))
+            dest, length = read.dest, read.length
+            if dest is None or length < _COPY_BELOW:
+                used += length
+            else:
+                direct.append((used + read.skip, dest))
+                used += length - dest.nbytes
+            end = read.offset + length
+        kept = self._scratch(used)
+        scratch = memoryview(kept)
+        views: list[memoryview] = []
+        before = 0
+        for position, dest in direct:
+            if position > before:
+                views.append(scratch[before:position])
+                before = position
+            views.append(dest)
+        if used > before:
+            views.append(scratch[before:used])
         etag = self._store.read_into(
             path, request[0].offset, views, if_etag=self._if_etag, moment=self._moment, cancel=cancel
         )
         if self._etags.setdefault(path, etag) != etag:
             raise BlobChangedError(f"{self._store.location}/{path} was replaced while it was read; try again")
-        for read, view in zip(request, received, strict=True):
-            if read.check is not None:
-                read.check.add(read.offset, view)
-            if read.use is not None:
-                read.use(view)
+        for read, position in placed:
+            _deliver(read, scratch, position)
+        if not any(read.dest is None for read in request):
+            self._free.append(kept)
+        if self._moved is not None:
+            self._moved(sum(read.length for read in request))
+
+    def _scratch(self, size: int) -> bytearray:
+        try:
+            kept = self._free.pop()
+        except IndexError:
+            return bytearray(size)
+        return kept if len(kept) >= size else bytearray(size)
+
+
+def _deliver(read: Read, scratch: memoryview, position: int) -> None:
+    """Bring a run to where it belongs. What was not received right there lies in `scratch` from `position` on."""
+    dest, length = read.dest, read.length
+    if dest is None or length < _COPY_BELOW:
+        run = scratch[position : position + length]
+        if read.check is not None:
+            read.check.add(read.offset, run)
+        if dest is None:
+            dest = run
+        else:
+            dest[:] = run[read.skip : read.skip + dest.nbytes]
+    elif read.check is not None:
+        inside = position + read.skip
+        behind = position + length - dest.nbytes
+        read.check.add(read.offset, scratch[position:inside], dest, scratch[inside:behind])
+    if read.use is not None:
+        read.use(dest)

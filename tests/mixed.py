@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -77,14 +76,14 @@ def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
     """Write the blob again with one byte of an item changed; a second time changes it back."""
     location = BlobLocation.parse(url)
     path = location.join(item.relative_path).path
-    with closing(BlobStore(location, KEY)) as store:
-        data = bytearray(store.read(path, limit=1 << 30)[0])
-        data[item.offset + position] ^= 0x01
-        store.put(path, bytes(data))
+    store = BlobStore(location, KEY)
+    data = bytearray(store.read(path, limit=1 << 30)[0])
+    data[item.offset + position] ^= 0x01
+    store.put(path, bytes(data))
 
 
 def blobs_below(url: str) -> list[str]:
     """Paths in the container, in order."""
     location = BlobLocation.parse(url)
-    with closing(BlobStore(location, KEY)) as store:
-        return [blob.path for blob in store.list(location.path + "/" if location.path else "")]
+    store = BlobStore(location, KEY)
+    return [blob.path for blob in store.list(location.path + "/" if location.path else "")]

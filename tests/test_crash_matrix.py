@@ -81,7 +81,7 @@ def carried_out(proxy: FaultProxy, kind: Literal["Put Blob", "Delete"]) -> bool:
 
 def pruned(url: str, *, dry_run: bool) -> set[str]:
     """Names below `url` of what prune finds, and deletes unless ``dry_run``."""
-    found = prune(url, older_than=datetime.timedelta(0), dry_run=dry_run, credential=KEY)
+    found = prune(url, grace=datetime.timedelta(0), dry_run=dry_run, credential=KEY).remains
     folder = url.rpartition("/")[2]
     return {path.removeprefix(f"{folder}/") for remains in found for path in remains.blobs}
 

@@ -31,8 +31,8 @@ from azure_torch_ckpt import (
     LocationError,
     ServiceUnavailableError,
     StoreError,
-    transport,
 )
+from azure_torch_ckpt import pool as connections
 from tests import sharded
 from tests.attempts import (
     IMPATIENT,
@@ -313,8 +313,8 @@ def port(*, listens: bool) -> Iterator[str]:
 @contextlib.contextmanager
 def short_time_outs() -> Iterator[None]:
     with (
-        mock.patch.object(transport, "_IO_SECONDS", 0.5),
-        mock.patch.object(transport, "_IO_TIMEVAL", struct.pack("ll", 0, 500_000)),
+        mock.patch.object(connections, "IO_SECONDS", 0.5),
+        mock.patch.object(connections, "TIMEVAL", struct.pack("ll", 0, 500_000)),
     ):
         yield
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -91,8 +90,8 @@ def assert_stands_once(url: str, version: int) -> None:
     storage = AzureBlobReader(url, credential=KEY).read_metadata().storage_data
     items = [stored_item(info) for info in storage.values()]
     [path] = {location.join(item.relative_path).path for item in items}
-    with closing(BlobStore(location, KEY)) as store:
-        sizes = {blob.path: blob.size for blob in store.list(f"{location.path}/")}
+    store = BlobStore(location, KEY)
+    sizes = {blob.path: blob.size for blob in store.list(f"{location.path}/")}
     assert set(sizes) == {path, f"{location.path}/.metadata"}
     assert sizes[path] == sum(item.length for item in items)
 
@@ -345,8 +344,8 @@ def test_the_first_retry_follows_within_a_fraction_of_a_second_and_later_ones_ba
 ) -> None:
     caplog.set_level(logging.INFO, RETRY_LOG)
     proxy.when("List", times=3).do(Answer(503, "ServerBusy"))
-    with closing(BlobStore(BlobLocation.parse(proxied_container), KEY)) as store:
-        store.now()
+    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store.now()
     waited = delays(caplog)
     assert len(waited) == 3
     for number, seconds in enumerate(waited):
@@ -362,8 +361,8 @@ def test_retry_after_is_honoured(
     caplog.set_level(logging.INFO, RETRY_LOG)
     value = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
     proxy.when("List").do(Answer(status, "ServerBusy", {"Retry-After": value}))
-    with closing(BlobStore(BlobLocation.parse(proxied_container), KEY)) as store:
-        store.now()
+    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store.now()
     [waited] = delays(caplog)
     first, second = proxy.requests("List")
     assert first.answered_at is not None

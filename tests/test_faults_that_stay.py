@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import azure_torch_ckpt.retry
-import azure_torch_ckpt.transport
 from azure_torch_ckpt import (
     AccessDeniedError,
     AzureBlobReader,
@@ -27,6 +26,7 @@ from azure_torch_ckpt import (
     StoreError,
     TransferOptions,
 )
+from azure_torch_ckpt import pool as connections
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults import Action, Answer, Cut, Hold, Kind
 from tests.mixed import KEY, assert_right, error_of, load, save
@@ -142,8 +142,8 @@ def test_a_service_that_falls_silent(
     azurite: Azurite, azurite_tls: Azurite, container: str, monkeypatch: pytest.MonkeyPatch, tls: bool, tally: Tally
 ) -> None:
     """Before the request was read, before the answer, and in the middle of the body."""
-    monkeypatch.setattr(azure_torch_ckpt.transport, "_IO_SECONDS", 0.3)
-    monkeypatch.setattr(azure_torch_ckpt.transport, "_IO_TIMEVAL", struct.pack("ll", 0, 300_000))
+    monkeypatch.setattr(connections, "IO_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "TIMEVAL", struct.pack("ll", 0, 300_000))
     assert azurite_tls.certificate is not None
     files: tuple[Path, Path] = azurite_tls.certificate, azurite_tls.certificate.with_name("key.pem")
     save(f"{container}/a")

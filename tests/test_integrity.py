@@ -7,7 +7,6 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -86,8 +85,8 @@ def assert_names(error: AzureCheckpointError, url: str, name: str, item: StoredI
 def test_every_block_of_a_save_carries_its_crc64(checking: CrcServer, container: str) -> None:
     name = container.rpartition("/")[2]
     save(f"{checking.endpoint}/{name}/a")
-    with closing(BlobStore(BlobLocation.parse(container), KEY)) as store:
-        [data] = [blob for blob in store.list("a/") if blob.path.endswith(".distcp")]
+    store = BlobStore(BlobLocation.parse(container), KEY)
+    [data] = [blob for blob in store.list("a/") if blob.path.endswith(".distcp")]
     assert (checking.unchecked, checking.refused) == (0, 0)
     assert checking.checked == -(-data.size // 65536) > 3
     assert checking.checked_bytes == data.size
@@ -171,8 +170,8 @@ def test_an_endpoint_that_refuses_the_header_gets_the_blocks_without_it(
 ) -> None:
     with FaultProxy(strict_azurite) as proxy:
         url = f"{proxy.endpoint}/strict/a"
-        with closing(BlobStore(BlobLocation.parse(url), KEY)) as store:
-            store.create_container()
+        store = BlobStore(BlobLocation.parse(url), KEY)
+        store.create_container()
         writer = AzureBlobWriter(url, credential=KEY, options=SMALL)
         with caplog.at_level(logging.WARNING, "azure_torch_ckpt"):
             dcp.save(state(), storage_writer=writer)
@@ -283,22 +282,22 @@ def test_a_missing_and_a_short_blob_are_named(container: str) -> None:
     location = BlobLocation.parse(url)
     save(url)
     path = location.join(item_of(url, "large").relative_path).path
-    with closing(BlobStore(location, KEY)) as store:
-        data, _ = store.read(path, limit=1 << 30)
-        store.put(path, data[:-1])
-        with pytest.raises(CheckpointException) as caught:
-            load(url)
-        error = error_of(caught)
-        assert isinstance(error, CorruptCheckpointError) and "shorter" in str(error) and path in str(error)
-        store.delete(path)
-        with pytest.raises(CheckpointException) as caught:
-            load(url)
-        error = error_of(caught)
-        assert isinstance(error, CorruptCheckpointError) and "missing" in str(error) and path in str(error)
-        store.delete(location.join(".metadata").path)
-        with pytest.raises(CheckpointException) as caught:
-            load(url)
-        assert isinstance(error_of(caught), CheckpointNotFoundError)
+    store = BlobStore(location, KEY)
+    data, _ = store.read(path, limit=1 << 30)
+    store.put(path, data[:-1])
+    with pytest.raises(CheckpointException) as caught:
+        load(url)
+    error = error_of(caught)
+    assert isinstance(error, CorruptCheckpointError) and "shorter" in str(error) and path in str(error)
+    store.delete(path)
+    with pytest.raises(CheckpointException) as caught:
+        load(url)
+    error = error_of(caught)
+    assert isinstance(error, CorruptCheckpointError) and "missing" in str(error) and path in str(error)
+    store.delete(location.join(".metadata").path)
+    with pytest.raises(CheckpointException) as caught:
+        load(url)
+    assert isinstance(error_of(caught), CheckpointNotFoundError)
 
 
 # ---- On the way down -------------------------------------------------------------------------------------------------

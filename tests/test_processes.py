@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,6 @@ def test_sixteen_threads_with_a_store_each_fetch_one_token(azurite_tls: Azurite)
     def use(store: BlobStore) -> None:
         start.wait(DEADLINE_SECONDS)
         assert list(store.list("")) == []
-        store.close()
 
     with ThreadPoolExecutor(16) as pool:
         futures = [pool.submit(use, store) for store in stores]
@@ -204,7 +202,6 @@ def test_a_fork_while_the_service_is_busy(proxy: FaultProxy, proxied_container: 
         finally:
             gate.open()
         assert parent.result(DEADLINE_SECONDS)[0] == b"12345678"
-    store.close()
 
 
 # ---- Spawn and DataLoader --------------------------------------------------------------------------------------------
@@ -240,17 +237,17 @@ def test_dataloader_workers_share_a_reader_and_a_store(container: str, method: s
     save(url)
     reader = AzureBlobReader(url, credential=KEY)
     [item] = [info for index, info in reader.read_metadata().storage_data.items() if index.fqn == "large"]
-    with closing(BlobStore(BlobLocation.parse(url), KEY)) as store:
-        path = BlobLocation.parse(url).join(item.relative_path).path
-        rows = Rows(url, store, path, item.offset + item.payload_offset)
-        assert torch.equal(rows[0], state()["large"][0])  # the parent has connections when the workers come
-        workers = 2 if method == "fork" else 1
-        loader = DataLoader(
-            rows, batch_size=4, num_workers=workers, multiprocessing_context=method, timeout=DEADLINE_SECONDS
-        )
-        got = torch.cat(list(loader))
-        assert torch.equal(got, state()["large"][:24])
-        assert torch.equal(rows[5], state()["large"][5])
+    store = BlobStore(BlobLocation.parse(url), KEY)
+    path = BlobLocation.parse(url).join(item.relative_path).path
+    rows = Rows(url, store, path, item.offset + item.payload_offset)
+    assert torch.equal(rows[0], state()["large"][0])  # the parent has connections when the workers come
+    workers = 2 if method == "fork" else 1
+    loader = DataLoader(
+        rows, batch_size=4, num_workers=workers, multiprocessing_context=method, timeout=DEADLINE_SECONDS
+    )
+    got = torch.cat(list(loader))
+    assert torch.equal(got, state()["large"][:24])
+    assert torch.equal(rows[5], state()["large"][5])
 
 
 def test_a_pickled_writer_and_reader_work_in_a_spawned_process(container: str) -> None:
@@ -295,7 +292,6 @@ def test_threads_share_a_reader_and_a_store(container: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         for future in [pool.submit(use, number) for number in range(8)]:
             future.result(DEADLINE_SECONDS)
-    store.close()
 
 
 # ---- A writer after an error -----------------------------------------------------------------------------------------
@@ -322,7 +318,7 @@ def test_a_writer_is_used_again_after_an_error(
         assert_right(load(url), version)
         if where == "Put Blob":
             # Nobody can tell whether a commit that failed was carried out, so its blobs stay for `prune`.
-            assert len(prune(url, credential=KEY, older_than=datetime.timedelta(0), dry_run=False)) == 1
+            assert len(prune(url, credential=KEY, grace=datetime.timedelta(0), dry_run=False).remains) == 1
         names = {info.relative_path for info in _storage_data(url)}
         assert sorted(blobs_below(url)) == sorted(["a/.metadata", *(f"a/{name}" for name in names)])
 

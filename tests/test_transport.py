@@ -35,7 +35,7 @@ from azure.core.exceptions import (
 from azure.core.rest import HttpRequest, HttpResponse
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
-from azure_torch_ckpt import transport as transport_module
+from azure_torch_ckpt import pool as connections
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport import GatherTransport
@@ -112,9 +112,9 @@ def either(request: pytest.FixtureRequest, container: str, azurite_tls: Azurite)
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time-outs of 0.4 s."""
-    monkeypatch.setattr(transport_module, "_IO_SECONDS", 0.4)
-    monkeypatch.setattr(transport_module, "_IO_TIMEVAL", struct.pack("ll", 0, 400_000))
-    monkeypatch.setattr(transport_module, "_CONNECT_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "IO_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "TIMEVAL", struct.pack("ll", 0, 400_000))
+    monkeypatch.setattr(connections, "CONNECT_SECONDS", 0.4)
 
 
 def some_bytes(size: int) -> bytes:
@@ -279,9 +279,38 @@ def test_a_connection_is_used_again(either: Any) -> None:
         blobs.get(transport, "blob", start, 500, dest)
         assert dest.received
     assert proxy.connections == 1
-    transport.close()
+    connections.close_idle()
     assert blobs.get(transport, "blob", 0, 1).status_code == 206
     assert proxy.connections == 2
+
+
+def test_transports_share_the_connections_of_the_process(either: Any, azurite_tls: Azurite) -> None:
+    """As writers do that follow one another: their handshakes would take longer than a small save."""
+    proxy, blobs, transport = either
+    blobs.put(transport, "blob", some_bytes(1000))
+    for _ in range(3):
+        another = GatherTransport(ca_file=str(azurite_tls.certificate))
+        assert blobs.get(another, "blob", 0, 1000).content == some_bytes(1000)
+    assert proxy.connections == 1
+
+
+def test_a_connection_that_lay_idle_for_long_is_not_used_again(either: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy, blobs, transport = either
+    blobs.put(transport, "blob", some_bytes(1000))
+    monkeypatch.setattr(connections, "_IDLE_SECONDS", 0.0)
+    assert blobs.get(transport, "blob", 0, 1000).content == some_bytes(1000)
+    assert proxy.connections == 2
+
+
+def test_certificates_that_are_trusted_are_not_shared(
+    azurite_tls: Azurite, tls_proxy: FaultProxy, container: str
+) -> None:
+    """A connection that one transport trusts is none that another, with fewer certificates, may use."""
+    blobs = Blobs(f"{tls_proxy.endpoint}/{container.rpartition('/')[2]}")
+    blobs.put(GatherTransport(ca_file=str(azurite_tls.certificate)), "blob", b"data")
+    with pytest.raises(ServiceRequestError) as caught:
+        blobs.get(GatherTransport(), "blob", 0, 4)
+    assert isinstance(caught.value.inner_exception, ssl.SSLCertVerificationError)
 
 
 def test_a_connection_that_the_server_closed_while_idle_is_replaced(either: Any) -> None:
@@ -591,7 +620,7 @@ def test_no_error_shows_a_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blobs.put(transport, "blob", b"data")
-    transport.close()
+    connections.close_idle()
     if what == "refused":
         proxy.refuse()
     elif what == "cut":
@@ -600,6 +629,7 @@ def test_no_error_shows_a_secret(
         proxy.when("Get Blob").do(Cut(2, reset=False))
     elif what == "proxy":
         monkeypatch.setenv("HTTP_PROXY", "http://someone:hunter2@127.0.0.1:1")
+        transport = GatherTransport()  # one reads the environment once for each host
     elif what == "no such host":
         blobs.url = "http://nobody.invalid/container"
     else:

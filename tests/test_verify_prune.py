@@ -6,7 +6,6 @@ import datetime
 import pickle
 import random
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,11 @@ from azure_torch_ckpt import (
     verify,
 )
 from azure_torch_ckpt.dcp.layout import new_save_id
+from azure_torch_ckpt.dcp.metadata import StoredItem, stored_item
 from azure_torch_ckpt.store import BlobStore
 from tests.faults import Answer, Call
 from tests.mixed import KEY, SMALL, assert_right, blobs_below, flip_in_storage, item_of, load, save, state
+from tests.planted import content, put
 from tests.proxy import FaultProxy
 from tests.tally import Tally
 
@@ -40,18 +41,14 @@ NOW = datetime.timedelta(0)
 LONG = datetime.timedelta(hours=1)
 
 
-def put(container: str, path: str, data: bytes = b"x") -> None:
-    with closing(BlobStore(BlobLocation.parse(container), KEY)) as store:
-        store.put(path, data)
-
-
-def content(container: str, path: str) -> bytes:
-    with closing(BlobStore(BlobLocation.parse(container), KEY)) as store:
-        return store.read(path, limit=1 << 30)[0]
-
-
 def data_path(url: str) -> str:
     return BlobLocation.parse(url).join(item_of(url, "large").relative_path).path
+
+
+def stored_by(url: str, rank: int) -> StoredItem:
+    """The item that a rank has saved without collectives."""
+    [info] = AzureBlobReader(url, credential=KEY).read_metadata(rank=rank).storage_data.values()
+    return stored_item(info)
 
 
 def remains(container: str, checkpoint: str, blobs: int = 2) -> list[str]:
@@ -76,7 +73,36 @@ def test_a_sound_checkpoint(proxy: FaultProxy, container: str, proxied_container
     assert blob.size == blob.expected_size == len(content(container, f"a/{blob.name}"))
     # All of it was read, and nothing was changed.
     assert sum(seen.sent for seen in proxy.requests("Get Blob") if seen.path.endswith(".distcp")) == blob.size
-    assert {seen.method for seen in proxy.log} == {"GET", "HEAD"}
+    assert {seen.method for seen in proxy.log} == {"GET"}
+    assert proxy.count("List") == 1  # which tells the sizes of all blobs
+
+
+def test_sizes_are_asked_for_one_by_one_where_a_listing_is_not_allowed(
+    proxy: FaultProxy, container: str, proxied_container: str
+) -> None:
+    save(f"{container}/a")
+    proxy.when("List", times=None).do(Answer(403, "AuthorizationPermissionMismatch"))
+    report = verify(f"{proxied_container}/a", credential=KEY, options=SMALL)
+    assert report.ok and report.blobs[0].size == report.blobs[0].expected_size
+    assert proxy.count("Head") == 1
+
+
+def test_ranks_that_saved_without_collectives_are_verified_together(container: str) -> None:
+    for rank in range(3):
+        save_without_collectives(AzureBlobWriter(f"{container}/alone", credential=KEY), rank)
+    report = verify(f"{container}/alone", credential=KEY)
+    assert report.ok and [blob.checked for blob in report.blobs] == [1, 1, 1]
+    flip_in_storage(f"{container}/alone", stored_by(f"{container}/alone", 2), 3)
+    report = verify(f"{container}/alone", credential=KEY)
+    assert ["'rank2'" in problem for problem in report.problems] == [True]
+
+
+def test_verifying_tells_how_far_it_has_got(container: str) -> None:
+    save(f"{container}/a")
+    told: list[tuple[int, int]] = []
+    report = verify(f"{container}/a", credential=KEY, progress=lambda done, total: told.append((done, total)))
+    [blob] = report.blobs
+    assert told[0] == (0, blob.size) and told[-1] == (blob.size, blob.size)
 
 
 def test_a_sample_reads_a_share_of_the_items_and_all_sizes(
@@ -137,8 +163,8 @@ def test_every_damaged_item_is_reported_by_its_blob(container: str, tally: Tally
     assert short.size == short.expected_size - 1
     assert short.name in short.problems[0] and "'strided'" in short.problems[0]
 
-    with closing(BlobStore(BlobLocation.parse(url), KEY)) as store:
-        store.delete(others[0])
+    store = BlobStore(BlobLocation.parse(url), KEY)
+    store.delete(others[0])
     missing = verify(url, credential=KEY).blobs[1]
     assert missing.size is None
     assert "missing" in missing.problems[0] and "'small'" in missing.problems[0] and missing.name in missing.problems[0]
@@ -229,8 +255,8 @@ def save_without_collectives(writer: AzureBlobWriter, rank: int) -> None:
 
 def test_prune_finds_the_remains_and_nothing_else(container: str, tally: Tally) -> None:
     keep, strays = a_full_container(container)
-    assert prune(f"{container}/run", credential=KEY, older_than=LONG) == []
-    found = prune(f"{container}/run", credential=KEY, older_than=NOW)
+    assert prune(f"{container}/run", credential=KEY, grace=LONG).remains == []
+    found = prune(f"{container}/run", credential=KEY, grace=NOW).remains
     assert sorted(path for one in found for path in one.blobs) == strays
     assert len(found) == 6 and all(one.size == 20 and len(one.blobs) == 2 for one in found)
     assert {one.url for one in found} == {
@@ -240,16 +266,16 @@ def test_prune_finds_the_remains_and_nothing_else(container: str, tally: Tally) 
     assert all(one.save_id in path for one in found for path in one.blobs)
     assert sorted(blobs_below(container)) == sorted(keep + strays)  # that was a dry run
 
-    assert prune(f"{container}/run", credential=KEY, older_than=LONG, dry_run=False) == []
+    assert prune(f"{container}/run", credential=KEY, grace=LONG, dry_run=False).remains == []
     assert sorted(blobs_below(container)) == sorted(keep + strays)
 
-    deleted = prune(f"{container}/run", credential=KEY, older_than=NOW, dry_run=False)
+    deleted = prune(f"{container}/run", credential=KEY, grace=NOW, dry_run=False).remains
     assert deleted == found
     assert blobs_below(container) == keep
     for version, name in ((1, "run/step-1"), (2, "run/step-2"), (3, "run/step-2/inner"), (4, "other/step-1")):
         assert_right(load(f"{container}/{name}"), version)
     assert verify(f"{container}/run/step-1", credential=KEY).ok
-    assert prune(f"{container}/run", credential=KEY, older_than=NOW) == []
+    assert prune(f"{container}/run", credential=KEY, grace=NOW).remains == []
     tally.add("prune among 5 checkpoints and 10 other files", len(strays), "only remains deleted", len(strays))
 
 
@@ -257,9 +283,9 @@ def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> Non
     save(f"{container}/a", 1)
     save(container, 2)  # a checkpoint at the container's root
     inside, beside, at_root = remains(container, "a"), remains(container, "b"), remains(container, "")
-    [found] = prune(f"{container}/a", credential=KEY, older_than=NOW, dry_run=False)
+    [found] = prune(f"{container}/a", credential=KEY, grace=NOW, dry_run=False).remains
     assert found.blobs == inside and found.url == f"{container}/a"
-    everything = prune(container, credential=KEY, older_than=NOW, dry_run=False)
+    everything = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
     assert sorted(path for one in everything for path in one.blobs) == sorted(beside + at_root)
     assert_right(load(f"{container}/a"), 1)
     assert_right(load(container), 2)
@@ -267,25 +293,27 @@ def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> Non
 
 def test_the_grace_period_goes_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
     [_, last] = remains(container, "a")
-    with closing(BlobStore(BlobLocation.parse(container), KEY)) as store:
-        age = store.now() - store.stat(last).last_modified
-    assert prune(f"{container}/a", credential=KEY, older_than=age + LONG) == []
+    store = BlobStore(BlobLocation.parse(container), KEY)
+    age = store.now() - store.stat(last).last_modified
+    assert prune(f"{container}/a", credential=KEY, grace=age + LONG).remains == []
     assert proxy.log == []
-    [found] = prune(f"{proxied_container}/a", credential=KEY, older_than=age)  # by now it is that old
+    [found] = prune(f"{proxied_container}/a", credential=KEY, grace=age).remains  # by now it is that old
     assert found.last_modified is not None and last in found.blobs
-    # The blobs, the time (one blob at most), the metadata, and that of single ranks.
-    assert [seen.query.get("maxresults") for seen in proxy.requests("List")] == [None, "1", None]
+    # The blobs, the time (one blob at most), and whether there is metadata by now.
+    assert [seen.kind for seen in proxy.log] == ["List", "List", "Get Blob"]
+    assert [seen.query.get("maxresults") for seen in proxy.requests("List")] == [None, "1"]
 
 
 @pytest.mark.parametrize("name", [".metadata", "__1.metadata"])
 def test_metadata_that_cannot_be_read_stops_a_prune_before_it_deletes(container: str, name: str) -> None:
     save(f"{container}/run/a")
-    strays = remains(container, "run/a") + remains(container, "run/b") + remains(container, "run/c")
+    strays = remains(container, "run/a") + remains(container, "run/c")
+    strays += remains(container, "run/b") + remains(container, "run/b")
     for data, expected in ((b"garbage", CorruptCheckpointError), (pickle.dumps(print), UnsafeMetadataError)):
         put(container, f"run/b/{name}", data)
         before = blobs_below(container)
         with pytest.raises(expected, match=name):
-            prune(f"{container}/run", credential=KEY, older_than=NOW, dry_run=False)
+            prune(f"{container}/run", credential=KEY, grace=NOW, dry_run=False)
         assert blobs_below(container) == before and set(strays) <= set(before)
 
 
@@ -351,6 +379,6 @@ def test_data_that_could_not_be_removed_is_what_prune_finds(
     assert blobs_below(container) == [data]
     with pytest.raises(CheckpointNotFoundError):
         AzureBlobReader(f"{container}/a", credential=KEY).read_metadata()
-    [found] = prune(container, credential=KEY, older_than=NOW, dry_run=False)
+    [found] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
     assert found.blobs == [data]
     assert blobs_below(container) == []

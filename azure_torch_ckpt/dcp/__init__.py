@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from azure_torch_ckpt.dcp.prune import Remains, prune, remove_checkpoint
+from azure_torch_ckpt.dcp.prune import Remains, remove_checkpoint
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, verify
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
@@ -13,7 +13,6 @@ __all__ = [
     "BlobReport",
     "Remains",
     "VerifyReport",
-    "prune",
     "remove_checkpoint",
     "verify",
 ]

@@ -6,6 +6,7 @@ uses, so a save never touches a byte of the one before, and one conditional Put 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import logging
 import uuid
@@ -43,10 +44,11 @@ _METADATA_LIMIT = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The content of a ``.metadata`` blob and the ETag that it had."""
+    """The content of a ``.metadata`` blob, the ETag that it had, and when it was written."""
 
     data: bytes
     etag: str
+    modified: datetime.datetime
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -78,7 +80,7 @@ def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | Non
             f"{location}/{metadata_name(rank)} was damaged in storage or on the way: its bytes do not have the MD5 "
             "that was stored with them. Try again to rule out the way, or use another checkpoint"
         )
-    return Stored(data, info.etag)
+    return Stored(data, info.etag, info.last_modified)
 
 
 def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stored | None, rank: int | None) -> str:

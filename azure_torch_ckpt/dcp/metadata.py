@@ -6,10 +6,12 @@ taken, so nothing acts on it before :func:`load_metadata` and :func:`check_metad
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, cast
 
 import torch
@@ -35,6 +37,7 @@ __all__ = [
     "dump_metadata",
     "load_metadata",
     "storage_info",
+    "storage_meta",
     "stored_item",
 ]
 
@@ -46,7 +49,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # lone surrogates h
 _BUILTINS = frozenset({bool, bytes, float, int, str, type(None)})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StoredItem:
     """Where one item (a chunk of a tensor, or an object's pickle) lies.
 
@@ -102,6 +105,24 @@ def stored_item(info: object) -> StoredItem:
         getattr(info, "crc64", None),
         tuple(getattr(info, "transform_descriptors", None) or ()),
     )
+
+
+def storage_meta(checkpoint_id: str, save_id: str | None) -> StorageMeta:
+    """torch's own ``StorageMeta`` with two attributes that torch ignores: which versions of torch and of this package
+    wrote the checkpoint. They are pickled with the rest of the instance's ``__dict__``.
+    """
+    meta: Any = StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id)
+    meta.torch_version = str(torch.__version__)  # it is of a class of torch's own, which has no place in a pickle
+    meta.writer_version = _own_version()
+    return meta  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _own_version() -> str:
+    try:
+        return version("azure-torch-ckpt")
+    except PackageNotFoundError:  # a source tree on sys.path that nobody installed
+        return "0+source"
 
 
 def data_paths(metadata: Metadata) -> set[str]:

@@ -16,7 +16,7 @@ from azure_torch_ckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["address_of", "is_plain", "memory", "readable", "writable"]
+__all__ = ["address_of", "is_plain", "memory", "own_bytes", "readable", "writable"]
 
 # One array type for every length: a ctypes type per length would cost more than the view and leave a cycle to collect.
 # The views below cut the length that is really there.
@@ -93,6 +93,13 @@ def readable(tensor: torch.Tensor) -> memoryview:
     return writable(tensor).toreadonly()
 
 
+def own_bytes(tensor: torch.Tensor) -> memoryview | None:
+    """The bytes of a plain, contiguous CPU tensor (see `is_plain`), writable, as in `writable`; None for any other."""
+    if not is_plain(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return memory(tensor.data_ptr(), tensor.nbytes, tensor.untyped_storage())
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor's raw bytes, its dtype and its shape say all there is to say about it.
 
@@ -111,7 +118,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
         return False
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         return False
-    if tensor.is_conj() or tensor.is_neg():
+    # Only complex tensors can be conj views; to ask one gives the GIL away, which costs more than all the rest.
+    if tensor.is_neg() or (tensor.is_complex() and tensor.is_conj()):
         return False
     try:
         has_memory = tensor.data_ptr() != 0 or tensor.numel() == 0

@@ -1,28 +1,28 @@
-"""Removing checkpoints, and what failed saves and removals left behind."""
+"""Removing a checkpoint, and what failed saves and removals left behind."""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import Stored, metadata_name, read_metadata_blob, remove_blobs
-from azure_torch_ckpt.dcp.metadata import check_metadata, data_paths, load_metadata
+from azure_torch_ckpt.dcp.layout import metadata_name, remove_blobs
+from azure_torch_ckpt.dcp.standing import metadata_ranks, read_standing
+from azure_torch_ckpt.dcp.survey import Place
 from azure_torch_ckpt.errors import BlobChangedError, CheckpointNotFoundError, CheckpointReplacedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobInfo, BlobStore
+from azure_torch_ckpt.workers import Workers
 
-__all__ = ["Remains", "prune", "remove_checkpoint"]
+__all__ = ["Remains", "find_remains", "place_location", "remove_checkpoint", "remove_remains"]
 
 _log = logging.getLogger(__name__)
-
-# <checkpoint>/<save id>/__<rank>_<n>.distcp; see layout.data_name. Nothing of another form is ever touched.
-_DATA = re.compile(r"(?:(?P<checkpoint>.+)/)?(?P<save>[0-9a-f]{32})/__\d+_\d+\.distcp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,65 +44,55 @@ class Remains:
     last_modified: datetime.datetime
 
 
-def prune(
-    url: str | os.PathLike[str] | BlobLocation,
-    *,
-    older_than: datetime.timedelta = datetime.timedelta(days=1),
-    dry_run: bool = True,
-    credential: Credential = None,
-    options: TransferOptions | None = None,
-    ca_file: str | None = None,
+def find_remains(
+    store: BlobStore, location: BlobLocation, places: Iterable[Place], oldest_to_keep: datetime.datetime
 ) -> list[Remains]:
-    """Find what saves that never committed left under a URL, at any depth, and delete it unless ``dry_run``.
+    """What saves that never committed, and removals that were broken off, left at `places`.
 
-    Only blobs that are named as `AzureBlobWriter` names them, and that the ``.metadata`` beside them does not name, are
-    considered. A save that still runs looks just like one that failed, so only remains that nothing was added to for
-    `older_than` count: it must be longer than any save takes from its first rank's last block to its commit.
+    Only data blobs that are named as `AzureBlobWriter` names them, and that the metadata beside them does not name, are
+    considered. A save that still runs looks just like one that failed, so only remains that nothing was added to since
+    `oldest_to_keep` count.
+
+    The metadata of a place is fetched where more than one save, or one later than the metadata, has left data. A place
+    with one save from before its metadata is taken for sound, without a request.
 
     Args:
-        url: a checkpoint, or a prefix with any number of them.
-        older_than: the grace period, by the service's clock.
-        dry_run: only tell what would be deleted.
-
-    Returns:
-        What was found (and, unless ``dry_run``, deleted), one entry for each save.
+        store: of the container that `location` lies in.
+        places: of a listing that was made before now.
 
     Raises:
-        CheckpointError: the ``.metadata`` of a checkpoint cannot be read, so nobody can tell what it names. Nothing was
-            deleted.
+        CheckpointError: the metadata of a checkpoint cannot be read, so nobody can tell what it names.
         StoreError: the service could not be asked.
     """
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, credential, options=options, ca_file=ca_file)
-    prefix = location.path + "/" if location.path else ""
-    saves: dict[tuple[str, str], list[BlobInfo]] = {}
-    for blob in store.list(prefix):
-        match = _DATA.fullmatch(blob.path)
-        if match is not None:
-            saves.setdefault((match["checkpoint"] or "", match["save"]), []).append(blob)
-    oldest_to_keep = store.now() - older_than
+    doubtful: list[tuple[Place, list[tuple[str, list[BlobInfo]]]]] = []
+    for place in places:
+        old = [
+            (save_id, blobs)
+            for save_id, blobs in sorted(place.saves.items())
+            # Data without a save id may be named by metadata anywhere above.
+            if save_id and _newest(blobs) <= oldest_to_keep
+        ]
+        if old and not _is_plainly_sound(place):
+            doubtful.append((place, old))
+    named = _named_at(store, location, [place for place, _ in doubtful])
     found = []
-    named: dict[str, set[str]] = {}
-    for (checkpoint, save_id), blobs in sorted(saves.items()):
-        newest = max(blob.last_modified for blob in blobs)
-        if newest > oldest_to_keep:
-            continue
-        place = location.container_root().join(*checkpoint.split("/")) if checkpoint else location.container_root()
-        if checkpoint not in named:
-            named[checkpoint] = {
-                place.join(name).path
-                for rank, stored in _metadata_at(store, place)
-                for name in _data_of(place, rank, stored)
-            }
-        stray = [blob for blob in blobs if blob.path not in named[checkpoint]]
-        if stray:
-            size = sum(blob.size for blob in stray)
-            found.append(Remains(str(place), save_id, [blob.path for blob in stray], size, newest))
-    if not dry_run:
-        for remains in found:
-            _log.info("removing %d blobs of the unfinished save %s", len(remains.blobs), remains.save_id)
-        remove_blobs(store, location.container_root(), [path for remains in found for path in remains.blobs])
+    for place, old in doubtful:
+        for save_id, blobs in old:
+            stray = [blob for blob in blobs if blob.path not in named[place.path]]
+            if stray:
+                url = str(place_location(location, place))
+                size = sum(blob.size for blob in stray)
+                found.append(Remains(url, save_id, [blob.path for blob in stray], size, _newest(blobs)))
     return found
+
+
+def remove_remains(store: BlobStore, found: Iterable[Remains]) -> None:
+    """Delete what `find_remains` found. A blob that cannot be deleted is logged."""
+    paths = []
+    for remains in found:
+        _log.info("removing %d blobs of the unfinished save %s at %s", len(remains.blobs), remains.save_id, remains.url)
+        paths += remains.blobs
+    remove_blobs(store, store.location, paths)
 
 
 def remove_checkpoint(
@@ -125,36 +115,52 @@ def remove_checkpoint(
     """
     location = BlobLocation.parse(url)
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
-    found = [(rank, stored, _data_of(location, rank, stored)) for rank, stored in _metadata_at(store, location)]
+    found = read_standing(store, location, [None, *metadata_ranks(store, location)])
     if not found:
         raise CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
-    for rank, stored, _ in found:
+    for part in found:
         try:
-            store.delete(location.join(metadata_name(rank)).path, if_etag=stored.etag)
+            store.delete(location.join(metadata_name(part.rank)).path, if_etag=part.stored.etag)
         except BlobChangedError as error:
             raise CheckpointReplacedError(
                 f"The checkpoint at {location} was replaced while it was being removed; the new one stands. Remove it "
                 "again if that is meant too"
             ) from error
-    remove_blobs(store, location, [name for _, _, names in found for name in names])
+    remove_blobs(store, location, sorted({name for part in found for name in part.names}))
 
 
-def _metadata_at(store: BlobStore, place: BlobLocation) -> Iterator[tuple[int | None, Stored]]:
-    """The metadata of all ranks, and that of single ranks, as far as there is any."""
-    prefix = place.path + "/" if place.path else ""
-    ranks: list[int | None] = [None]
-    for entry in store.list_folder(prefix + "__"):
-        match = None if isinstance(entry, str) else re.fullmatch(r"__(\d+)\.metadata", entry.path[len(prefix) :])
-        if match is not None:
-            ranks.append(int(match[1]))
-    for rank in ranks:
-        stored = read_metadata_blob(store, place, rank)
-        if stored is not None:
-            yield rank, stored
+def place_location(location: BlobLocation, place: Place) -> BlobLocation:
+    """Where a place in the container of `location` is."""
+    root = location.container_root()
+    return root.join(place.path) if place.path else root
 
 
-def _data_of(place: BlobLocation, rank: int | None, stored: Stored) -> list[str]:
-    where = f"{place}/{metadata_name(rank)}"
-    metadata = load_metadata(stored.data, where)
-    check_metadata(metadata, where)
-    return sorted(data_paths(metadata))
+def _newest(blobs: Iterable[BlobInfo]) -> datetime.datetime:
+    return max(blob.last_modified for blob in blobs)
+
+
+def _is_plainly_sound(place: Place) -> bool:
+    """Whether the metadata must name the place's data: it is younger, and there is no other save that it could name."""
+    metadata = place.metadata.get(None)
+    if metadata is None or len(place.metadata) > 1 or len(place.saves) != 1:
+        return False
+    [blobs] = place.saves.values()
+    return _newest(blobs) <= metadata.last_modified
+
+
+def _named_at(store: BlobStore, location: BlobLocation, places: list[Place]) -> dict[str, set[str]]:
+    """The paths of the data blobs that the metadata at each place names, by the place's path."""
+    named: dict[str, set[str]] = {}
+    cancel = Cancel()
+
+    def read(place: Place) -> None:
+        where = place_location(location, place)
+        # Not only what the listing saw: a save may have been committed since.
+        parts = read_standing(store, where, {None, *place.metadata})
+        named[place.path] = {where.join(name).path for part in parts for name in part.names}
+
+    with Workers(store.options.concurrency, "blob-prune", cancel.cancel) as workers:
+        for place in places:
+            workers.submit(functools.partial(read, place))
+        workers.finish()
+    return named

@@ -15,9 +15,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from azure_torch_ckpt.collector import CollectorPause, without_collector
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.figures import Figures, failures_told
 from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
+from azure_torch_ckpt.dcp.payload import own_bytes
 from azure_torch_ckpt.dcp.place import CheckpointPlace
 from azure_torch_ckpt.dcp.tensors import region_reads
 from azure_torch_ckpt.dcp.whole import load_tensor, open_item
@@ -34,6 +37,7 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import ProgressOption
 from azure_torch_ckpt.transfer import Check, Download, Read
 
 __all__ = ["AzureBlobReader"]
@@ -56,7 +60,6 @@ class _Wanted:
 
     request: ReadItem
     item: StoredItem
-    what: str
     target: torch.Tensor | None = None  # where it goes; None for an object
 
 
@@ -72,10 +75,12 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         credential: as for `AzureBlobWriter`; reading and listing are all that it must allow.
         options: limits of connections, memory and time, and whether checksums are compared.
         ca_file: a PEM file with certificates to trust besides the platform's.
+        progress: as for `AzureBlobWriter`.
 
     Raises:
         LocationError: the URL names no place in Blob Storage.
         CredentialError: the credential cannot be used.
+        MissingDependencyError: ``progress=True``, and tqdm is not installed.
 
     Errors while loading are those of `azure_torch_ckpt.errors`. ``dcp.load`` carries them to every rank in torch's
     ``CheckpointException``: ``failures[rank][0]`` is the error.
@@ -88,8 +93,10 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         credential: Credential = None,
         options: TransferOptions | None = None,
         ca_file: str | None = None,
+        progress: ProgressOption = None,
     ) -> None:
         super().__init__(url, credential, options, ca_file)
+        self._figures = Figures("load", progress)
         self._metadata = Metadata({}, storage_data={})
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._paths: dict[str, str] = {}  # of data blobs in the container, by their names below the URL
@@ -108,6 +115,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         rank: int | None = kwargs.get("rank")
         if rank is None or self._why_no_metadata is None:
             self._why_no_metadata = None
+            self._figures.begin(self.checkpoint_id, self._store)
             try:
                 return self._read_metadata(rank)
             except AzureCheckpointError as error:
@@ -117,17 +125,22 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
         first, self._why_no_metadata = self._why_no_metadata, None
         if not isinstance(first, CheckpointNotFoundError):
-            return _Unreadable(first)
+            return self._unreadable(first)
         try:
             return self._read_metadata(rank)
         except CheckpointNotFoundError:
-            return _Unreadable(first)
+            return self._unreadable(first)
         except AzureCheckpointError as error:
-            return _Unreadable(error)
+            return self._unreadable(error)
+
+    def _unreadable(self, error: AzureCheckpointError) -> _Unreadable:
+        self._figures.end(error)
+        return _Unreadable(error)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if isinstance(metadata, _Unreadable):
             raise metadata.error
+        self._figures.lead(is_coordinator)
         self._metadata = metadata
         self._chunks = {}
         self._paths = {}
@@ -136,6 +149,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return dataclasses.replace(plan, storage_data=self._seen)
 
+    @failures_told
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See that all ranks have read the same metadata.
 
@@ -148,6 +162,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             raise self._replaced()
         return plans
 
+    @failures_told
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fetch what the plan names into the planner's tensors, and hand it the pickled objects.
 
@@ -158,7 +173,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         """
         in_place: list[_Wanted] = []
         whole: list[_Wanted] = []
-        for request in plan.items:
+        for request in without_collector(plan.items):
             wanted = self._look_up(request)
             if request.type == LoadItemType.TENSOR:
                 wanted.target = self._target(wanted, planner)
@@ -166,12 +181,14 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 whole.append(wanted)
             else:
                 in_place.append(wanted)
-        self._fetch_regions(in_place)
-        for wanted in in_place:
-            assert wanted.target is not None
-            planner.commit_tensor(wanted.request, wanted.target)
-        for batch in self._batches(whole):
-            self._load_whole(batch, planner)
+        with self._figures.transfer(len(plan.items), None):
+            self._fetch_regions(in_place)
+            for wanted in in_place:
+                assert wanted.target is not None
+                planner.commit_tensor(wanted.request, wanted.target)
+            for batch in self._batches(whole):
+                self._load_whole(batch, planner)
+        self._figures.end()
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -179,19 +196,23 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     # What the plan asks for
 
     def _look_up(self, request: ReadItem) -> _Wanted:
-        index = request.storage_index
-        what = f"{index.fqn!r}{'' if index.offset is None else f' at {list(index.offset)}'} of {self.checkpoint_id}"
-        info = self._metadata.storage_data.get(index)
+        info = self._metadata.storage_data.get(request.storage_index)
         if info is None:
-            raise CorruptCheckpointError(f"The metadata does not say where {what} lies. Use another checkpoint")
-        return _Wanted(request, stored_item(info), what)
+            raise CorruptCheckpointError(
+                f"The metadata does not say where {self._name(request)} lies. Use another checkpoint"
+            )
+        return _Wanted(request, stored_item(info))
+
+    def _name(self, request: ReadItem) -> str:
+        index = request.storage_index
+        return f"{index.fqn!r}{'' if index.offset is None else f' at {list(index.offset)}'} of {self.checkpoint_id}"
 
     def _target(self, wanted: _Wanted, planner: LoadPlanner) -> torch.Tensor:
         target: torch.Tensor = planner.resolve_tensor(wanted.request).detach()
         if target.shape != wanted.request.lengths:
             raise CheckpointError(
-                f"The planner gave a tensor of shape {tuple(target.shape)} for {wanted.what}, where the plan reads "
-                f"{tuple(wanted.request.lengths)}"
+                f"The planner gave a tensor of shape {tuple(target.shape)} for {self._name(wanted.request)}, where the "
+                f"plan reads {tuple(wanted.request.lengths)}"
             )
         return target
 
@@ -211,8 +232,10 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
 
     def _fetch_regions(self, all_wanted: list[_Wanted]) -> None:
         total = sum(wanted.target.nbytes for wanted in all_wanted if wanted.target is not None)
-        download = Download(self._store, total)
-        self._run(download, (read for wanted in all_wanted for read in self._reads(wanted, download.part_size)))
+        download = Download(self._store, total, moved=self._figures.moved)
+        with CollectorPause():
+            reads = [read for wanted in all_wanted for read in self._reads(wanted, download.part_size)]
+        self._run(download, reads)
 
     def _reads(self, wanted: _Wanted, limit: int) -> Iterator[Read]:
         request, item, target = wanted.request, wanted.item, wanted.target
@@ -220,15 +243,23 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         dtype, chunk = self._stored_as(request)
         path = self._path(item)
         payload = item.offset + item.payload_offset
-        nbytes = target.numel() * dtype.itemsize
         check = None
         if target.shape == chunk:
             check = self._check(wanted)
+            view = own_bytes(target) if target.dtype == dtype else None
+            if check is None and view is not None:
+                yield Read(path, payload, view.nbytes, view)
+                return
             if check is not None:
                 # The envelope is part of what the checksum covers; it comes with the same request.
+                nbytes = target.numel() * dtype.itemsize
+                self._see_that_it_exists(item, item.length - nbytes)
+                if view is not None:
+                    yield Read(path, item.offset, item.length, view, None, check, item.payload_offset)
+                    return
                 after = payload + nbytes
                 for start, end in ((item.offset, payload), (after, item.offset + item.length)):
-                    yield Read(path, start, end - start, memoryview(self._buffer(item, end - start)), None, check)
+                    yield Read(path, start, end - start, None, None, check)
         yield from region_reads(path, payload, dtype, chunk, request.storage_offsets, target, limit=limit, check=check)
 
     # Items that are read whole
@@ -254,26 +285,28 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             for wanted in batch:
                 item = wanted.item
                 if (item.relative_path, item.offset) not in buffers:
-                    buffers[item.relative_path, item.offset] = buffer = self._buffer(item, item.length)
+                    self._see_that_it_exists(item, item.length)
+                    buffers[item.relative_path, item.offset] = buffer = bytearray(item.length)
                     yield Read(
                         self._path(item), item.offset, item.length, memoryview(buffer), None, self._check(wanted)
                     )
 
-        self._run(Download(self._store, sum(wanted.item.length for wanted in batch)), reads())
+        total = sum(wanted.item.length for wanted in batch)
+        self._run(Download(self._store, total, moved=self._figures.moved), reads())
         for wanted in batch:
             item, request = wanted.item, wanted.request
-            stream = open_item(buffers[item.relative_path, item.offset], item.transforms, wanted.what)
+            stream = open_item(buffers[item.relative_path, item.offset], item.transforms, self._name(request))
             if wanted.target is None:
                 planner.load_bytes(request, stream)
                 continue
-            tensor = load_tensor(stream, wanted.what)
+            tensor = load_tensor(stream, self._name(request))
             region = tensor
             for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
                 region = region.narrow(dim, start, size)
             if region.is_quantized and not _same_quantizer(region, wanted.target):
                 raise CheckpointError(
-                    f"{wanted.what} was saved with another scale or zero point than the tensor to load into has, and "
-                    "only the integers can be copied. Make that tensor with the saved quantizer"
+                    f"{self._name(request)} was saved with another scale or zero point than the tensor to load into "
+                    "has, and only the integers can be copied. Make that tensor with the saved quantizer"
                 )
             wanted.target.copy_(region)
             planner.commit_tensor(request, wanted.target)
@@ -286,22 +319,22 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             path = self._paths[item.relative_path] = self._location.join(item.relative_path).path
         return path
 
-    def _buffer(self, item: StoredItem, length: int) -> bytearray:
-        """Memory for `length` of an item's bytes.
+    def _see_that_it_exists(self, item: StoredItem, length: int) -> None:
+        """Before memory is taken for `length` of an item's bytes.
 
         Raises:
             CorruptCheckpointError: the blob is shorter than that, so damaged metadata asks for memory without end.
         """
-        if length > _UNASKED:
-            path = self._path(item)
-            if path not in self._sizes:
-                self._sizes[path] = self._store.stat(path).size
-            if item.offset + item.length > self._sizes[path]:
-                raise CorruptCheckpointError(
-                    f"A data blob of the checkpoint is shorter than its metadata says: {item.relative_path} has "
-                    f"{self._sizes[path]} bytes where {item.offset + item.length} are needed. Use another checkpoint"
-                )
-        return bytearray(length)
+        if length <= _UNASKED:
+            return
+        path = self._path(item)
+        if path not in self._sizes:
+            self._sizes[path] = self._store.stat(path).size
+        if item.offset + item.length > self._sizes[path]:
+            raise CorruptCheckpointError(
+                f"A data blob of the checkpoint is shorter than its metadata says: {item.relative_path} has "
+                f"{self._sizes[path]} bytes where {item.offset + item.length} are needed. Use another checkpoint"
+            )
 
     def _check(self, wanted: _Wanted) -> Check | None:
         item = wanted.item
@@ -310,16 +343,16 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
 
         def mismatch(found: int) -> None:
             raise CorruptCheckpointError(
-                f"{wanted.what}: the {item.length} bytes at offset {item.offset} of blob {item.relative_path} have "
-                f"CRC64 {found:016x} where {item.crc64:016x} was saved. They were damaged in storage or on the way. "
-                "Load an older checkpoint, or try again to rule out the way"
+                f"{self._name(wanted.request)}: the {item.length} bytes at offset {item.offset} of blob "
+                f"{item.relative_path} have CRC64 {found:016x} where {item.crc64:016x} was saved. They were damaged in "
+                "storage or on the way. Load an older checkpoint, or try again to rule out the way"
             )
 
         return Check(item.crc64, item.length, mismatch)
 
     def _run(self, download: Download, reads: Iterable[Read]) -> None:
         try:
-            download.run(reads)
+            download.run(self._figures.expecting(reads))
         except BlobNotFoundError as error:
             self._raise_if_replaced(error)
             raise CorruptCheckpointError(
@@ -359,8 +392,9 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         if stored is None:
             raise self._nothing_here(name)
         where = f"{self.checkpoint_id}/{name}"
-        metadata = load_metadata(stored.data, where)
-        check_metadata(metadata, where)
+        with CollectorPause():
+            metadata = load_metadata(stored.data, where)
+            check_metadata(metadata, where)
         meta = metadata.storage_meta or StorageMeta()
         meta.load_id = str(uuid.uuid4())
         metadata.storage_meta = meta

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from azure_torch_ckpt.dcp.payload import is_plain, writable
+from azure_torch_ckpt.dcp.payload import own_bytes, writable
 from azure_torch_ckpt.dcp.regions import Band, bands, row_major
 from azure_torch_ckpt.transfer import GAP, Check, Read
 
@@ -37,10 +37,7 @@ def region_reads(
         chunk: the stored chunk's sizes.
         check: for a region that is the whole chunk.
     """
-    in_place = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous() and is_plain(target)
-    if in_place and tuple(chunk) == tuple(target.shape):  # the most frequent case, without the general way's cost
-        yield Read(path, payload, target.nbytes, writable(target), None, check)
-        return
+    in_place = target.dtype == dtype and own_bytes(target) is not None
     itemsize = dtype.itemsize
     for band in bands(chunk, offsets, target.shape, itemsize, limit=limit, gap=GAP, split_dense=not in_place):
         part = target

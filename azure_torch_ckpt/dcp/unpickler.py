@@ -13,7 +13,6 @@ default, which is 4, and 5 from Python 3.14.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import pickle
 import pickletools
 import struct
@@ -85,8 +84,6 @@ class _Machine:
             )
         push, handlers = stack.append, _HANDLERS
         pos = 2
-        collecting = gc.isenabled()
-        gc.disable()  # it would walk all that was made again and again, which doubles the time, and find nothing
         try:
             while True:
                 op = data[pos]
@@ -123,9 +120,6 @@ class _Machine:
         except Exception as error:
             # Whatever fails here fails because of the data: an empty stack, bad UTF-8, a class's own complaint.
             self._corrupt(pos, f"{type(error).__name__}: {error}", error)
-        finally:
-            if collecting:
-                gc.enable()
         if len(stack) != 1 or marks:
             self._corrupt(pos, "it ends in the middle of something")
         if pos != len(data):

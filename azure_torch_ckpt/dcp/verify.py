@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata import StoredItem, stored_item
-from azure_torch_ckpt.dcp.reader import AzureBlobReader
-from azure_torch_ckpt.errors import BlobNotFoundError
+from azure_torch_ckpt.dcp.standing import open_standing
+from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
@@ -65,14 +68,18 @@ def verify(
     *,
     credential: Credential = None,
     sample: float = 1.0,
+    progress: ByteProgress | None = None,
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> VerifyReport:
     """Read a checkpoint and compare every size and CRC64 with its metadata. Changes nothing.
 
+    The sizes come from a listing, or where the credential does not allow one from a request for each blob.
+
     Args:
         url: the checkpoint's place.
         sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
+        progress: called with the bytes that were read so far and those that will be; see `ByteProgress`.
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint.
@@ -81,12 +88,10 @@ def verify(
     """
     if not 0 <= sample <= 1:
         raise ValueError(f"sample is a share between 0 and 1, not {sample}")
-    reader = AzureBlobReader(url, credential=credential, options=options, ca_file=ca_file)
-    storage = reader.read_metadata().storage_data
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    checkpoint = open_standing(url, credential, options, ca_file)
+    store, location = checkpoint.store, checkpoint.location
     by_blob: dict[str, list[tuple[str, StoredItem]]] = {}
-    for index, info in storage.items():
+    for index, info in checkpoint.metadata.storage_data.items():
         item = stored_item(info)
         name = repr(index.fqn) if index.offset is None else f"{index.fqn!r} at {list(index.offset)}"
         by_blob.setdefault(item.relative_path, []).append((name, item))
@@ -97,25 +102,27 @@ def verify(
         for name, item in items
         if not reports[path].problems and (sample >= 1 or random.random() < sample)
     ]
-    download = Download(store, sum(item.length for _, _, item in chosen))
-    download.run(
-        read for report, name, item in chosen for read in _reads(location, report, name, item, download.part_size)
-    )
+    total = sum(item.length for _, _, item in chosen)
+    with byte_meter("verify", str(location), total, progress) as meter:
+        download = Download(store, total, moved=meter.moved)
+        download.run(
+            read for report, name, item in chosen for read in _reads(location, report, name, item, download.part_size)
+        )
     return VerifyReport(str(location), [reports[path] for path in sorted(reports)])
 
 
 def _sizes(
     store: BlobStore, location: BlobLocation, by_blob: dict[str, list[tuple[str, StoredItem]]]
 ) -> dict[str, BlobReport]:
+    try:
+        sizes = _listed(store, location, by_blob)
+    except AccessDeniedError:
+        sizes = _asked(store, location, by_blob)
     reports: dict[str, BlobReport] = {}
-
-    def look(path: str, items: list[tuple[str, StoredItem]]) -> None:
-        try:
-            size: int | None = store.stat(location.join(path).path).size
-        except BlobNotFoundError:
-            size = None
+    for path, items in by_blob.items():
+        size = sizes.get(path)
         expected = max(item.offset + item.length for _, item in items)
-        report = BlobReport(path, size, expected, len(items))
+        report = reports[path] = BlobReport(path, size, expected, len(items))
         if expected and size is None:
             report.problems.append(f"blob {path} is missing; it holds {_some(name for name, _ in items)}")
         elif size is not None and size < expected:
@@ -123,13 +130,37 @@ def _sizes(
             report.problems.append(
                 f"blob {path} has {size} bytes where {expected} are needed; {lost} lies beyond its end"
             )
-        reports[path] = report
-
-    with Workers(store.options.concurrency, "blob-verify") as workers:
-        for path, items in by_blob.items():
-            workers.submit(functools.partial(look, path, items))
-        workers.finish()
     return reports
+
+
+def _listed(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
+    """The sizes of the blobs at `paths` that are there, by a listing of each folder that one of them lies in.
+
+    That is one folder for each save; what else lies below the URL, other checkpoints perhaps, is not listed.
+    """
+    prefix = location.path + "/" if location.path else ""
+    sizes = {}
+    for folder in sorted({path.rpartition("/")[0] for path in paths}):
+        for entry in store.list_folder(f"{prefix}{folder}/" if folder else prefix):
+            if not isinstance(entry, str):
+                sizes[entry.path[len(prefix) :]] = entry.size
+    return sizes
+
+
+def _asked(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
+    """The sizes of the blobs at `paths` that are there, by a request for each."""
+    sizes: dict[str, int] = {}
+    cancel = Cancel()
+
+    def look(path: str) -> None:
+        with contextlib.suppress(BlobNotFoundError):
+            sizes[path] = store.stat(location.join(path).path, cancel=cancel).size
+
+    with Workers(store.options.concurrency, "blob-verify", cancel.cancel) as workers:
+        for path in paths:
+            workers.submit(functools.partial(look, path))
+        workers.finish()
+    return sizes
 
 
 def _reads(location: BlobLocation, report: BlobReport, name: str, item: StoredItem, part_size: int) -> Iterator[Read]:

@@ -18,8 +18,10 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from azure_torch_ckpt._torch_private import CURRENT_DCP_VERSION
+from azure_torch_ckpt.collector import CollectorPause, without_collector
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.envelope import envelope, serialize
+from azure_torch_ckpt.dcp.figures import Figures, failures_told
 from azure_torch_ckpt.dcp.layout import (
     Stored,
     commit,
@@ -29,18 +31,27 @@ from azure_torch_ckpt.dcp.layout import (
     read_metadata_blob,
     remove_blobs,
 )
-from azure_torch_ckpt.dcp.metadata import check_metadata, data_paths, dump_metadata, load_metadata, storage_info
-from azure_torch_ckpt.dcp.payload import is_plain, readable
+from azure_torch_ckpt.dcp.metadata import (
+    check_metadata,
+    data_paths,
+    dump_metadata,
+    load_metadata,
+    storage_info,
+    storage_meta,
+)
+from azure_torch_ckpt.dcp.payload import is_plain, own_bytes
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import CheckpointPlace
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
     CheckpointExistsError,
+    CorruptCheckpointError,
     IncompleteSaveError,
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import ProgressOption
 from azure_torch_ckpt.transfer import Item, Upload
 
 __all__ = ["AzureBlobWriter"]
@@ -81,10 +92,13 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             default. The old one stays until the new one is complete. False refuses before any data is written.
         options: limits of connections, memory and time.
         ca_file: a PEM file with certificates to trust besides the platform's.
+        progress: True for a tqdm bar, or a callback that takes a `Progress`; both on rank 0 only, unless the callback
+            is given as ``AllRanks(callback)``.
 
     Raises:
         LocationError: the URL names no place in Blob Storage.
         CredentialError: the credential cannot be used.
+        MissingDependencyError: ``progress=True``, and tqdm is not installed.
 
     Errors while saving are those of `azure_torch_ckpt.errors`. ``dcp.save`` carries them to every rank in torch's
     ``CheckpointException``: ``failures[rank][0]`` is the error.
@@ -98,8 +112,10 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         overwrite: bool = True,
         options: TransferOptions | None = None,
         ca_file: str | None = None,
+        progress: ProgressOption = None,
     ) -> None:
         super().__init__(url, credential, options, ca_file)
+        self._figures = Figures("save", progress)
         self._overwrite = overwrite
         self._is_coordinator = True
         self._rank: int | None = None
@@ -120,7 +136,9 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         self._use_collectives = kwargs.get("use_collectives", True)
         self._nonce = new_save_id()
         self._replaces = None
+        self._figures.begin(self.checkpoint_id, self._store, leads=is_coordinator)
 
+    @failures_told
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look at what stands at the URL.
 
@@ -134,6 +152,7 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         ticket = _Ticket(self._nonce, rank=None if self._use_collectives else self._rank)
         return dataclasses.replace(plan, storage_data=ticket)
 
+    @failures_told
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give the save its id, and every rank a number for its blob."""
         save_id = new_save_id()
@@ -155,6 +174,7 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             )
         return planned
 
+    @failures_told
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload this rank's items as one blob; return where each of them lies.
 
@@ -172,8 +192,12 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         total = sum(_planned_size(item) for item in plan.items)
         checksums = self._store.options.checksums
         written: list[tuple[WriteItem, Item, int | None]] = []
-        with Upload(self._store, self._location.join(name).path, total) as upload:
-            for write_item in plan.items:
+        path = self._location.join(name).path
+        with (
+            self._figures.transfer(len(plan.items), total) as meter,
+            Upload(self._store, path, total, moved=meter.moved) as upload,
+        ):
+            for write_item in without_collector(plan.items):
                 data = planner.resolve_data(write_item)
                 # Pieces of a quarter of a block, of which every block takes whole ones, leave little of it empty.
                 views, payload_offset, copies = _views(write_item, data, upload.block_size // 4)
@@ -191,12 +215,15 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
                     crc64=item.crc64() if checksums else None,
                 ),
             )
-            for write_item, item, payload_offset in written
+            for write_item, item, payload_offset in without_collector(written)
         ]
+        if self._use_collectives and not self._is_coordinator:
+            self._figures.end()  # `finish` is for the coordinator
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
+    @failures_told
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check that the results cover the plan, make the checkpoint visible, and remove the one that it replaced.
 
@@ -206,14 +233,16 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         """
         metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
         metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_meta = StorageMeta(
-            checkpoint_id=self.checkpoint_id, save_id=self._unfinished[1] if self._unfinished else None
-        )
+        metadata.storage_meta = storage_meta(self.checkpoint_id, self._unfinished[1] if self._unfinished else None)
         rank = None if self._use_collectives else self._rank
         try:
-            _check_complete(metadata, self.checkpoint_id)
-            check_metadata(metadata, f"The metadata of {self.checkpoint_id}")
-            data = dump_metadata(metadata)
+            with CollectorPause():
+                try:
+                    check_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+                except CorruptCheckpointError:
+                    _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
+                    raise
+                data = dump_metadata(metadata)
             # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
             self._unfinished = None
             etag = commit(self._store, self._location, data, self._replaces, rank)
@@ -226,6 +255,9 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         if self._replaces is not None:
             self._remove_replaced(self._replaces, names)
         self._committed = (self.checkpoint_id, etag, names)
+        self._figures.end(
+            checkpoint_bytes=sum(result.size_in_bytes for rank_results in results for result in rank_results)
+        )
 
     def _look_at_url(self) -> Stored | None:
         if not self._use_collectives:
@@ -300,12 +332,14 @@ def _views(
             "only. Save it dense (to_dense()), or save its indices and values as tensors of their own"
         )
     tensor = data
-    if not is_plain(tensor):
+    own = own_bytes(tensor)
+    if own is None and not is_plain(tensor):
         tensor = tensor.detach()
         if not tensor.is_quantized:
             tensor = tensor.resolve_conj().resolve_neg()
         if not is_plain(tensor):
             return serialize(_alone(tensor)), None, True
+        own = own_bytes(tensor)
     around = envelope(tensor.dtype, tensor.shape)
     planned = item.tensor_data
     # A planner may save another dtype or shape than it planned; then only torch.load knows what is there.
@@ -314,8 +348,8 @@ def _views(
     )
     payload_offset = len(around.head) if as_planned else None
     head, trailer = memoryview(around.head), memoryview(around.trailer)
-    if tensor.device.type == "cpu" and tensor.is_contiguous():
-        return (head, readable(tensor), trailer), payload_offset, False
+    if own is not None:
+        return (head, own, trailer), payload_offset, False
     return itertools.chain((head,), pieces(tensor.detach(), limit), (trailer,)), payload_offset, True
 
 

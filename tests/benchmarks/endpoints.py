@@ -161,9 +161,9 @@ class AccountEndpoint(Endpoint):
         return Address(self._location.endpoint, self._location.container, None, "", None, counts=False)
 
     def _remove(self) -> None:
-        with contextlib.closing(BlobStore(self._location.container_root())) as store:
-            for blob in store.list(self.root + "/"):
-                store.delete(blob.path)
+        store = BlobStore(self._location.container_root())
+        for blob in store.list(self.root + "/"):
+            store.delete(blob.path)
 
 
 def _free_port() -> int:

@@ -1,0 +1,168 @@
+"""What a save or a load of this rank came to: counted while it runs, told in its log line and its event."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from azure_torch_ckpt.events import TransferEvent, emit
+from azure_torch_ckpt.pressure import RequestCounts
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
+from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.transfer import Read
+from azure_torch_ckpt.units import format_bytes, format_duration, format_rate
+
+__all__ = ["Figures", "failures_told"]
+
+# Of the package, so that the lines of all modules can be had with one name.
+_log = logging.getLogger("azure_torch_ckpt")
+
+_PAST = {"save": "saved", "load": "loaded"}
+_DIRECTION = {"save": "to", "load": "from"}
+
+
+@dataclass(slots=True)
+class _Running:
+    url: str
+    store: BlobStore
+    time: datetime.datetime
+    clock: float
+    counts: RequestCounts
+    leads: bool
+    items: int = 0
+    bytes: int = 0
+    meter: Meter | None = None
+
+
+class Figures:
+    """Of one writer or reader, which does one thing at a time. Pickles without what is running.
+
+    Args:
+        operation: ``"save"`` or ``"load"``.
+        progress: as the user gave it.
+
+    Raises:
+        MissingDependencyError, TypeError: `progress` cannot be used.
+    """
+
+    def __init__(self, operation: str, progress: ProgressOption) -> None:
+        check_progress(progress)
+        self._operation = operation
+        self._progress = progress
+        self._running: _Running | None = None
+
+    def __reduce__(self) -> tuple[type[Figures], tuple[str, ProgressOption]]:
+        return type(self), (self._operation, self._progress)
+
+    def begin(self, url: str, store: BlobStore, *, leads: bool = True) -> None:
+        """A save or a load of `url` begins here; `leads` as for `lead`."""
+        self._running = _Running(url, store, _now(), time.monotonic(), store.counts, leads)
+
+    def lead(self, leads: bool) -> None:
+        """Say whether this rank is the one whose log line is at INFO; the others' are at DEBUG."""
+        if self._running is not None:
+            self._running.leads = leads
+
+    def transfer(self, items: int, total: int | None) -> Meter:
+        """The meter for this rank's share: `items`, of about `total` bytes, or of as many as `expecting` sees."""
+        running = self._running
+        url = "" if running is None else running.url
+        meter = Meter(self._progress, Progress(self._operation, url, _rank(), 0, total, 0.0))
+        if running is not None:
+            running.items, running.meter = items, meter
+        return meter
+
+    def moved(self, nbytes: int) -> None:
+        """Count `nbytes` that have arrived. From any thread."""
+        running = self._running
+        if running is not None and running.meter is not None:
+            running.meter.moved(nbytes)
+
+    def expecting(self, reads: Iterable[Read]) -> Iterable[Read]:
+        """The same reads, whose bytes are expected from now on."""
+        meter = None if self._running is None else self._running.meter
+        if meter is None or not meter.reports:
+            return reads
+        expected = list(reads)
+        meter.expect(sum(read.length for read in expected))
+        return expected
+
+    def end(self, error: BaseException | None = None, checkpoint_bytes: int | None = None) -> None:
+        """It has ended: write the log line, unless there was an error, which speaks for itself; tell the listeners."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        seconds = time.monotonic() - running.clock
+        counts = running.store.counts
+        event = TransferEvent(
+            operation=self._operation,
+            url=running.url,
+            rank=_rank(),
+            items=running.items,
+            bytes=0 if running.meter is None else running.meter.done,
+            seconds=seconds,
+            requests=counts.requests - running.counts.requests,
+            retries=counts.retries - running.counts.retries,
+            checkpoint_bytes=checkpoint_bytes,
+            error=error,
+            started=running.time,
+            finished=_now(),
+        )
+        if error is None:
+            _log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
+        emit(event)
+
+
+class _HasFigures(Protocol):
+    _figures: Figures
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Self = TypeVar("_Self", bound=_HasFigures)
+
+
+def failures_told(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
+    """For a step of a save or a load: an error in it ends the whole on this rank."""
+
+    @functools.wraps(method)
+    def step(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            self._figures.end(error)
+            raise
+
+    return step
+
+
+def _line(event: TransferEvent) -> str:
+    past, direction = _PAST[event.operation], _DIRECTION[event.operation]
+    retries = f"{event.requests} requests, {event.retries} {'retry' if event.retries == 1 else 'retries'}"
+    took = format_duration(event.seconds)
+    if event.checkpoint_bytes is not None and _world_size() > 1:
+        rate = format_rate(event.checkpoint_bytes, event.seconds)
+        whole = f"saved {format_bytes(event.checkpoint_bytes)} in {took} ({rate}) to {event.url}"
+        return f"{whole}; rank {event.rank} sent {format_bytes(event.bytes)} of it ({retries})"
+    who = f"rank {event.rank} " if _world_size() > 1 else ""
+    rate = format_rate(event.bytes, event.seconds)
+    return f"{who}{past} {format_bytes(event.bytes)} in {took} ({rate}, {retries}) {direction} {event.url}"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

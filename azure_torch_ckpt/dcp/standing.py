@@ -1,0 +1,182 @@
+"""The checkpoint that stands at a URL: its metadata, in one piece or of single ranks, read and checked."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.layout import Stored, metadata_name, read_metadata_blob
+from azure_torch_ckpt.dcp.metadata import check_metadata, data_paths, load_metadata
+from azure_torch_ckpt.dcp.survey import survey
+from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, UnsupportedCheckpointError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["Standing", "StandingCheckpoint", "metadata_ranks", "open_standing", "read_standing", "stand_at"]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One metadata blob of a checkpoint.
+
+    Attributes:
+        rank: None if it is that of all ranks.
+        stored: its bytes, ETag and time.
+        metadata: has passed `check_metadata`.
+    """
+
+    rank: int | None
+    stored: Stored
+    metadata: Metadata
+
+    @property
+    def names(self) -> set[str]:
+        """The data blobs that it names, below the checkpoint's URL."""
+        return data_paths(self.metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class StandingCheckpoint:
+    """A complete checkpoint, and the way to it.
+
+    Attributes:
+        location: its place.
+        store: its container.
+        parts: its metadata: one blob, or one of each rank.
+        metadata: all of it. Of ranks that saved without collectives, the entries of all of them together.
+        modified: when it was completed.
+    """
+
+    location: BlobLocation
+    store: BlobStore
+    parts: list[Standing]
+    metadata: Metadata
+    modified: datetime.datetime
+
+    @property
+    def url(self) -> str:
+        return str(self.location)
+
+
+def open_standing(
+    url: str | os.PathLike[str] | BlobLocation,
+    credential: Credential = None,
+    options: TransferOptions | None = None,
+    ca_file: str | None = None,
+) -> StandingCheckpoint:
+    """Read the metadata of the checkpoint at a URL.
+
+    Raises:
+        CheckpointNotFoundError: there is no complete checkpoint.
+        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: it cannot be trusted or read.
+        StoreError: the service could not be asked.
+    """
+    location = BlobLocation.parse(url)
+    return stand_at(BlobStore(location, credential, options=options, ca_file=ca_file), location)
+
+
+def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:
+    """`open_standing` with a store that exists."""
+    whole = read_standing(store, location, [None])
+    parts = whole or read_standing(store, location, metadata_ranks(store, location))
+    if not parts:
+        raise _nothing_at(store, location)
+    modified = max(part.stored.modified for part in parts)
+    return StandingCheckpoint(location, store, parts, _merged(parts), modified)
+
+
+def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
+    """The ranks that have metadata of their own at `location`."""
+    prefix = location.path + "/" if location.path else ""
+    listed = [entry for entry in store.list_folder(prefix + "__") if not isinstance(entry, str)]
+    return sorted(rank for place in survey(listed, prefix) for rank in place.metadata if rank is not None)
+
+
+def read_standing(store: BlobStore, location: BlobLocation, ranks: Iterable[int | None]) -> list[Standing]:
+    """The metadata of `ranks` (None for that of all), as far as it is there, fetched in parallel.
+
+    Raises: as `open_standing`.
+    """
+    found: dict[int | None, Standing] = {}
+
+    def read(rank: int | None) -> None:
+        stored = read_metadata_blob(store, location, rank)
+        if stored is not None:
+            where = f"{location}/{metadata_name(rank)}"
+            metadata = load_metadata(stored.data, where)
+            check_metadata(metadata, where)
+            found[rank] = Standing(rank, stored, metadata)
+
+    wanted = list(ranks)
+    if len(wanted) == 1:
+        read(wanted[0])
+    else:
+        with Workers(store.options.concurrency, "blob-metadata") as workers:
+            for rank in wanted:
+                workers.submit(functools.partial(read, rank))
+            workers.finish()
+    return [found[rank] for rank in sorted(found, key=lambda rank: -1 if rank is None else rank)]
+
+
+def _merged(parts: list[Standing]) -> Metadata:
+    """One metadata for the parts of all ranks: where two stored the same chunk or object, the first one counts."""
+    if len(parts) == 1:
+        return parts[0].metadata
+    first = parts[0].metadata
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    paths: dict[str, Any] = {}
+    for part in parts:
+        metadata = part.metadata
+        for key, entry in metadata.state_dict_metadata.items():
+            known = entries.get(key)
+            if known is None:
+                if isinstance(entry, TensorStorageMetadata):
+                    entry = TensorStorageMetadata(entry.properties, entry.size, list(entry.chunks))
+                entries[key] = entry
+            elif isinstance(known, TensorStorageMetadata) and isinstance(entry, TensorStorageMetadata):
+                if (known.size, known.properties.dtype) != (entry.size, entry.properties.dtype):
+                    raise UnsupportedCheckpointError(
+                        f"The ranks saved different tensors under the name {key!r} (use_collectives=False), so there "
+                        "is no one state dict. Load each rank's own with dcp.load"
+                    )
+                offsets = {chunk.offsets for chunk in known.chunks}
+                known.chunks.extend(chunk for chunk in entry.chunks if chunk.offsets not in offsets)
+        for index, info in metadata.storage_data.items():
+            storage.setdefault(index, info)
+        if isinstance(metadata.planner_data, dict):
+            paths = {**metadata.planner_data, **paths}
+    return Metadata(entries, paths, storage, first.storage_meta, first.version)
+
+
+def _nothing_at(store: BlobStore, location: BlobLocation) -> CheckpointNotFoundError:
+    missing = f"No complete checkpoint at {location}: {metadata_name()} is not there"
+    prefix = location.path + "/" if location.path else ""
+    try:
+        listed = list(itertools.islice(store.list(prefix), 1_000))  # a hint, not an inventory
+    except AccessDeniedError:
+        return CheckpointNotFoundError(
+            f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the URL"
+        )
+    places = survey(listed, prefix)
+    below = [place.path[len(prefix) :] for place in places if place.complete]
+    if not listed:
+        hint = "Nothing lies there at all; check the URL"
+    elif any(place.path == location.path for place in places):
+        hint = "Data blobs lie there without it: a save that did not finish. Use an older checkpoint"
+    elif below:
+        hint = f"Complete checkpoints lie below it: {', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
+    else:
+        names = [blob.path[len(prefix) :] for blob in listed[:3]]
+        hint = f"What lies there: {', '.join(names)}{', ...' if len(listed) > 3 else ''}"
+    return CheckpointNotFoundError(f"{missing}. {hint}")

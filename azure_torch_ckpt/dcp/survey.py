@@ -1,0 +1,110 @@
+"""What lies below a URL, from its listing alone: checkpoints, the saves that wrote to them, and everything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from azure_torch_ckpt.store import BlobInfo
+
+__all__ = ["Place", "rank_of", "survey"]
+
+# layout.data_name: <save id>/__<rank>_<n>.distcp; torch's own FileSystemWriter has no save id.
+_DATA = re.compile(r"__(\d+)_\d+\.distcp")
+_SAVE_ID = re.compile(r"[0-9a-f]{32}")
+_METADATA = re.compile(r"\.metadata|__(\d+)\.metadata")
+
+
+@dataclass(slots=True)
+class Place:
+    """A checkpoint's place, complete or not.
+
+    Attributes:
+        path: in the container; ``""`` is its root.
+        blobs: all blobs below it that belong to no checkpoint further below.
+        metadata: those of them that are metadata: of all ranks (None), or of one.
+        saves: those of them that are data, by save id; the id of a save by torch's own writer is ``""``.
+    """
+
+    path: str
+    blobs: list[BlobInfo] = field(default_factory=list)
+    metadata: dict[int | None, BlobInfo] = field(default_factory=dict)
+    saves: dict[str, list[BlobInfo]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``.metadata`` is there; or, of a save without collectives, the metadata of all ranks.
+
+        Those are the ranks up to the highest one that left anything. A rank above it that has not begun yet leaves
+        nothing to tell from.
+        """
+        if None in self.metadata:
+            return True
+        ranks = {rank for rank in self.metadata if rank is not None}
+        seen = ranks | {rank_of(blob.path) for blobs in self.saves.values() for blob in blobs}
+        return bool(ranks) and ranks == set(range(max(rank for rank in seen if rank is not None) + 1))
+
+
+def rank_of(path: str) -> int | None:
+    """The rank that wrote a data blob, by its name."""
+    match = _DATA.fullmatch(path.rpartition("/")[2])
+    return None if match is None else int(match[1])
+
+
+def survey(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Place]:
+    """The places of checkpoints among `blobs`, in the order of their paths.
+
+    A place is where metadata or data blobs lie that are named as `AzureBlobWriter` or torch's ``FileSystemWriter`` name
+    them. What lies elsewhere is left out.
+
+    Args:
+        prefix: of all the blobs' paths; ends in "/" unless it is empty. Nothing above it is a place.
+    """
+    every = _without_folders([blob for blob in blobs if blob.path.startswith(prefix)])
+    places: dict[str, Place] = {}
+    for blob in every:
+        folder, _, name = blob.path.rpartition("/")
+        metadata = _METADATA.fullmatch(name)
+        if metadata is not None:
+            place = places.setdefault(folder, Place(folder))
+            place.metadata[int(metadata[1]) if metadata[1] else None] = blob
+        elif _DATA.fullmatch(name):
+            above, _, save_id = folder.rpartition("/")
+            if not _SAVE_ID.fullmatch(save_id) or len(folder) < len(prefix):
+                above, save_id = folder, ""
+            places.setdefault(above, Place(above)).saves.setdefault(save_id, []).append(blob)
+    owners: dict[str, Place | None] = {}
+    for blob in every:
+        owner = _owner(blob.path.rpartition("/")[0], places, owners)
+        if owner is not None:
+            owner.blobs.append(blob)
+    return [places[path] for path in sorted(places)]
+
+
+def _without_folders(blobs: list[BlobInfo]) -> list[BlobInfo]:
+    """Leave out what an account with a hierarchical namespace lists as empty blobs: the folders of other blobs.
+
+    https://learn.microsoft.com/azure/storage/blobs/data-lake-storage-namespace
+    """
+    folders: set[str] = set()
+    for blob in blobs:
+        folder = blob.path.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return [blob for blob in blobs if blob.size or blob.path not in folders]
+
+
+def _owner(folder: str, places: dict[str, Place], known: dict[str, Place | None]) -> Place | None:
+    """The place that `folder` belongs to: itself, or the nearest one above."""
+    passed = []
+    while folder not in known:
+        passed.append(folder)
+        if folder in places or not folder:
+            known[folder] = places.get(folder)
+            break
+        folder = folder.rpartition("/")[0]
+    for each in passed:
+        known[each] = known[folder]
+    return known[folder]
