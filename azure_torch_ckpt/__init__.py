@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from azure_torch_ckpt.catalog import prune
 from azure_torch_ckpt.datasets import (
     Blob,
     BlobCache,
@@ -13,7 +14,7 @@ from azure_torch_ckpt.datasets import (
     IterableBlobDataset,
     TarDataset,
 )
-from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, prune, remove_checkpoint, verify
+from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, remove_checkpoint, verify
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -25,24 +26,33 @@ from azure_torch_ckpt.errors import (
     CheckpointNotFoundError,
     CheckpointReplacedError,
     CommitConflictError,
+    ConfigurationError,
     ContainerNotFoundError,
     CorruptCheckpointError,
     CredentialError,
+    CredentialTypeError,
     EmulatorError,
     IncompleteSaveError,
+    LocalFileError,
     LocationError,
+    MissingDependencyError,
     RequestRefusedError,
     ServiceUnavailableError,
     StoreError,
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.filesystem import AzureBlobFileSystem
+from azure_torch_ckpt.huggingface import AzureBlobHuggingFaceReader, AzureBlobHuggingFaceWriter
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
 __all__ = [
     "AccessDeniedError",
+    "AzureBlobFileSystem",
+    "AzureBlobHuggingFaceReader",
+    "AzureBlobHuggingFaceWriter",
     "AzureBlobReader",
     "AzureBlobWriter",
     "AzureCheckpointError",
@@ -61,13 +71,17 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointReplacedError",
     "CommitConflictError",
+    "ConfigurationError",
     "ContainerNotFoundError",
     "CorruptCheckpointError",
     "CredentialError",
+    "CredentialTypeError",
     "EmulatorError",
     "IncompleteSaveError",
     "IterableBlobDataset",
+    "LocalFileError",
     "LocationError",
+    "MissingDependencyError",
     "RequestRefusedError",
     "ServiceUnavailableError",
     "StoreError",

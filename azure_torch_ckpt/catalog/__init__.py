@@ -1,0 +1,37 @@
+"""Find, inspect, compare, verify, copy, consolidate and prune checkpoints."""
+
+from __future__ import annotations
+
+from azure_torch_ckpt.catalog.consolidation import ConsolidateReport, consolidate
+from azure_torch_ckpt.catalog.contents import CheckpointContents, ObjectEntry, ShardEntry, TensorEntry, inspect
+from azure_torch_ckpt.catalog.copying import CopyReport, copy
+from azure_torch_ckpt.catalog.difference import Change, CheckpointDiff, diff
+from azure_torch_ckpt.catalog.listing import CheckpointEntry, latest, list_checkpoints
+from azure_torch_ckpt.catalog.retention import PruneReport, prune
+from azure_torch_ckpt.dcp.prune import Remains, remove_checkpoint
+from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, verify
+
+__all__ = [
+    "BlobReport",
+    "Change",
+    "CheckpointContents",
+    "CheckpointDiff",
+    "CheckpointEntry",
+    "ConsolidateReport",
+    "CopyReport",
+    "ObjectEntry",
+    "PruneReport",
+    "Remains",
+    "ShardEntry",
+    "TensorEntry",
+    "VerifyReport",
+    "consolidate",
+    "copy",
+    "diff",
+    "inspect",
+    "latest",
+    "list_checkpoints",
+    "prune",
+    "remove_checkpoint",
+    "verify",
+]

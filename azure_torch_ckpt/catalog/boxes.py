@@ -1,0 +1,54 @@
+"""Cuts a tensor into boxes of bounded size whose elements follow one another in row-major order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Box", "boxes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangular part of a tensor: its first index and its extent, one number per dimension of each."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def overlap(self, offsets: Sequence[int], sizes: Sequence[int]) -> Box | None:
+        """The part that lies in another box as well, or None."""
+        first = tuple(map(max, self.offsets, offsets))
+        ends = tuple(
+            min(mine + size, theirs + extent)
+            for mine, size, theirs, extent in zip(self.offsets, self.sizes, offsets, sizes, strict=True)
+        )
+        if any(start >= end for start, end in zip(first, ends, strict=True)):
+            return None
+        return Box(first, tuple(end - start for start, end in zip(first, ends, strict=True)))
+
+
+def boxes(sizes: Sequence[int], limit: int) -> Iterator[Box]:
+    """Boxes of at most `limit` elements (at least one) that make up a tensor, in row-major order.
+
+    Each is one index of the first dimensions, a range of the next one, and all of the others. So the part of a box that
+    lies in any chunk of the tensor is one run of that chunk's elements, which is what reading them once needs.
+    """
+    if math.prod(sizes) > 0:
+        yield from _boxes((), tuple(sizes), max(limit, 1))
+
+
+def _boxes(before: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[Box]:
+    ones = (1,) * len(before)
+    if math.prod(sizes) <= limit:
+        yield Box(before + (0,) * len(sizes), ones + sizes)
+        return
+    inner = math.prod(sizes[1:])
+    rows = limit // inner
+    if rows == 0:
+        for index in range(sizes[0]):
+            yield from _boxes((*before, index), sizes[1:], limit)
+        return
+    for start in range(0, sizes[0], rows):
+        rest = sizes[1:]
+        yield Box((*before, start, *(0 for _ in rest)), (*ones, min(rows, sizes[0] - start), *rest))

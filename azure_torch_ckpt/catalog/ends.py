@@ -1,0 +1,398 @@
+"""The two ends of a copy: a prefix in a container, and a folder on a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import re
+import secrets
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from azure_torch_ckpt.bodies import Cancel, Gather
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.layout import Stored, commit, metadata_name, read_metadata_blob, remove_blobs
+from azure_torch_ckpt.errors import (
+    BlobChangedError,
+    BlobNotFoundError,
+    CheckpointError,
+    CheckpointReplacedError,
+    CommitConflictError,
+    CorruptCheckpointError,
+    LocalFileError,
+    LocationError,
+)
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.store import BlobInfo, BlobStore, CopySource
+
+__all__ = ["BlobEnd", "BlobSink", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
+_MARK = "copy_of"
+_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+
+
+class Sink(Protocol):
+    """A blob or file that is being written, in parts, from any threads."""
+
+    def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
+        """Write the part that starts at `offset`."""
+
+    def commit(self, source: BlobInfo, mark: str) -> None:
+        """All parts are there: make it visible as the copy of `source`, which `mark` says as well."""
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+
+
+class End(Protocol):
+    """Where a copy comes from or goes to. All names are below the end's place."""
+
+    where: str
+
+    def listing(self) -> list[BlobInfo]: ...
+
+    def mark_of(self, info: BlobInfo) -> str | None:
+        """What the blob was marked with when it was written by a copy."""
+
+    def read(self, info: BlobInfo, offset: int, part: memoryview, cancel: Cancel) -> None: ...
+
+    def read_metadata(self, folder: str, rank: int | None) -> Stored | None: ...
+
+    def sink(self, name: str) -> Sink: ...
+
+    def commit_metadata(self, folder: str, rank: int | None, data: bytes, replaces: Stored | None) -> None: ...
+
+    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None: ...
+
+    def remove(self, names: Iterable[str]) -> None: ...
+
+    def settle(self, names: Iterable[str]) -> None:
+        """See that files which are visible survive a power cut."""
+
+    def check_room(self, needed: int) -> None: ...
+
+
+def open_end(
+    place: str | os.PathLike[str] | BlobLocation,
+    credential: Credential,
+    options: TransferOptions | None,
+    ca_file: str | None,
+) -> BlobEnd | FolderEnd:
+    """The end that a URL or a local path names.
+
+    Raises:
+        LocationError: it is a URL of another service.
+        CredentialError: the credential cannot be used there.
+    """
+    if isinstance(place, BlobLocation) or _REMOTE.match(os.fspath(place)):
+        location = BlobLocation.parse(place)
+        if location.snapshot is not None or location.version_id is not None:
+            raise LocationError(f"{location} is one blob at one moment, not a checkpoint. Leave the query away")
+        return BlobEnd(location, BlobStore(location, credential, options=options, ca_file=ca_file))
+    return FolderEnd(Path(place))
+
+
+class BlobEnd:
+    """A prefix in a container."""
+
+    def __init__(self, location: BlobLocation, store: BlobStore) -> None:
+        self.location = location
+        self.store = store
+        self.where = str(location)
+        self._prefix = location.path + "/" if location.path else ""
+
+    def path(self, name: str) -> str:
+        """The path in the container."""
+        return self.location.join(name).path
+
+    def listing(self) -> list[BlobInfo]:
+        cut = len(self._prefix)
+        return [
+            BlobInfo(blob.path[cut:], blob.size, blob.etag, blob.last_modified, blob.md5, blob.metadata)
+            for blob in self.store.list(self._prefix, with_metadata=True)
+        ]
+
+    def mark_of(self, info: BlobInfo) -> str | None:
+        return None if info.metadata is None else info.metadata.get(_MARK)
+
+    def read(self, info: BlobInfo, offset: int, part: memoryview, cancel: Cancel) -> None:
+        try:
+            self.store.read_into(self.path(info.path), offset, [part], if_etag=info.etag or None, cancel=cancel)
+        except (BlobNotFoundError, BlobChangedError) as error:
+            raise self.changed() from error
+
+    def changed(self) -> CheckpointReplacedError:
+        return CheckpointReplacedError(
+            f"A checkpoint at or below {self.where} was replaced or removed while it was being copied. Copy again"
+        )
+
+    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+        return read_metadata_blob(self.store, self._at(folder), rank)
+
+    def sink(self, name: str) -> BlobSink:
+        return BlobSink(self.store, self.path(name))
+
+    def commit_metadata(self, folder: str, rank: int | None, data: bytes, replaces: Stored | None) -> None:
+        commit(self.store, self._at(folder), data, replaces, rank)
+
+    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+        place = self._at(folder)
+        try:
+            self.store.delete(place.join(metadata_name(rank)).path, if_etag=stored.etag)
+        except BlobChangedError as error:
+            raise CommitConflictError(
+                f"Another save committed at {place} since this copy began; its checkpoint stands. Copy again to "
+                "replace it"
+            ) from error
+
+    def remove(self, names: Iterable[str]) -> None:
+        remove_blobs(self.store, self.location, names)
+
+    def settle(self, names: Iterable[str]) -> None:
+        pass
+
+    def check_room(self, needed: int) -> None:
+        pass
+
+    def _at(self, folder: str) -> BlobLocation:
+        return self.location.join(folder) if folder else self.location
+
+
+class BlobSink:
+    """A blob that is written as blocks, or made by the service."""
+
+    def __init__(self, store: BlobStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._id = uuid.uuid4().hex
+        self._blocks: dict[int, str] = {}  # ids by the blocks' offsets
+        self._made = False
+
+    def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
+        self._store.stage_block(self._path, self._block_id(offset), Gather([part]), crc64, cancel=cancel)
+
+    def fetch_part(self, offset: int, length: int, source: CopySource, cancel: Cancel) -> int | None:
+        """Have the service fetch a part; return its CRC64 if the service tells."""
+        return self._store.stage_block_from(self._path, self._block_id(offset), source, offset, length, cancel=cancel)
+
+    def fetch_whole(self, source: CopySource, mark: str, cancel: Cancel) -> int | None:
+        """Have the service make the whole blob, which is visible at once; return its CRC64 if the service tells."""
+        told = self._store.copy(self._path, source, {_MARK: mark}, cancel=cancel)
+        self._made = True
+        return told
+
+    def commit(self, source: BlobInfo, mark: str) -> None:
+        if not self._made:
+            ids = [block_id for _, block_id in sorted(self._blocks.items())]
+            self._store.commit_blocks(self._path, ids, BlobSettings(metadata={_MARK: mark}))
+
+    def abandon(self) -> None:
+        pass  # blocks that nobody commits vanish after a week
+
+    def _block_id(self, offset: int) -> str:
+        block_id = self._blocks[offset] = f"{self._id}-{offset:016x}"
+        return block_id
+
+
+class FolderEnd:
+    """A folder on a disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.where = str(root)
+
+    def listing(self) -> list[BlobInfo]:
+        """All files below the folder. Parts that a copy left which was killed are removed."""
+        found = []
+        with local_file_errors(f"could not list {self.root}"):
+            for folder, _, files in os.walk(self.root, onerror=_raise_unless_missing):
+                for file in files:
+                    path = Path(folder, file)
+                    if _PART.fullmatch(file):
+                        _remove_if_abandoned(path)
+                        continue
+                    status = path.stat()
+                    name = path.relative_to(self.root).as_posix()
+                    found.append(BlobInfo(name, status.st_size, str(status.st_mtime_ns), _time(status)))
+        return sorted(found, key=lambda info: info.path)
+
+    def mark_of(self, info: BlobInfo) -> str | None:
+        return None
+
+    def read(self, info: BlobInfo, offset: int, part: memoryview, cancel: Cancel) -> None:
+        with local_file_errors(f"could not read {self.root / info.path}"), open(self.root / info.path, "rb") as file:
+            received = 0
+            while received < part.nbytes:
+                count = os.preadv(file.fileno(), [part[received:]], offset + received)
+                if count == 0:
+                    raise CorruptCheckpointError(
+                        f"{self.root / info.path} is shorter than the {info.size} bytes that it had. Something changed "
+                        "it while it was being copied"
+                    )
+                received += count
+
+    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+        path = self.root / folder / metadata_name(rank)
+        try:
+            status = path.stat()
+            return Stored(path.read_bytes(), str(status.st_mtime_ns), _time(status))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LocalFileError(f"could not read {path}: {error.strerror}") from error
+
+    def sink(self, name: str) -> FileSink:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
+            raise CheckpointError(f"{name!r} cannot be the name of a file below {self.root}; nothing was copied")
+        return FileSink(self.root / name)
+
+    def commit_metadata(self, folder: str, rank: int | None, data: bytes, replaces: Stored | None) -> None:
+        path = self.root / folder / metadata_name(rank)
+        sink = FileSink(path)
+        try:
+            sink.write(0, memoryview(data), 0, Cancel())
+            sink.publish(only_new=replaces is None)
+        except FileExistsError as error:
+            raise CommitConflictError(
+                f"Somebody else wrote {path} since this copy began; that checkpoint stands"
+            ) from error
+        finally:
+            sink.abandon()
+        self.settle([path.relative_to(self.root).as_posix()])
+
+    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+        self.remove([f"{folder}/{metadata_name(rank)}" if folder else metadata_name(rank)])
+        self.settle([f"{folder}/x" if folder else "x"])
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with local_file_errors(f"could not remove {self.root / name}"):
+                (self.root / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    (self.root / name).parent.rmdir()
+
+    def settle(self, names: Iterable[str]) -> None:
+        for folder in {(self.root / name).parent for name in names}:
+            for each in (folder, *folder.parents):
+                with local_file_errors(f"could not sync {each}"):
+                    descriptor = os.open(each, os.O_RDONLY | os.O_DIRECTORY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+                if each == self.root:
+                    break
+
+    def check_room(self, needed: int) -> None:
+        """Refuse what does not fit before anything is written.
+
+        Raises:
+            LocalFileError: the disk has no room for so many bytes more.
+        """
+        there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
+        with local_file_errors(f"could not look at the disk of {there}"):
+            status = os.statvfs(there)
+        free = status.f_bavail * status.f_frsize
+        if free < needed:
+            raise LocalFileError(f"{needed} bytes are to be written to {self.root}, and {free} are free there")
+
+
+class FileSink:
+    """A file that is written under another name and renamed when it is whole and on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._part: Path | None = None
+        self._lock = threading.Lock()
+        self._descriptor = -1
+
+    def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
+        with local_file_errors(f"could not write {self._path}"):
+            descriptor = self._open()
+            written = 0
+            while written < part.nbytes:
+                written += os.pwrite(descriptor, part[written:], offset + written)
+
+    def commit(self, source: BlobInfo, mark: str) -> None:
+        with local_file_errors(f"could not write {self._path}"):
+            descriptor = self._open()  # of an empty file, nothing was written
+            # By its time and its size the copy is known again, as rsync does it.
+            os.utime(descriptor, (source.last_modified.timestamp(),) * 2)
+        self.publish()
+        self.abandon()
+
+    def publish(self, *, only_new: bool = False) -> None:
+        """Make the file visible.
+
+        Args:
+            only_new: raise FileExistsError if there is one.
+        """
+        with local_file_errors(f"could not write {self._path}"):
+            os.fsync(self._open())
+            assert self._part is not None
+            if not only_new:
+                os.replace(self._part, self._path)
+                return
+        try:
+            os.link(self._part, self._path)
+        except FileExistsError:
+            raise
+        except OSError as error:  # a file system without hard links
+            if self._path.exists():
+                raise FileExistsError(str(self._path)) from error
+            with local_file_errors(f"could not write {self._path}"):
+                os.replace(self._part, self._path)
+
+    def abandon(self) -> None:
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0 and self._part is not None:
+                self._part.unlink(missing_ok=True)
+                os.close(descriptor)
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor < 0:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._part = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}.part")
+                self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                # By this lock another copy knows that the part is not left over.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._descriptor
+
+
+@contextlib.contextmanager
+def local_file_errors(failed: str) -> Iterator[None]:
+    """Raise the errors of the operating system as `LocalFileError`."""
+    try:
+        yield
+    except LocalFileError:
+        raise
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise
+        raise LocalFileError(f"{failed}: {error.strerror or error}") from error
+
+
+def _time(status: os.stat_result) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(status.st_mtime, datetime.timezone.utc)
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _remove_if_abandoned(part: Path) -> None:
+    with contextlib.suppress(OSError), open(part, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody writes it
+        part.unlink()

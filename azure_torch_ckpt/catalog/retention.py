@@ -1,0 +1,205 @@
+"""`prune`: removes the checkpoints that no rule keeps, and what failed saves left behind."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.layout import metadata_name, remove_blobs
+from azure_torch_ckpt.dcp.prune import Remains, find_remains, place_location, remove_remains
+from azure_torch_ckpt.dcp.standing import read_standing
+from azure_torch_ckpt.dcp.survey import Place
+from azure_torch_ckpt.errors import BlobChangedError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["PruneReport", "prune"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What `prune` did, or would do.
+
+    Attributes:
+        removed: complete checkpoints, in the order of `list_checkpoints`.
+        kept: all other complete checkpoints, and the incomplete ones of which something stays.
+        remains: data blobs of failed saves, removed as well.
+    """
+
+    removed: list[CheckpointEntry]
+    kept: list[CheckpointEntry]
+    remains: list[Remains]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    keep_last: int | None
+    keep_every: int | None
+    oldest_to_keep: datetime.datetime | None
+
+    def unwanted(self, run: Sequence[CheckpointEntry]) -> list[CheckpointEntry]:
+        """Those of the complete checkpoints of one run that every rule gives up. Never the newest."""
+        if self.keep_last is None and self.keep_every is None and self.oldest_to_keep is None:
+            return []
+        ordered = sorted(run, key=age_key(run))
+        old = ordered[: max(len(ordered) - (self.keep_last or 1), 0)]
+        # Where some have no step ("best"), the newest by its time need not be the one that training goes on from.
+        furthest = max((entry.step for entry in run if entry.step is not None), default=None)
+        return [entry for entry in old if self._gives_up(entry) and (entry.step is None or entry.step != furthest)]
+
+    def _gives_up(self, entry: CheckpointEntry) -> bool:
+        if self.keep_every is not None and (entry.step is None or entry.step % self.keep_every == 0):
+            return False
+        return self.oldest_to_keep is None or entry.modified < self.oldest_to_keep
+
+
+def prune(
+    url: str | os.PathLike[str] | BlobLocation,
+    *,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+    older_than: datetime.timedelta | None = None,
+    grace: datetime.timedelta = datetime.timedelta(days=1),
+    dry_run: bool = True,
+    credential: Credential = None,
+    options: TransferOptions | None = None,
+    ca_file: str | None = None,
+) -> PruneReport:
+    """Remove checkpoints at or below a URL that are no longer wanted, and what failed saves left there.
+
+    The checkpoints of one parent folder are a run, and each run is looked at by itself. A complete checkpoint is
+    removed only if every rule that was given says so. Without `keep_last`, `keep_every` and `older_than` no complete
+    checkpoint is removed. These stay in any case: the newest complete checkpoint of each run (as `latest` compares
+    them) and, where only some of a run have a step, the one with the highest; a checkpoint at whose place a save may be
+    running, because data younger than `grace` lies there that is newer than its metadata; and a checkpoint that was
+    replaced since it was listed.
+
+    The remains of saves that never committed are removed if nothing was added to them for `grace`. A running save looks
+    just like one that failed, so `grace` must be longer than any save takes from its first rank's last block to its
+    commit. Only blobs named as `AzureBlobWriter` names them count as remains: what a failed save by torch's own writer
+    left is listed as incomplete, and stays.
+
+    Of each checkpoint ``.metadata`` goes first, with a condition on its ETag. A crash in the middle leaves remains,
+    which the next call finds. It costs a listing (5,000 blobs a request), a request for the time, one for the metadata
+    of each checkpoint that is removed or in doubt, and one for each blob that is deleted, all but the listing in
+    parallel.
+
+    Args:
+        keep_last: so many of a run's newest complete checkpoints stay; at least 1.
+        keep_every: those whose step is a multiple of it stay, and those without a step.
+        older_than: those that were completed less than this ago, by the service's clock, stay.
+        grace: for incomplete saves, by the service's clock.
+        dry_run: only tell what would be removed.
+
+    Raises:
+        ValueError: a rule makes no sense.
+        CheckpointError: some metadata cannot be read, so nobody can tell what it names. Nothing was removed.
+        StoreError: the service could not be asked.
+    """
+    _check_rules(keep_last, keep_every, older_than, grace)
+    location = BlobLocation.parse(url)
+    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    found = entries_of(location, store.list(location.path + "/" if location.path else ""))
+    if not found:
+        return PruneReport([], [], [])
+    now = store.now()
+    rules = _Rules(keep_last, keep_every, None if older_than is None else now - older_than)
+    runs: dict[tuple[bool, str], list[CheckpointEntry]] = {}
+    for entry, _ in found:
+        if entry.complete:  # a checkpoint at the URL itself is of the run above it
+            runs.setdefault((entry.name == "", entry.folder), []).append(entry)
+    unwanted = {entry.url for run in runs.values() for entry in rules.unwanted(run)}
+    doomed = [
+        (entry, place) for entry, place in found if entry.url in unwanted and not _may_be_in_use(place, now - grace)
+    ]
+    # In a dry run as well: what cannot be read is better found out then.
+    remains = find_remains(store, location, (place for _, place in found), now - grace)
+    removed = {entry.url for entry, _ in doomed}
+    if not dry_run:
+        removed = _remove(store, location, doomed)
+        remove_remains(store, remains)
+    gone = {path for one in remains for path in one.blobs}
+    return PruneReport(
+        removed=[entry for entry, _ in found if entry.url in removed],
+        kept=[
+            entry
+            for entry, place in found
+            if entry.url not in removed and (entry.complete or any(blob.path not in gone for blob in place.blobs))
+        ],
+        remains=remains,
+    )
+
+
+def _check_rules(
+    keep_last: int | None, keep_every: int | None, older_than: datetime.timedelta | None, grace: datetime.timedelta
+) -> None:
+    for name, number in (("keep_last", keep_last), ("keep_every", keep_every)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    for name, time in (("older_than", older_than), ("grace", grace)):
+        if time is not None and time < datetime.timedelta(0):
+            raise ValueError(f"{name} must not be negative, not {time}")
+
+
+def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
+    """Whether data lies there that a running save may have written: young, and younger than the metadata."""
+    committed = max(blob.last_modified for blob in place.metadata.values())
+    return any(
+        blob.last_modified > committed and blob.last_modified > oldest_to_keep
+        for blobs in place.saves.values()
+        for blob in blobs
+    )
+
+
+def _remove(store: BlobStore, location: BlobLocation, doomed: list[tuple[CheckpointEntry, Place]]) -> set[str]:
+    """Remove checkpoints; return the URLs of those that were. One that was replaced since the listing stays.
+
+    All metadata is read before the first blob is deleted.
+    """
+    cancel = Cancel()
+    names: dict[str, list[str]] = {}  # paths of data blobs by the checkpoint's URL
+    etags: dict[str, list[tuple[str, str]]] = {}
+
+    def look(entry: CheckpointEntry, place: Place) -> None:
+        where = place_location(location, place)
+        parts = read_standing(store, where, place.metadata)
+        listed = {rank: blob.etag for rank, blob in place.metadata.items()}
+        if {part.rank: part.stored.etag for part in parts} != listed:
+            _log.info("%s stays: it was replaced or removed a moment ago", entry.url)
+            return
+        names[entry.url] = sorted({where.join(name).path for part in parts for name in part.names})
+        etags[entry.url] = [(where.join(metadata_name(part.rank)).path, part.stored.etag) for part in parts]
+
+    removed: set[str] = set()
+
+    def hide(url: str) -> None:
+        try:
+            for path, etag in etags[url]:
+                store.delete(path, if_etag=etag, cancel=cancel)
+        except BlobChangedError:
+            _log.info("%s stays: it was replaced a moment ago", url)
+            return
+        removed.add(url)
+
+    _in_parallel(store, cancel, [functools.partial(look, entry, place) for entry, place in doomed])
+    _in_parallel(store, cancel, [functools.partial(hide, url) for url in names])
+    remove_blobs(store, location.container_root(), [path for url in sorted(removed) for path in names[url]])
+    return removed
+
+
+def _in_parallel(store: BlobStore, cancel: Cancel, tasks: list[functools.partial[None]]) -> None:
+    with Workers(store.options.concurrency, "blob-prune", cancel.cancel) as workers:
+        for task in tasks:
+            workers.submit(task)
+        workers.finish()
