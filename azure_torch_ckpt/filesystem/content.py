@@ -1,0 +1,209 @@
+"""Whole blobs and ranges of them, to memory and to disk: small ones side by side, large ones in parallel parts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.errors import AzureCheckpointError
+from azure_torch_ckpt.store import BlobInfo, BlobStore
+from azure_torch_ckpt.transfer import Download, Read
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["FOLDER_MARK", "Range", "delete_all", "each", "read_blob", "read_ranges", "save_to_disk"]
+
+# Metadata of the empty blobs that stand for folders in accounts with a hierarchical namespace:
+# https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
+FOLDER_MARK: Final = "hdi_isfolder"
+
+# What is asked for before the blob's size is known, so that a small one costs one request.
+_FIRST = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A slice of a blob, as Python slices: negative ends count from the blob's end, None is open."""
+
+    name: str
+    start: int | None
+    end: int | None
+
+    def within(self, size: int) -> tuple[int, int]:
+        """Offset and length in a blob of so many bytes."""
+        start, end, _ = slice(self.start, self.end).indices(size)
+        return start, max(end - start, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The beginning of a range, and what the first answer told about the blob."""
+
+    data: bytes
+    info: BlobInfo
+    offset: int
+    length: int
+
+
+def each(tasks: Sequence[Callable[[], object]], threads: int) -> None:
+    """Run tasks on several threads. The first error stops the rest and is raised."""
+    if len(tasks) <= 1:
+        for task in tasks:
+            task()
+        return
+    with Workers(threads, "blob-files") as workers:
+        for task in tasks:
+            workers.submit(task)  # type: ignore[arg-type]  # nobody looks at what it returns
+        workers.finish()
+
+
+def read_blob(store: BlobStore, wanted: Range) -> bytes:
+    """One blob or a slice of it.
+
+    Raises:
+        BlobNotFoundError: there is no such blob.
+        BlobChangedError: it was replaced between two requests.
+    """
+    [content] = read_ranges(store, [wanted])
+    if isinstance(content, AzureCheckpointError):
+        raise content
+    return content
+
+
+def read_ranges(store: BlobStore, wanted: Sequence[Range]) -> list[bytes | AzureCheckpointError]:
+    """Slices of blobs; what cannot be read has its error in the place of its bytes."""
+    begun: list[_Begun | AzureCheckpointError | None] = [None] * len(wanted)
+
+    def begin(number: int) -> None:
+        try:
+            begun[number] = _begin(store, wanted[number])
+        except AzureCheckpointError as error:
+            begun[number] = error
+
+    each([functools.partial(begin, number) for number in range(len(wanted))], store.options.concurrency)
+    result: list[bytes | AzureCheckpointError] = []
+    for one in begun:
+        assert one is not None
+        try:
+            result.append(one if isinstance(one, AzureCheckpointError) else _complete(store, one))
+        except AzureCheckpointError as error:
+            result.append(error)
+    return result
+
+
+def save_to_disk(
+    store: BlobStore, files: Sequence[tuple[int, str, str]], progress: Callable[[int, int, int], object]
+) -> None:
+    """Copy blobs to local files, each of which appears when all of it is there.
+
+    Args:
+        files: a number, the blob's name and the file's path.
+        progress: called with the number, bytes that have arrived, and the blob's size; by several threads.
+
+    Raises:
+        BlobNotFoundError: there is no such blob.
+        BlobChangedError: it was replaced between two requests.
+        OSError: the disk.
+    """
+    large: list[tuple[int, _Begun, str, str]] = []
+
+    def begin(number: int, name: str, path: str) -> None:
+        begun = _begin(store, Range(name, None, None))
+        if (begun.info.metadata or {}).get(FOLDER_MARK) == "true":
+            os.makedirs(path, exist_ok=True)
+            progress(number, 0, 0)
+            return
+        folder, base = os.path.split(os.path.abspath(path))
+        temporary = os.path.join(folder, f".{base[:100]}.{uuid.uuid4().hex}")
+        with _removed_on_error(temporary):
+            with open(temporary, "xb") as file:
+                file.write(begun.data)
+                file.truncate(begun.length)
+            if begun.length > len(begun.data):
+                large.append((number, begun, temporary, path))
+            else:
+                os.replace(temporary, path)
+        progress(number, len(begun.data), begun.length)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            each([functools.partial(begin, *file) for file in files], store.options.concurrency)
+        finally:
+            for _, _, temporary, _ in large:
+                stack.enter_context(_removed_on_error(temporary))
+        for number, begun, temporary, path in large:
+            with open(temporary, "r+b", buffering=0) as disk:
+                _receive(store, begun, disk.fileno(), functools.partial(progress, number))
+            os.replace(temporary, path)
+
+
+def delete_all(store: BlobStore, names: Iterable[str]) -> None:
+    """Delete blobs; those that are gone already are no error."""
+    cancel = Cancel()
+    with Workers(store.options.concurrency, "blob-remove", cancel.cancel) as workers:
+        for name in names:
+            workers.submit(functools.partial(_delete, store, name, cancel))
+        workers.finish()
+
+
+def _begin(store: BlobStore, wanted: Range) -> _Begun:
+    start, end = wanted.start or 0, wanted.end
+    if start < 0 or (end is not None and end < 0):
+        info = store.stat(wanted.name)
+        return _Begun(b"", info, *wanted.within(info.size))
+    data, info = store.read_some(wanted.name, start, _FIRST if end is None else max(min(end - start, _FIRST), 1))
+    offset, length = wanted.within(info.size)
+    return _Begun(data[:length], info, offset, length)
+
+
+def _complete(store: BlobStore, begun: _Begun) -> bytes:
+    have = len(begun.data)
+    if have == begun.length:
+        return begun.data
+    # Of all that the standard library has, only this gives bytes that were written in place.
+    memory = io.BytesIO()
+    memory.write(begun.data)
+    memory.seek(begun.length - 1)
+    memory.write(b"\0")
+    with memory.getbuffer() as view:
+        rest = Read(begun.info.path, begun.offset + have, begun.length - have, view[have:])
+        Download(store, rest.length, if_etag=begun.info.etag).run([rest])
+        del rest
+    return memory.getvalue()
+
+
+def _receive(store: BlobStore, begun: _Begun, descriptor: int, progress: Callable[[int, int], object]) -> None:
+    """The rest of a blob, into an open file."""
+    download = Download(store, begun.length, if_etag=begun.info.etag)
+
+    def write(at: int, view: memoryview) -> None:
+        done = 0
+        while done < view.nbytes:
+            done += os.pwrite(descriptor, view[done:], at + done)
+        progress(view.nbytes, begun.length)
+
+    parts = range(len(begun.data), begun.length, download.part_size)
+    download.run(
+        Read(begun.info.path, at, min(download.part_size, begun.length - at), None, functools.partial(write, at))
+        for at in parts
+    )
+
+
+def _delete(store: BlobStore, name: str, cancel: Cancel) -> None:
+    store.delete(name, cancel=cancel)
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        raise

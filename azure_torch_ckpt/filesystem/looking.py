@@ -1,0 +1,198 @@
+"""The part of the filesystem that looks: paths, credentials, infos, listings."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from fsspec.spec import AbstractFileSystem
+
+from azure_torch_ckpt.credentials import Credential, PickledCredential
+from azure_torch_ckpt.errors import BlobNotFoundError, ContainerNotFoundError
+from azure_torch_ckpt.filesystem.access import Access, one_credential
+from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, tree_entries
+from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.store import BlobStore
+
+__all__ = ["LookingFileSystem"]
+
+_SECRET = frozenset({"credential", "account_key", "sas_token", "connection_string"})
+
+
+class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not annotated
+    """Base of `AzureBlobFileSystem`, which tells what the arguments mean."""
+
+    protocol = PROTOCOL
+
+    def __init__(
+        self,
+        *,
+        endpoint: str | None = None,
+        credential: Credential = None,
+        account_key: str | None = None,
+        sas_token: str | None = None,
+        connection_string: str | None = None,
+        anon: bool | None = None,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        super().__init__(use_listings_cache=False)
+        given = one_credential(credential, account_key, sas_token, connection_string, anon)
+        self._access = Access(endpoint, given, options, ca_file)
+
+    def __repr__(self) -> str:
+        endpoint = "" if self._access.endpoint is None else repr(self._access.endpoint)
+        return f"{type(self).__name__}({endpoint})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name = next((name for name, value in self.storage_options.items() if name in _SECRET and value is not None), "")
+        return _restore, (type(self), name, self._access.pickled(), self._public_options())
+
+    def _public_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = self.storage_options
+        return {name: value for name, value in options.items() if name not in _SECRET}
+
+    def to_dict(self, *, include_password: bool = True) -> dict[str, Any]:
+        """fsspec's form, without the credential (whoever restores the filesystem has one of its own) and `options`."""
+        public = type(self).__new__(type(self))
+        public.storage_args = ()
+        public.storage_options = {
+            name: value for name, value in self._public_options().items() if name != "options" and value is not None
+        }
+        return cast("dict[str, Any]", super(LookingFileSystem, public).to_dict(include_password=include_password))
+
+    @property
+    def fsid(self) -> str:
+        return PROTOCOL if self._access.endpoint is None else f"{PROTOCOL}+{self._access.endpoint}"
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return [strip(one) for one in path] if isinstance(path, list) else strip(path)
+
+    def unstrip_protocol(self, name: str) -> str:
+        """The URL of a path, percent-encoded."""
+        return unstrip(name)
+
+    def info(self, path: str, **_: Any) -> Entry:
+        """What is there: ``name``, ``size``, ``type`` and, of a blob, ``etag``, ``last_modified`` and ``created``.
+
+        Raises:
+            BlobNotFoundError: nothing is there.
+        """
+        store, parts = self._at(path)[1:]
+        return look_up(store, parts)
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """What lies right in a folder, or the blob itself: infos, or only their names.
+
+        Raises:
+            BlobNotFoundError: nothing is there.
+        """
+        store, parts = self._at(path)[1:]
+        entries = folder_entries(store, parts)
+        if not entries and parts.name:
+            entry = look_up(store, parts)
+            entries = [entry] if entry["type"] == "file" else []
+        return entries if detail else [entry["name"] for entry in entries]
+
+    def find(
+        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **_: Any
+    ) -> Any:
+        """All blobs below a folder, with one request for 5,000 of them; the blob itself if it is one."""
+        if maxdepth is not None:
+            return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
+        store, parts = self._at(path)[1:]
+        files, folders = tree_entries(store, parts)
+        found = {entry["name"]: entry for entry in files}
+        if withdirs:
+            found |= {entry["name"]: entry for entry in folders}
+            if found:
+                root = self._strip_protocol(path)
+                found.setdefault(root, {"name": root, "size": 0, "type": "directory"})
+        if not found and parts.name:
+            entry = self._info_or_none(path)
+            if entry is not None and entry["type"] == "file":
+                found[entry["name"]] = entry
+        names = sorted(found)
+        return {name: found[name] for name in names} if detail else names
+
+    def du(self, path: str, total: bool = True, maxdepth: int | None = None, withdirs: bool = False, **_: Any) -> Any:
+        """Bytes of all blobs below a folder, or of each of them."""
+        found = self.find(path, maxdepth=maxdepth, withdirs=withdirs, detail=True)
+        sizes = {name: entry["size"] for name, entry in found.items()}
+        return sum(sizes.values()) if total else sizes
+
+    def exists(self, path: str, **_: Any) -> bool:
+        """Whether a blob or a folder is there. Raises if the service cannot be asked or does not tell."""
+        return self._info_or_none(path) is not None
+
+    def isfile(self, path: str) -> bool:
+        entry = self._info_or_none(path)
+        return entry is not None and entry["type"] == "file"
+
+    def isdir(self, path: str) -> bool:
+        entry = self._info_or_none(path)
+        return entry is not None and entry["type"] == "directory"
+
+    def modified(self, path: str) -> datetime.datetime:
+        """When a blob was written last. Raises `BlobNotFoundError` for a folder, too: it has no time of its own."""
+        return cast(datetime.datetime, self._file_info(path)["last_modified"])
+
+    def created(self, path: str) -> datetime.datetime:
+        """When a blob was made. Raises `BlobNotFoundError` for a folder, too: it has no time of its own."""
+        return cast(datetime.datetime, self._file_info(path)["created"])
+
+    def ukey(self, path: str) -> str:
+        """A text that changes with every write: made of the ETag."""
+        entry = self._file_info(path)
+        return hashlib.sha256(f"{entry['name']}\n{entry['etag']}".encode()).hexdigest()
+
+    def checksum(self, path: str) -> int:
+        """A number that changes with every write."""
+        return int(self.ukey(path), 16)
+
+    def walk(
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        topdown: bool = True,
+        on_error: str | Callable[[OSError], object] = "omit",
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """As ``os.walk``. ``"omit"`` leaves out a folder that is not there, and nothing that may not be looked at."""
+        handler = _omit_missing if on_error == "omit" else on_error
+        yield from super().walk(path, maxdepth=maxdepth, topdown=topdown, on_error=handler, **kwargs)
+
+    def _at(self, path: str) -> tuple[BlobLocation, BlobStore, PathParts]:
+        stripped = self._strip_protocol(path)
+        location = self._access.locate(stripped)
+        return location, self._access.store(location), PathParts.of(stripped)
+
+    def _info_or_none(self, path: str) -> Entry | None:
+        try:
+            return self.info(path)
+        except FileNotFoundError:
+            return None
+
+    def _file_info(self, path: str) -> Entry:
+        entry = self.info(path)
+        if entry["type"] != "file":
+            raise BlobNotFoundError(f"{self.unstrip_protocol(entry['name'])} is a folder, not a blob")
+        return entry
+
+
+def _omit_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError) or isinstance(error, ContainerNotFoundError):
+        raise error
+
+
+def _restore(
+    kind: type[LookingFileSystem], name: str, credential: PickledCredential, options: dict[str, Any]
+) -> LookingFileSystem:
+    if name:  # that of the argument, so that the filesystem is equal to one that is made the same way
+        options = {**options, name: credential.restore()}
+    return kind(**options)

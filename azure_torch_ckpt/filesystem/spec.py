@@ -1,0 +1,457 @@
+"""`AzureBlobFileSystem`: the fsspec filesystem behind ``azblob://`` URLs."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import threading
+from glob import has_magic
+from typing import Any
+
+from fsspec.callbacks import DEFAULT_CALLBACK, Callback
+from fsspec.utils import other_paths
+
+from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, BlobNotFoundError, LocationError
+from azure_torch_ckpt.filesystem.content import Range, delete_all, each, read_blob, read_ranges, save_to_disk
+from azure_torch_ckpt.filesystem.copying import copy_blob
+from azure_torch_ckpt.filesystem.files import BlobFile, BlobText
+from azure_torch_ckpt.filesystem.looking import LookingFileSystem
+from azure_torch_ckpt.filesystem.moving import Pairs, Progress, commit_last, parents, removal_order
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.store import BlobStore
+
+__all__ = ["AzureBlobFileSystem"]
+
+_PIECE = 32 * 1024 * 1024
+# What is written with one request, and so several blobs at a time; a larger one keeps all connections busy by itself.
+_ONE_REQUEST = 8 * 1024 * 1024
+
+
+class AzureBlobFileSystem(LookingFileSystem):
+    """Blob Storage for everything that takes an fsspec URL: ``azblob://ACCOUNT/CONTAINER/NAME``.
+
+        fs = fsspec.filesystem("azblob", credential=DefaultAzureCredential())
+        fs.ls("azblob://account/container/runs")
+        frame = pandas.read_parquet("azblob://account/container/table.parquet")
+
+    Paths are those of `BlobLocation`, also ``https://HOST/CONTAINER/NAME``; a SAS is not part of a path. Folders are
+    what the names of blobs make them, so there is none without a blob, and `mkdir` does nothing. Nothing is cached:
+    every answer is the service's of that moment. `exists`, `isdir` and `isfile` are false only if the service says that
+    nothing is there; if it cannot be asked, they raise.
+
+    Args:
+        endpoint: the service's URL, where it does not follow from the account: that of the emulator
+            (``http://127.0.0.1:10000/devstoreaccount1``), or another cloud's.
+        credential: as for `AzureBlobWriter`. At most one of this and the next four is given.
+        account_key, sas_token, connection_string: the same under the names that adlfs has. The ``BlobEndpoint`` of a
+            connection string counts as `endpoint` for its account.
+        anon: True for anonymous access.
+        options: limits of connections, memory and time.
+        ca_file: a PEM file with certificates to trust besides the platform's.
+
+    Without a credential, the environment is looked at for every path: ``AZURE_STORAGE_CONNECTION_STRING``, then
+    ``AZURE_STORAGE_KEY``, then ``AZURE_STORAGE_SAS_TOKEN``, then what `DefaultAzureCredential` finds.
+
+    `to_json` and `to_dict` leave the credential and `options` out; a pickle has both.
+
+    Raises:
+        CredentialError: more than one credential, or one that cannot be used.
+        LocationError: `endpoint` is no URL of Blob Storage. Of all methods: a path that names no container, or that
+            breaks the service's rules for names.
+        StoreError (all methods): the service cannot be reached or refuses. `BlobNotFoundError` and
+            `ContainerNotFoundError` are a `FileNotFoundError`, `AccessDeniedError` a `PermissionError`.
+    """
+
+    # Reading and writing
+
+    def open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: int | None = None,
+        cache_options: dict[str, Any] | None = None,
+        compression: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A blob as a file: `BlobIO` for binary modes, a text file on one for others.
+
+        ``r``, ``w`` and ``x`` are those of Python. ``a`` reads what is there and writes all of it anew with what comes,
+        if nobody else has written meanwhile; it suits a small log. Other modes do not exist: a blob is written whole.
+
+        Args:
+            block_size, cache_options: ignored; see `TransferOptions`.
+            kwargs: for a text, ``encoding``, ``errors``, ``newline``; when writing, ``content_type``, ``metadata`` and
+                ``tags``; ``if_etag`` for either. All as for `BlobIO`.
+
+        Raises:
+            BlobNotFoundError: there is no such blob to read.
+            BlobExistsError: there is one, and `mode` is ``"x"``.
+            ValueError: another mode, or `compression` while writing, whose files would not commit.
+        """
+        if compression is not None and not mode.startswith("r"):
+            raise ValueError(
+                "compression= works for reading only. To write, use fsspec.open(url, 'wb', compression=...), or "
+                "gzip.open(file, 'wb') on a file of this filesystem"
+            )
+        if "b" in mode:
+            return super().open(path, mode, compression=compression, **kwargs)
+        text = {name: kwargs.pop(name) for name in ("encoding", "errors", "newline") if name in kwargs}
+        file = self.open(path, mode.replace("t", "") + "b", compression=compression, **kwargs)
+        if isinstance(file, BlobFile):
+            return BlobText(file, **text)
+        return io.TextIOWrapper(file, **text)
+
+    def _open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: int | None = None,
+        autocommit: bool = True,
+        cache_options: dict[str, Any] | None = None,
+        cache_type: str | None = None,
+        **settings: Any,
+    ) -> BlobFile:
+        location = self._access.locate(path)
+        opened = functools.partial(
+            BlobFile,
+            path,
+            location,
+            autocommit=autocommit,
+            credential=self._access.credential(),
+            options=self._access.options,
+            ca_file=self._access.ca_file,
+        )
+        if mode != "ab":
+            return opened(mode, **settings)  # type: ignore[arg-type]  # BlobIO refuses what is none of its modes
+        try:
+            old = opened("rb")
+        except BlobNotFoundError:
+            return opened("xb", **settings)
+        with old:
+            file = opened("wb", **{"if_etag": old.etag, **settings})
+            try:
+                while piece := old.read(_PIECE):
+                    file.write(piece)
+            except BaseException:
+                file.abort()
+                raise
+        return file
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        """A blob's bytes, or a slice of them; large ones in parallel."""
+        store, parts = self._at(path)[1:]
+        return read_blob(store, Range(parts.name, start, end))
+
+    def cat_ranges(
+        self,
+        paths: list[str],
+        starts: int | list[int] | None,
+        ends: int | list[int] | None,
+        max_gap: int | None = None,
+        on_error: str = "return",
+        **_: Any,
+    ) -> list[bytes | Exception]:
+        """Slices of blobs, small ones side by side and large ones in parallel parts, each of one state of its blob.
+
+        Args:
+            max_gap: ignored.
+            on_error: ``"return"`` puts an error into the place of a slice; anything else raises it.
+        """
+        starts_ = starts if isinstance(starts, list) else [starts] * len(paths)
+        ends_ = ends if isinstance(ends, list) else [ends] * len(paths)
+        if len(starts_) != len(paths) or len(ends_) != len(paths):
+            raise ValueError("paths, starts and ends must have the same length")
+        places = [self._at(path) for path in paths]
+        result: list[bytes | Exception] = [b""] * len(paths)
+        for container in {store.location for _, store, _ in places}:
+            numbers = [number for number, (_, store, _) in enumerate(places) if store.location == container]
+            wanted = [Range(places[number][2].name, starts_[number], ends_[number]) for number in numbers]
+            for number, content in zip(numbers, read_ranges(places[numbers[0]][1], wanted), strict=True):
+                result[number] = content
+        errors = [content for content in result if isinstance(content, Exception)]
+        if errors and on_error != "return":
+            raise errors[0]
+        return result
+
+    def cat(self, path: Any, recursive: bool = False, on_error: str = "raise", **_: Any) -> Any:
+        """The bytes of one blob, or a dict with those of many, fetched in parallel."""
+        paths = self.expand_path(path, recursive=recursive)
+        if len(paths) == 1 and not isinstance(path, list) and paths[0] == self._strip_protocol(path):
+            return self.cat_file(paths[0])
+        if recursive:
+            folders = parents(paths)
+            paths = [one for one in paths if one not in folders]
+        contents = self.cat_ranges(paths, None, None, on_error="return" if on_error != "raise" else "raise")
+        return {
+            one: content
+            for one, content in zip(paths, contents, strict=True)
+            if on_error != "omit" or isinstance(content, bytes)
+        }
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **settings: Any) -> None:
+        """Write a blob.
+
+        Args:
+            mode: ``"create"`` raises `BlobExistsError` if there is one.
+        """
+        location, store, parts = self._at(path)
+        view = memoryview(value)
+        if self._intrans or settings or view.nbytes > _ONE_REQUEST or not parts.name:
+            with self.open(path, "xb" if mode == "create" else "wb", **settings) as file:
+                file.write(value)
+            return
+        try:
+            store.put(parts.name, bytes(view), if_missing=mode == "create")
+        except BlobChangedError as error:
+            raise BlobExistsError(f"{location} exists already. Use mode='overwrite' to replace it") from error
+
+    def pipe(self, path: Any, value: bytes | None = None, **settings: Any) -> None:
+        """Write a blob, or those of a dict from paths to bytes, several at a time."""
+        values: dict[str, Any] = path if isinstance(path, dict) else {path: value}
+        tasks = [functools.partial(self.pipe_file, one, content, **settings) for one, content in values.items()]
+        if self._intrans:
+            for task in tasks:
+                task()
+        else:
+            each(tasks, self._threads)
+
+    # Between a disk and blobs
+
+    def get_file(
+        self, rpath: str, lpath: Any, callback: Callback = DEFAULT_CALLBACK, outfile: Any = None, **_: Any
+    ) -> None:
+        """Copy a blob to a local file, which appears when all of it is there. A folder becomes a local one."""
+        if isinstance(callback, Pairs):
+            return
+        if outfile is not None or hasattr(lpath, "write"):
+            super().get_file(rpath, lpath, callback=callback, outfile=outfile)
+            return
+        try:
+            self._fetch([(rpath, lpath)], Progress([callback]))
+        except BlobNotFoundError:
+            if not self.isdir(rpath):
+                raise
+            os.makedirs(lpath, exist_ok=True)
+
+    def get(
+        self,
+        rpath: Any,
+        lpath: Any,
+        recursive: bool = False,
+        callback: Callback = DEFAULT_CALLBACK,
+        maxdepth: int | None = None,
+        **_: Any,
+    ) -> None:
+        """Copy blobs to a local disk, small ones several at a time."""
+        pairs = Pairs()
+        super().get(rpath, lpath, recursive=recursive, callback=pairs, maxdepth=maxdepth)
+        folders = parents([source for source, _ in pairs.found])
+        for source, target in pairs.found:
+            if source in folders:
+                os.makedirs(target, exist_ok=True)
+        files = [pair for pair in pairs.found if pair[0] not in folders]
+        self._fetch(files, Progress.of_pairs(callback, files))
+
+    def _fetch(self, pairs: list[tuple[str, str]], progress: Progress) -> None:
+        by_store: dict[BlobStore, list[tuple[int, str, str]]] = {}
+        for number, (source, target) in enumerate(pairs):
+            _, store, parts = self._at(source)
+            by_store.setdefault(store, []).append((number, parts.name, str(target)))
+            os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+        for store, files in by_store.items():
+            save_to_disk(store, files, progress)
+
+    def put_file(
+        self, lpath: str, rpath: str, callback: Callback = DEFAULT_CALLBACK, mode: str = "overwrite", **settings: Any
+    ) -> None:
+        """Copy a local file to a blob, which appears when all of it is there. A folder is nothing to copy."""
+        if isinstance(callback, Pairs) or os.path.isdir(lpath):
+            return
+        size = os.stat(lpath).st_size
+        progress = Progress([callback])
+        with open(lpath, "rb") as local:
+            if size <= _ONE_REQUEST:
+                content = local.read()
+                self.pipe_file(rpath, content, mode, **settings)
+                progress(0, len(content), len(content))
+                return
+            with self.open(rpath, "xb" if mode == "create" else "wb", **settings) as remote:
+                while piece := local.read(_PIECE):
+                    remote.write(piece)
+                    progress(0, len(piece), size)
+
+    def put(
+        self,
+        lpath: Any,
+        rpath: Any,
+        recursive: bool = False,
+        callback: Callback = DEFAULT_CALLBACK,
+        maxdepth: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """Copy local files to blobs, small ones several at a time; what makes a checkpoint complete comes last."""
+        pairs = Pairs()
+        super().put(lpath, rpath, recursive=recursive, callback=pairs, maxdepth=maxdepth)
+        files = [pair for pair in pairs.found if not os.path.isdir(pair[0])]
+        callback.set_size(len(files))
+        lock = threading.Lock()
+
+        def put(pair: tuple[str, str]) -> None:
+            with callback.branched(*pair) as child:
+                self.put_file(*pair, callback=child, **settings)
+            with lock:
+                callback.relative_update(1)
+
+        small = {pair for pair in files if os.stat(pair[0]).st_size <= _ONE_REQUEST}
+        for group in commit_last(files, lambda pair: pair[1]):
+            for pair in group:
+                if pair not in small or self._intrans:
+                    put(pair)
+            if not self._intrans:
+                each([functools.partial(put, pair) for pair in group if pair in small], self._threads)
+
+    # Between blobs
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        """Copy a blob, on the service's side within an account, through this machine to another one."""
+        self._copy(path1, path2)
+
+    def copy(
+        self,
+        path1: Any,
+        path2: Any,
+        recursive: bool = False,
+        maxdepth: int | None = None,
+        on_error: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Copy blobs, several at a time; what makes a checkpoint complete comes last.
+
+        Args:
+            on_error: ``"ignore"`` leaves out what is not there any more, and is the default with `recursive`;
+                ``"raise"`` raises `BlobNotFoundError`.
+        """
+        ignore = recursive if on_error is None else on_error == "ignore"
+        self._copy_all(self._pairs(path1, path2, recursive, maxdepth), ignore)
+
+    def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
+        """Copy blobs, wait for the copies, then remove the sources.
+
+        A source that somebody wrote to meanwhile stays, and raises `BlobChangedError`. Whatever goes wrong, each blob
+        is whole at one of its two places, or at both.
+
+        Raises:
+            BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
+        """
+        pairs = self._pairs(path1, path2, recursive, maxdepth)
+        if not pairs:
+            raise BlobNotFoundError(f"there is no blob {path1!r} to move. To move a folder, pass recursive=True")
+        pairs = [pair for pair in pairs if pair[0] != pair[1]]
+        copied = self._copy_all(pairs, ignore_missing=False)
+        for group in reversed(commit_last(pairs, lambda pair: pair[0])):
+            each([functools.partial(self._delete_copied, pair[0], copied[pair]) for pair in group], self._threads)
+
+    def _delete_copied(self, path: str, etag: str) -> None:
+        _, store, parts = self._at(path)
+        try:
+            store.delete(parts.name, if_etag=etag)
+        except BlobChangedError as error:
+            raise BlobChangedError(
+                f"{self.unstrip_protocol(path)} was written to while it was being moved. What it was before is copied, "
+                "and what it is now was left"
+            ) from error
+
+    def _copy(self, source: str, target: str) -> str:
+        source_location, source_store, _ = self._at(source)
+        target_location, target_store, parts = self._at(target)
+        if not parts.name:
+            raise LocationError(f"{target_location} is a container. Append the name of a blob")
+        return copy_blob(source_store, source_location, target_store, target_location).etag
+
+    def _copy_all(self, pairs: list[tuple[str, str]], ignore_missing: bool) -> dict[tuple[str, str], str]:
+        """Copy; return the ETags of the sources."""
+        copied: dict[tuple[str, str], str] = {}
+
+        def copy(pair: tuple[str, str]) -> None:
+            try:
+                copied[pair] = self._copy(*pair)
+            except BlobNotFoundError:
+                if not ignore_missing:
+                    raise
+
+        for group in commit_last(pairs, lambda pair: pair[1]):
+            each([functools.partial(copy, pair) for pair in group if pair[0] != pair[1]], self._threads)
+        return copied
+
+    def _pairs(self, path1: Any, path2: Any, recursive: bool, maxdepth: int | None) -> list[tuple[str, str]]:
+        """Which blob goes where: https://filesystem-spec.readthedocs.io/en/latest/copying.html."""
+        if isinstance(path1, list) and isinstance(path2, list):
+            return list(zip(self._strip_protocol(path1), self._strip_protocol(path2), strict=True))
+        is_one = not isinstance(path1, list)
+        sources = self.expand_path(path1, recursive=recursive, maxdepth=maxdepth)
+        folders = parents(sources)
+        if is_one and not recursive:
+            sources = [source for source in sources if source not in folders and not self.isdir(source)]
+        if not sources:
+            return []
+        into_folder = str(path2).endswith("/") or self.isdir(path2)
+        below = is_one and (len(sources) == 1 if has_magic(str(path1)) else into_folder and str(path1)[-1:] != "/")
+        targets = other_paths(sources, self._strip_protocol(path2), exists=below, flatten=not is_one)
+        return [pair for pair in zip(sources, targets, strict=True) if pair[0] not in folders]
+
+    # Removing and making
+
+    def rm_file(self, path: str) -> None:
+        """Remove a blob. Raises `BlobNotFoundError` if there is none."""
+        location, store, parts = self._at(path)
+        if not parts.name or not store.delete(parts.name):
+            raise BlobNotFoundError(f"there is no blob {location}")
+
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Remove blobs and, with `recursive`, all that lies below folders, several at a time.
+
+        Of a checkpoint, the metadata goes first: it is gone before its data begins to go. Containers stay.
+
+        Raises:
+            BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
+        """
+        if not recursive or maxdepth is not None:
+            paths = self.expand_path(path, recursive=recursive, maxdepth=maxdepth)
+            folders = parents(paths)
+            for group in reversed(commit_last([one for one in paths if one not in folders], str)):
+                each([functools.partial(self.rm_file, one) for one in group], self._threads)
+            return
+        for one in path if isinstance(path, list) else [path]:
+            for root in self.glob(one) if has_magic(str(one)) else [one]:
+                self._remove_tree(root)
+
+    def _remove_tree(self, path: str) -> None:
+        location, store, parts = self._at(path)
+        blobs = list(store.list(parts.folder))
+        if parts.name:
+            try:
+                blobs.append(store.stat(parts.name))
+            except BlobNotFoundError:
+                if not blobs:
+                    raise BlobNotFoundError(f"there is no blob and no folder {location}") from None
+        for group in removal_order(blobs):
+            delete_all(store, group)
+
+    def mkdir(self, path: str, create_parents: bool = True, *, create_container: bool = False, **_: Any) -> None:
+        """Nothing, for folders come with the blobs in them; with `create_container`, make the container if need be."""
+        if create_container:
+            self._at(path)[1].create_container()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing, for folders come with the blobs in them.
+
+        Raises:
+            BlobExistsError: something is there, and `exist_ok` is False.
+        """
+        if not exist_ok and self.exists(path):
+            raise BlobExistsError(f"{self.unstrip_protocol(self._strip_protocol(path))} exists already")
+
+    @property
+    def _threads(self) -> int:
+        return (self._access.options or TransferOptions()).concurrency
