@@ -1,0 +1,250 @@
+"""`AzureBlobHuggingFaceReader`: loads safetensors files, whole or by shards, with ranges of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info, stored_item
+from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.errors import (
+    AzureCheckpointError,
+    BlobChangedError,
+    BlobNotFoundError,
+    CheckpointNotFoundError,
+    CheckpointReplacedError,
+    CorruptCheckpointError,
+)
+from azure_torch_ckpt.huggingface.format import (
+    HEADER_LENGTH_BYTES,
+    INDEX,
+    SINGLE,
+    Index,
+    Stored,
+    header_length,
+    parse_header,
+    parse_index,
+)
+from azure_torch_ckpt.store import BlobInfo
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["AzureBlobHuggingFaceReader"]
+
+# Holds the header of most files, so that most cost one request.
+_FIRST = 128 * 1024
+_INDEX_LIMIT = 1 << 30
+# Files of our writer count only if an index names them: its save may have failed.
+_OURS = re.compile(r"model-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Opened:
+    """Travels in the load plans: the blob that says what the model consists of, as a rank has read it."""
+
+    name: str
+    etag: str
+
+
+class AzureBlobHuggingFaceReader(AzureBlobReader):
+    """Load a model from safetensors files under a URL, on any number of ranks and with any sharding.
+
+        state = model.state_dict()
+        dcp.load(state, storage_reader=AzureBlobHuggingFaceReader(url))
+
+    Reads what `AzureBlobHuggingFaceWriter`, transformers' ``save_pretrained`` and the Hub's users write
+    (``model.safetensors``, or several files with ``model.safetensors.index.json``; the first goes before, as in
+    transformers), and the shards of torch's ``HuggingFaceStorageWriter``. Only the bytes that the state dict asks for
+    are fetched. What our writer saved is checked against its checksums where it is read whole.
+
+    Arguments and errors are those of `AzureBlobReader`.
+    """
+
+    _opened: _Opened | None = None
+    _etags: dict[str, str]
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return dataclasses.replace(plan, storage_data=self._opened)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """See that all ranks have read the same index.
+
+        Raises:
+            CheckpointReplacedError: the model was replaced between one rank's look and another's.
+        """
+        if len({plan.storage_data for plan in plans}) > 1:
+            raise self._replaced()
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fetch what the plan names into the planner's tensors.
+
+        Raises:
+            CorruptCheckpointError: a file is missing or too short, or a checksum does not match.
+            CheckpointReplacedError: the model was replaced or removed meanwhile.
+            StoreError: the service could not be asked.
+        """
+        future = super().read_data(plan, planner)
+        # Files of others keep their names when they are replaced, and then the header is that of the old one.
+        storage = self._metadata.storage_data
+        files = {stored_item(storage[item.storage_index]).relative_path for item in plan.items}
+        foreign = [file for file in files if not _OURS.fullmatch(file)]
+        with Workers(self._store.options.concurrency, "blob-look") as workers:
+            for file in foreign:
+                workers.submit(functools.partial(self._check_unchanged, file))
+            workers.finish()
+        return future
+
+    def _check_unchanged(self, file: str) -> None:
+        try:
+            self._store.stat(self._location.join(file).path, if_etag=self._etags[file])
+        except (BlobChangedError, BlobNotFoundError) as error:
+            raise self._replaced() from error
+
+    def _raise_if_replaced(self, error: AzureCheckpointError) -> None:
+        if self._opened is None:
+            return
+        try:
+            etag = self._store.stat(self._location.join(self._opened.name).path).etag
+        except BlobNotFoundError:
+            etag = ""
+        if etag != self._opened.etag:
+            raise self._replaced() from error
+
+    def _read_metadata(self, rank: int | None) -> Metadata:
+        if rank is not None:
+            raise CheckpointNotFoundError(f"A model at {self.checkpoint_id} has no metadata of a single rank")
+        self._etags = {}
+        index, files = self._find()
+        headers = self._headers(sorted(set(index.files.values())) if files is None else files)
+        metadata = self._metadata_of(index, headers, files is None)
+        check_metadata(metadata, f"The headers of the files at {self.checkpoint_id}")
+        return metadata
+
+    def _find(self) -> tuple[Index, list[str] | None]:
+        """What the index says, or the files of a model without one."""
+        try:
+            single = self._store.stat(self._location.join(SINGLE).path)
+        except BlobNotFoundError:
+            pass
+        else:
+            self._opened = _Opened(SINGLE, single.etag)
+            return Index({}, {}), [SINGLE]
+        try:
+            data, etag = self._store.read(self._location.join(INDEX).path, limit=_INDEX_LIMIT)
+        except BlobNotFoundError:
+            files = self._files_without_index()
+            return Index({}, {}), files
+        self._opened = _Opened(INDEX, etag)
+        return parse_index(data, f"{self.checkpoint_id}/{INDEX}"), None
+
+    def _files_without_index(self) -> list[str]:
+        prefix = self._location.path + "/" if self._location.path else ""
+        blobs = [entry for entry in self._store.list_folder(prefix) if isinstance(entry, BlobInfo)]
+        named = {blob.path[len(prefix) :]: blob for blob in blobs if blob.path.endswith(".safetensors")}
+        files = sorted(name for name in named if not _OURS.fullmatch(name))
+        if not files:
+            hint = "Nothing lies there at all; check the URL" if not blobs else "Nothing there is a model"
+            if named:
+                hint = f"{len(named)} files lie there without it: a save that did not finish. Load an older model"
+            raise CheckpointNotFoundError(f"No model at {self.checkpoint_id}: {INDEX} is not there. {hint}")
+        self._opened = _Opened(files[0], named[files[0]].etag)
+        return files
+
+    def _headers(self, files: Iterable[str]) -> dict[str, dict[str, Stored]]:
+        headers: dict[str, dict[str, Stored]] = {}
+
+        def read(file: str) -> None:
+            headers[file] = self._header(file)
+
+        with Workers(self._store.options.concurrency, "blob-headers") as workers:
+            for file in files:
+                workers.submit(functools.partial(read, file))
+            workers.finish()
+        return headers
+
+    def _header(self, file: str) -> dict[str, Stored]:
+        path, where = self._location.join(file).path, f"{self.checkpoint_id}/{file}"
+        try:
+            data, info = self._store.read_some(path, 0, _FIRST)
+            end = HEADER_LENGTH_BYTES + header_length(data, info.size, where)
+            if end > len(data):
+                data += self._store.read_some(path, len(data), end - len(data), if_etag=info.etag)[0]
+        except BlobNotFoundError as error:
+            self._raise_if_replaced(error)
+            raise CorruptCheckpointError(
+                f"A file of the model is missing: {error}. Somebody deleted it; use another checkpoint"
+            ) from error
+        except BlobChangedError as error:
+            raise self._replaced() from error
+        self._etags[file] = info.etag
+        return parse_header(data[HEADER_LENGTH_BYTES:end], info.size, where)
+
+    def _metadata_of(self, index: Index, headers: dict[str, dict[str, Stored]], is_indexed: bool) -> Metadata:
+        wanted = (
+            [(name, file) for name, file in index.files.items()]
+            if is_indexed
+            else [(name, file) for file, tensors in headers.items() for name in tensors]
+        )
+        parts: dict[str, list[tuple[str, Stored]]] = {}
+        for name, file in wanted:
+            stored = headers[file].get(name)
+            if stored is None:
+                raise CorruptCheckpointError(
+                    f"The index of {self.checkpoint_id} has {name[:200]!r} in {file}, but that file does not. It is "
+                    "damaged, or another save's; use another checkpoint"
+                )
+            parts.setdefault(name, []).append((file, stored))
+        tensors: dict[str, Any] = {}
+        storage: dict[MetadataIndex, Any] = {}
+        for name, found in parts.items():
+            tensors[name] = self._tensor(name, [stored for _, stored in found])
+            for file, stored in found:
+                storage[MetadataIndex(name, torch.Size(stored.at))] = storage_info(
+                    file,
+                    stored.offset,
+                    stored.length,
+                    payload_offset=0,
+                    crc64=index.crc64.get(name) if len(found) == 1 else None,
+                )
+        return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(checkpoint_id=self.checkpoint_id))
+
+    def _tensor(self, name: str, stored: list[Stored]) -> TensorStorageMetadata:
+        first = stored[0]
+        if any((one.dtype, len(one.shape)) != (first.dtype, len(first.shape)) for one in stored):
+            raise CorruptCheckpointError(f"{self.checkpoint_id} has parts of {name[:200]!r} that do not fit together")
+        ends = [[start + size for start, size in zip(one.at, one.shape, strict=True)] for one in stored]
+        shape = torch.Size([max(column) for column in zip(*ends, strict=True)])
+        count = sum(math.prod(one.shape) for one in stored)
+        if count != math.prod(shape) or len({one.at for one in stored if one.length}) < sum(
+            1 for one in stored if one.length
+        ):
+            raise CorruptCheckpointError(
+                f"{self.checkpoint_id} has {count} of the {math.prod(shape)} elements of {name[:200]!r}: files are "
+                "missing, or there are two of one. Use another checkpoint"
+            )
+        return TensorStorageMetadata(
+            TensorProperties(first.dtype),
+            shape,
+            [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored],
+        )
+
+    def _replaced(self) -> CheckpointReplacedError:
+        return CheckpointReplacedError(
+            f"The model at {self.checkpoint_id} was replaced or removed while it was being read. Load again"
+        )

@@ -1,0 +1,395 @@
+"""`AzureBlobHuggingFaceWriter`: saves a sharded model as the safetensors files that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from azure_torch_ckpt.bodies import Gather
+from azure_torch_ckpt.checksums import combine
+from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
+from azure_torch_ckpt.dcp.payload import is_plain
+from azure_torch_ckpt.dcp.pieces import pieces
+from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.errors import (
+    AzureCheckpointError,
+    BlobChangedError,
+    BlobNotFoundError,
+    CheckpointError,
+    CheckpointExistsError,
+    CommitConflictError,
+    IncompleteSaveError,
+)
+from azure_torch_ckpt.huggingface.format import INDEX, SINGLE, dump_header, dump_index, parse_index
+from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, FileLayout, Place, arrange, file_prefix
+from azure_torch_ckpt.huggingface.runs import Block, Runs, block_id
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["AzureBlobHuggingFaceWriter"]
+
+_log = logging.getLogger(__name__)
+
+_INDEX_LIMIT = 1 << 30
+_HEADER_RANK = 999_999  # larger than that of any real one
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ticket:
+    """Travels in the plans: from a rank to the coordinator, and back with what the rank is to do."""
+
+    nonce: str
+    save_id: str = ""
+    rank: int = 0
+    block_size: int = 0
+    places: Mapping[MetadataIndex, Place] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Written:
+    """What a rank tells of an item: its place and checksum, and with its first item all its blocks."""
+
+    place: Place
+    crc64: int | None
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Standing:
+    """What stood at the URL when the save began."""
+
+    index: bytes | None
+    index_etag: str | None
+    single_etag: str | None
+
+
+class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
+    """Save a model's state dict under a URL as safetensors files with ``model.safetensors.index.json``.
+
+        dcp.save(model.state_dict(), storage_writer=AzureBlobHuggingFaceWriter(url))
+
+    Every file holds whole tensors, whatever the number of ranks: a rank stages its rows as blocks of the file, and the
+    coordinator commits the list of all blocks. Nothing is gathered, and nothing is put together afterwards. Tensors may
+    be plain, or DTensors whose shards are runs of rows (``Shard(0)``, as FSDP2 has them).
+
+    The files of a save have names that no other save has, and the index, which names them, is written last. A save that
+    raised, or died, left what stood at the URL before.
+
+    Args:
+        url, credential, options, ca_file: as for `AzureBlobWriter`.
+        overwrite: whether a model that stands at the URL may be replaced. Its files are removed once the new index is
+            there.
+        fqn_to_index_mapping: the number of each tensor's file, from 1 on, as for torch's ``HuggingFaceStorageWriter``.
+            None fills files one after the other.
+        max_file_size: bytes of a file, without `fqn_to_index_mapping`. A larger tensor has a file of its own.
+
+    Raises:
+        LocationError, CredentialError: the URL or the credential cannot be used.
+        ValueError: `max_file_size` is not positive.
+
+    Errors while saving are those of `azure_torch_ckpt.errors`; see `AzureBlobWriter`.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | BlobLocation,
+        *,
+        credential: Credential = None,
+        overwrite: bool = True,
+        fqn_to_index_mapping: Mapping[str, int] | None = None,
+        max_file_size: int = 5_000_000_000,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        super().__init__(url, credential, options, ca_file)
+        if max_file_size < 1:
+            raise ValueError(f"max_file_size must be positive, not {max_file_size}")
+        self._overwrite = overwrite
+        self._mapping = fqn_to_index_mapping
+        self._max_file_size = max_file_size
+        self._is_coordinator = True
+        self._nonce = new_save_id()
+        self._standing = _Standing(None, None, None)
+        self._files: list[FileLayout] = []
+        self._save_id = ""
+        # The save whose files may be there without an index that names them.
+        self._unfinished: tuple[BlobLocation, str] | None = None
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("use_collectives", True):
+            raise CheckpointError(
+                "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
+            )
+        self._is_coordinator = is_coordinator
+        self._nonce = new_save_id()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Look at what stands at the URL.
+
+        Raises:
+            CheckpointError: the state dict has something that is no tensor.
+            CheckpointExistsError: a model stands there and ``overwrite`` is False.
+        """
+        others = [item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO]
+        if others:
+            raise CheckpointError(
+                f"A HuggingFace file holds tensors only, and {others[0]!r} is none ({len(others)} in all). Save "
+                "model.state_dict(), and the rest with AzureBlobWriter"
+            )
+        if self._is_coordinator:
+            self._remove_unfinished()
+            self._standing = self._look_at_url()
+        return dataclasses.replace(plan, storage_data=_Ticket(self._nonce))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Decide which tensor lies in which file, and which rank writes which bytes.
+
+        Raises:
+            CheckpointError: it cannot be done; see `arrange`.
+        """
+        if not all(getattr(plan, "usable", True) and isinstance(plan.storage_data, _Ticket) for plan in plans):
+            raise CheckpointError(
+                "A rank's plan is from an earlier save (enable_plan_caching), or the planner has replaced its "
+                "storage_data. Use a planner without either"
+            )
+        # Enough for the rank with most to write, and such that the largest tensor fits into one file.
+        most = max((_size_of(plan) for plan in plans), default=0)
+        block_size = max(self._store.options.part_size(most), -(-_largest(plans) // LARGEST_IN_BLOCKS))
+        self._save_id = new_save_id()[:16]
+        self._files, places = arrange(
+            plans,
+            self._save_id,
+            mapping=self._mapping,
+            max_file_size=self._max_file_size,
+            block_size=block_size,
+        )
+        return [
+            dataclasses.replace(
+                plan,
+                storage_data=_Ticket(plan.storage_data.nonce, self._save_id, rank, block_size, places[rank]),
+            )
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Stage this rank's bytes of all files.
+
+        Raises:
+            CheckpointError: the planner gives another tensor than it planned.
+            StoreError: a block could not be staged.
+        """
+        ticket = plan.storage_data
+        if not isinstance(ticket, _Ticket) or ticket.nonce != self._nonce:
+            raise CheckpointError(
+                "The planner gave the plan of an earlier save (enable_plan_caching). Use a planner without it"
+            )
+        items = sorted(plan.items, key=lambda item: (ticket.places[item.index].file, ticket.places[item.index].offset))
+        written = []
+        with Runs(self._store, ticket.save_id, ticket.rank, ticket.block_size) as runs:
+            for item in items:
+                place = ticket.places[item.index]
+                views = _views(item, planner.resolve_data(item), ticket.block_size // 4)
+                written.append(runs.add(self._location.join(place.file).path, place.offset, views))
+            runs.finish()
+        checksums = self._store.options.checksums
+        results = [
+            WriteResult(
+                index=item.index,
+                size_in_bytes=done.length,
+                storage_data=_Written(
+                    ticket.places[item.index],
+                    done.crc64() if checksums else None,
+                    () if number else tuple(runs.blocks),
+                ),
+            )
+            for number, (item, done) in enumerate(zip(items, written, strict=True))
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Make the files, then the index that names them, then remove what was replaced.
+
+        Raises:
+            IncompleteSaveError: something of the plan was not written. Nothing was committed.
+            CommitConflictError: another save committed at this URL meanwhile. Its model stands.
+            StoreError: the service could not be asked. The model at the URL is whole, the old one or the new one.
+        """
+        written = [result.storage_data for rank in results for result in rank]
+        blocks = {self._location.join(file.name).path: list[Block]() for file in self._files}
+        for one in written:
+            for block in one.blocks:
+                blocks[block.path].append(block)
+        for file in self._files:
+            _check_complete(file, blocks[self._location.join(file.name).path], self.checkpoint_id)
+        self._unfinished = (self._location, self._save_id)
+        with Workers(self._store.options.concurrency, "blob-commit") as workers:
+            for file in self._files:
+                path = self._location.join(file.name).path
+                workers.submit(functools.partial(self._commit_file, file, path, blocks[path]))
+            workers.finish()
+        index = dump_index(
+            {name: file.name for file in self._files for name in file.tensors},
+            sum(file.length for file in self._files),
+            self._save_id,
+            _checksums(results, written),
+        )
+        # From here on the files may belong to a model: a commit without an answer may have been carried out.
+        self._unfinished = None
+        self._commit(index)
+        self._remove_replaced()
+
+    def _commit_file(self, file: FileLayout, path: str, blocks: list[Block]) -> None:
+        header_id = block_id(self._save_id, _HEADER_RANK, 0)
+        self._store.stage_block(path, header_id, Gather([memoryview(dump_header(file.tensors))]))
+        self._store.commit_blocks(
+            path, [header_id, *(block.id for block in sorted(blocks, key=lambda one: one.offset))]
+        )
+
+    def _commit(self, index: bytes) -> None:
+        path = self._location.join(INDEX).path
+        try:
+            if self._standing.index_etag is None:
+                self._store.put(path, index, if_missing=True)
+            else:
+                self._store.put(path, index, if_etag=self._standing.index_etag)
+        except BlobChangedError as error:
+            # The first attempt may have been carried out and only its answer lost; then the second finds its own work.
+            now = self._read(INDEX)
+            if now is not None and now[0] == index:
+                return
+            remove_blobs(self._store, self._location, [file.name for file in self._files])
+            raise CommitConflictError(
+                f"Another save {'removed' if now is None else 'committed'} the model at {self.checkpoint_id} since "
+                "this one began, so this one was dropped. Give each job a URL of its own, or save again to replace it"
+            ) from error
+
+    def _look_at_url(self) -> _Standing:
+        index = self._read(INDEX)
+        try:
+            single = self._store.stat(self._location.join(SINGLE).path).etag
+        except BlobNotFoundError:
+            single = None
+        if (index or single) and not self._overwrite:
+            raise CheckpointExistsError(
+                f"A model stands at {self.checkpoint_id} already and overwrite=False. Use another URL, or "
+                "overwrite=True to replace it once the new one is complete"
+            )
+        return _Standing(None, None, single) if index is None else _Standing(*index, single)
+
+    def _read(self, name: str) -> tuple[bytes, str] | None:
+        try:
+            return self._store.read(self._location.join(name).path, limit=_INDEX_LIMIT)
+        except BlobNotFoundError:
+            return None
+
+    def _remove_replaced(self) -> None:
+        standing = self._standing
+        if standing.single_etag is not None:
+            # Not merely storage: of the two, transformers loads this one.
+            try:
+                self._store.delete(self._location.join(SINGLE).path, if_etag=standing.single_etag)
+            except BlobChangedError as error:
+                raise CommitConflictError(
+                    f"Somebody wrote {SINGLE} at {self.checkpoint_id} since this save began, and transformers loads "
+                    "that one. The new model stands beside it; remove the one that is not wanted"
+                ) from error
+        if standing.index is None:
+            return
+        try:
+            old = set(parse_index(standing.index, f"{self.checkpoint_id}/{INDEX}").files.values())
+        except AzureCheckpointError as error:
+            _log.warning("the files of the replaced model stay, for its index says too little: %s", error)
+            return
+        remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._files}))
+
+    def _remove_unfinished(self) -> None:
+        """Remove the files that this writer's previous save has made without an index."""
+        if self._unfinished is None:
+            return
+        (location, save_id), self._unfinished = self._unfinished, None
+        if location.container_root() != self._store.location:
+            return
+        prefix = location.path + "/" if location.path else ""
+        try:
+            found = [blob.path for blob in self._store.list(prefix + file_prefix(save_id))]
+        except AzureCheckpointError as error:
+            _log.warning("could not look for the files of the failed save %s at %s: %s", save_id, location, error)
+            return
+        remove_blobs(self._store, location, [path[len(prefix) :] for path in found])
+
+
+def _largest(plans: list[SavePlan]) -> int:
+    """Bytes of the largest tensor."""
+    planned = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
+    return max((data.size.numel() * data.properties.dtype.itemsize for data in planned), default=0)
+
+
+def _size_of(plan: SavePlan) -> int:
+    planned = [item.tensor_data for item in plan.items if item.tensor_data is not None]
+    return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in planned)
+
+
+def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> Iterable[memoryview]:
+    planned = item.tensor_data
+    name = item.index.fqn
+    if not isinstance(data, torch.Tensor) or planned is None:
+        raise CheckpointError(f"The planner gave {type(data).__name__} for {name!r}, not a tensor")
+    if data.dtype != planned.properties.dtype or data.shape != planned.chunk.sizes:
+        raise CheckpointError(
+            f"The planner gave {data.dtype} of shape {tuple(data.shape)} for {name!r}, where it had planned "
+            f"{planned.properties.dtype} of shape {tuple(planned.chunk.sizes)}"
+        )
+    tensor = data.detach()
+    if not is_plain(tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
+        tensor = tensor.resolve_conj().resolve_neg()
+    if not is_plain(tensor):
+        raise CheckpointError(
+            f"{name!r} is a {type(data).__name__} with layout {data.layout}, and safetensors holds plain tensors only. "
+            "Make it dense, or save it with AzureBlobWriter"
+        )
+    return pieces(tensor, max(limit, 1))
+
+
+def _check_complete(file: FileLayout, blocks: list[Block], where: str) -> None:
+    position = 0
+    for block in sorted(blocks, key=lambda one: one.offset):
+        if block.offset != position:
+            break
+        position += block.length
+    if position != file.length:
+        raise IncompleteSaveError(
+            f"Of {file.name} the ranks wrote {position} of {file.length} bytes without a gap, so nothing was committed "
+            f"at {where}. A rank or a planner dropped something; save again"
+        )
+
+
+def _checksums(results: list[list[WriteResult]], written: list[_Written]) -> dict[str, int]:
+    parts: dict[str, list[_Written]] = {}
+    for result, one in zip((result for rank in results for result in rank), written, strict=True):
+        parts.setdefault(result.index.fqn, []).append(one)
+    sums: dict[str, int] = {}
+    for name, pieces_of in parts.items():
+        crc: int | None = 0
+        for piece in sorted(pieces_of, key=lambda one: (one.place.offset, one.place.length)):
+            crc = None if crc is None or piece.crc64 is None else combine(crc, piece.crc64, piece.place.length)
+        if crc is not None:
+            sums[name] = crc
+    return sums
