@@ -1,0 +1,60 @@
+"""What options take besides numbers and text: durations, shares, a secret."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+
+import click
+
+__all__ = ["duration", "read_secret", "share"]
+
+_UNITS = {"w": 7 * 86_400, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[wdhms])+", re.ASCII)
+_LONGEST_SECONDS = 100 * 366 * 86_400
+
+
+def duration(text: str) -> datetime.timedelta:
+    """``30d``, ``12h``, ``90m``, ``45s``, ``2w``, ``1d12h``.
+
+    Raises:
+        click.BadParameter: anything else, a number without a unit too.
+    """
+    text = text.strip().lower()
+    if not _DURATION.fullmatch(text):
+        raise click.BadParameter(f"{text!r} is no duration. Write a number and a unit: 30d, 12h, 90m, 45s, 2w, 1d12h.")
+    seconds = sum(float(part[:-1]) * _UNITS[part[-1]] for part in re.findall(r"[\d.]+[wdhms]", text))
+    if seconds > _LONGEST_SECONDS:
+        raise click.BadParameter(f"{text!r} is longer than a hundred years.")
+    return datetime.timedelta(seconds=seconds)
+
+
+def share(text: str) -> float:
+    """``10%`` or ``0.1``, from 0 to 1.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    text = text.strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise click.BadParameter(f"{text!r} is no share. Write a percentage (10%) or a number from 0 to 1.")
+    return number
+
+
+def read_secret(value: str | None) -> str | None:
+    """The secret that an option was given; for ``-``, what is typed at a prompt, or a line of stdin.
+
+    Raises:
+        click.UsageError: ``-``, and nothing came.
+    """
+    if value != "-":
+        return value
+    secret = click.prompt("SAS", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
+    if not secret.strip():
+        raise click.UsageError("--sas - reads the SAS from standard input, and nothing came.")
+    return str(secret).strip()
