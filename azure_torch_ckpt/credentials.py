@@ -26,7 +26,7 @@ from azure.core.credentials import (
     TokenRequestOptions,
 )
 
-from azure_torch_ckpt.errors import CredentialError, LocationError
+from azure_torch_ckpt.errors import CredentialError, CredentialTypeError, LocationError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 
 __all__ = ["EMULATOR_ACCOUNT_KEY", "Credential", "PickledCredential", "SdkCredential", "SharedTokens", "resolve"]
@@ -79,8 +79,9 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
     7. ``TokenCredential``: wrapped in :class:`SharedTokens`, the same tokens for every call with the same object.
 
     Raises:
-        CredentialError: the credential has another type or a wrong form, is for another account, or is a token that
-            would travel over plain HTTP. No message contains the value.
+        CredentialTypeError: the credential is of another type. It is a CredentialError and a TypeError.
+        CredentialError: the credential has a wrong form, is for another account, or is a token that would travel over
+            plain HTTP. No message contains the value.
     """
     if location.sas is not None:
         return AzureSasCredential(location.sas)
@@ -103,9 +104,9 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
         return _over_tls(location, credential)
     get_token = getattr(credential, "get_token", None)
     if isinstance(credential, type) or not callable(get_token):
-        raise CredentialError(f"{type(credential).__name__} is no credential for Blob Storage. {_ACCEPTED}.")
+        raise CredentialTypeError(f"{type(credential).__name__} is no credential for Blob Storage. {_ACCEPTED}.")
     if inspect.iscoroutinefunction(get_token):
-        raise CredentialError(
+        raise CredentialTypeError(
             f"{type(credential).__name__} is an asynchronous credential (azure.identity.aio). "
             "Pass the class of the same name from azure.identity."
         )

@@ -347,8 +347,9 @@ class Download:
         for offset, length in ((read.offset, read.skip), (behind, read.offset + read.length - behind)):
             if length:
                 parts.append(Read(read.path, offset, length, None, None, read.check))
-        for start in range(0, read.dest.nbytes, self.part_size):
-            dest = read.dest[start : start + self.part_size]
+        size = max(-(-read.dest.nbytes // -(-read.dest.nbytes // self.part_size)), 1)  # as even as possible
+        for start in range(0, read.dest.nbytes, size):
+            dest = read.dest[start : start + size]
             parts.append(Read(read.path, first + start, dest.nbytes, dest, read.use, read.check))
         return parts
 

@@ -181,3 +181,16 @@ def test_nothing_else_lies_at_the_top() -> None:
     entries = {name.split("/")[0] for name in listing.split("\0") if name}
     assert "pyproject.toml" in entries
     assert {entry for entry in entries if not entry.startswith(".")} <= TOP_LEVEL
+
+
+def test_public_names_are_there_and_torch_waits_for_the_first_that_needs_it() -> None:
+    """`azure-torch-ckpt --help` and its completion would take seconds otherwise."""
+    code = (
+        "import sys, azure_torch_ckpt as package\n"
+        "assert 'torch' not in sys.modules, 'too early'\n"
+        "assert all(getattr(package, name) is not None for name in package.__all__)\n"
+        "assert 'torch' in sys.modules\n"
+        "assert set(package.__all__) <= set(dir(package)) and package.catalog.prune is package.prune\n"
+        "import azure_torch_ckpt.cli.app\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

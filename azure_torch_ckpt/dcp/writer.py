@@ -58,6 +58,8 @@ __all__ = ["AzureBlobWriter"]
 
 _log = logging.getLogger(__name__)
 
+_ENVELOPE = 2048  # bytes; a little more than most take, for a block too many would be one request more
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Ticket:
@@ -309,10 +311,10 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
 
 
 def _planned_size(item: WriteItem) -> int:
-    """Bytes of an item as far as the plan tells; the pickle of an object is not known before it is made."""
+    """About the bytes of an item as far as the plan tells; the pickle of an object is not known before it is made."""
     if item.tensor_data is None:
         return 0
-    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+    return _ENVELOPE + math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _views(
