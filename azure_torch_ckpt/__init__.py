@@ -65,8 +65,8 @@ if TYPE_CHECKING:
         AzureBlobReader,
         AzureBlobWriter,
         remove_checkpoint,
-        verify,
     )
+    from azure_torch_ckpt.dcp.verify import verify
     from azure_torch_ckpt.filesystem import AzureBlobFileSystem
     from azure_torch_ckpt.huggingface import (
         AzureBlobHuggingFaceReader,
