@@ -16,7 +16,7 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import AccessDeniedError, BlobExistsError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.readahead import RangeReader
+from azure_torch_ckpt.readahead import CACHED, RangeReader
 from azure_torch_ckpt.settings import BlobSettings
 from azure_torch_ckpt.store import BlobStore
 
@@ -155,11 +155,13 @@ class BlobIO(_BinaryFile):
         return self._etag
 
     def readable(self) -> bool:
-        self._check_open()
+        if self._reader is not None:
+            self._check_open()
         return self._reader is not None
 
     def writable(self) -> bool:
-        self._check_open()
+        if self._writer is not None:
+            self._check_open()
         return self._writer is not None
 
     def seekable(self) -> bool:
@@ -244,10 +246,11 @@ class BlobIO(_BinaryFile):
         length = left if length is None else min(length, left)
         if length <= 0:
             return b""
-        ready = reader.at(self._position)
-        if ready.nbytes >= length:
-            self._position += length
-            return bytes(ready[:length])
+        if length <= CACHED:
+            ready = reader.at(self._position, length)
+            if ready.nbytes >= length:
+                self._position += length
+                return bytes(ready[:length])
         # Of all that the standard library has, only this gives bytes that were written in place.
         memory = io.BytesIO()
         memory.seek(length - 1)
@@ -322,9 +325,9 @@ class BlobIO(_BinaryFile):
         Raises:
             TypeError: no buffer (a str), or one that is not contiguous.
         """
-        self._check_open()
         if self._writer is None:
             raise io.UnsupportedOperation("write")
+        self._check_open()
         view = _bytes_of(data)
         self._writer.write(view)
         self._position += view.nbytes
@@ -335,9 +338,9 @@ class BlobIO(_BinaryFile):
             raise ValueError("I/O operation on closed file")
 
     def _for_reading(self, operation: str) -> RangeReader:
-        self._check_open()
         if self._reader is None:
             raise io.UnsupportedOperation(operation)
+        self._check_open()
         return self._reader
 
 

@@ -1,7 +1,7 @@
 """Random access to one state of one blob: few requests, however small the reads are.
 
-Three things keep the number of requests low. A miss fetches more than was asked for: the window, which doubles as long
-as a stream of reads goes on forwards and shrinks when they jump about. What was fetched stays for a while, within a
+Three things keep the number of requests low. A miss fetches more than was asked for: the window, which grows as long as
+a stream of reads goes on forwards and shrinks when they jump about. What was fetched stays for a while, within a
 bound, so that a reader that jumps to a table of contents and back pays once. And a long read goes straight into the
 caller's memory in parallel ranges, with the window behind it as part of the last one.
 """
@@ -17,7 +17,7 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.transfer import GAP, Download, Read
 
-__all__ = ["RangeReader"]
+__all__ = ["CACHED", "RangeReader"]
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -25,10 +25,14 @@ _MIB = 1024 * _KIB
 _START = 256 * _KIB
 _SMALLEST = 32 * _KIB
 _LARGEST = 32 * _MIB
+_GROWTH = 4
+# A stream of reads that comes so near to the end gets the rest as well, instead of asking once more for it.
+_REST = 2 * _MIB
 _CACHE = 64 * _MIB
 # Readers of zip, Parquet and the like begin at the end and go backwards from there.
 _TAIL = 128 * _KIB
-_DIRECT = 1 * _MIB
+# Reads of more than this go into the caller's memory, unless there is a chunk for them.
+CACHED = 1 * _MIB
 # A read of everything, when nobody knows yet how much that is, asks for this much first.
 _FIRST = 4 * _MIB
 
@@ -95,14 +99,18 @@ class RangeReader:
                 self._keep(_Chunk(offset, memoryview(data), _START))
         return self._info.size
 
-    def at(self, offset: int) -> memoryview:
-        """Some bytes from `offset` on, at least one unless the blob ends there. They stay valid."""
-        size = self.begin(offset, 1)
+    def at(self, offset: int, wanted: int = 1) -> memoryview:
+        """Some bytes from `offset` on, at least one unless the blob ends there. They stay valid.
+
+        Args:
+            wanted: so many in one piece, if they have to be fetched; `CACHED` at most.
+        """
+        size = self.begin(offset, wanted)
         if offset >= size:
             return memoryview(b"")
         chunk = self._find(offset)
         if chunk is None:
-            self._fetch(offset, size, None)
+            self._fetch(offset, min(offset + wanted, size), None)
             chunk = self._find(offset)
             assert chunk is not None
         return chunk.data[offset - chunk.start :]
@@ -155,16 +163,16 @@ class RangeReader:
         before = self._before(offset)
         after = bisect.bisect_right(self._starts, offset)
         limit = self._starts[after] if after < len(self._starts) else size
-        wanted = min(end, limit) - offset if dest is not None else 1
-        window = self._window_at(offset, before)
-        if dest is not None and wanted >= max(_DIRECT, window):
+        wanted = min(end, limit) - offset
+        window, nothing_less = self._window_at(offset, before)
+        if dest is not None and wanted >= max(CACHED, window):
             ahead = memoryview(bytearray(min(window, limit - offset - wanted)))
             self._request(offset, [dest[:wanted], ahead])
             if ahead.nbytes:
                 self._keep(_Chunk(offset + wanted, ahead, window))
             return wanted
         start, stop = offset, min(limit, offset + max(wanted, window))
-        if limit - stop < _SMALLEST:
+        if limit - stop < nothing_less:
             stop = limit
         if size - start <= _TAIL and limit == size:
             start = max(size - _TAIL, before.end if before else 0)
@@ -173,12 +181,17 @@ class RangeReader:
         self._keep(_Chunk(start, data, window))
         return 0
 
-    def _window_at(self, offset: int, before: _Chunk | None) -> int:
+    def _window_at(self, offset: int, before: _Chunk | None) -> tuple[int, int]:
+        """How far to look ahead, and how little not to leave behind that."""
         if before is not None and offset - before.end <= GAP:
             self._window = min(2 * self._window, _START)
-            return min(2 * before.window, _LARGEST, self._capacity // 2)
+            largest = min(_LARGEST, self._capacity // 2)
+            if before.window < _START:  # one read beside another does not make a stream of reads that jump about
+                return min(2 * before.window, largest), _SMALLEST
+            window = min(_GROWTH * before.window, largest)
+            return window, min(2 * window, _REST, largest)
         window, self._window = self._window, max(self._window // 2, _SMALLEST)
-        return window
+        return window, _SMALLEST
 
     def _request(self, offset: int, views: list[memoryview]) -> None:
         views = [view for view in views if view.nbytes]

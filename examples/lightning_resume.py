@@ -70,7 +70,9 @@ def batches() -> DataLoader[tuple[Tensor, ...]]:
 
 def train(url: str) -> None:
     """Start the run at `url`, or go on with it from its last checkpoint."""
-    checkpoint = AzureBlobModelCheckpoint(url, "{epoch}", monitor="accuracy", mode="max", save_top_k=2, save_last=True)
+    best = AzureBlobModelCheckpoint(url, "best-{epoch}", monitor="accuracy", mode="max", save_top_k=2)
+    # Of its own, for with a monitor Lightning saves `last` only when it saves one of the best.
+    newest = AzureBlobModelCheckpoint(url, "newest-{epoch}", save_last=True)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
@@ -78,7 +80,7 @@ def train(url: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AzureBlobCheckpointIO(async_save=True)],
-        callbacks=[checkpoint],
+        callbacks=[best, newest],
     )
     trainer.fit(Spiral(), batches(), batches(), ckpt_path="last")
 
@@ -138,7 +140,7 @@ def main() -> None:
         print("\n4. What is there now:")
         for entry in list_checkpoints(url):
             print(f"   {entry.name}   {entry.size / 1e3:.0f} kB in {entry.blobs} blobs")
-        check(len(list_checkpoints(url)) == 3, "there should be the two best and the last")
+        check(len(list_checkpoints(url)) == 4, "there should be the two best, the newest and the last")
         for part in ("state_dict", "optimizer_states", "lr_schedulers"):
             same = repr(last(url)[part]) == repr(last(whole_url)[part])
             check(same, f"{part} is not as in the unbroken run")

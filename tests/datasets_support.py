@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import resource
+import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from azure_torch_ckpt.datasets import Blob
 from azure_torch_ckpt.location import BlobLocation
@@ -15,7 +19,6 @@ def fill(container: str, blobs: dict[str, bytes]) -> None:
     store = BlobStore(BlobLocation.parse(container))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store.put, blobs.keys(), blobs.values()))
-    store.close()
 
 
 def numbered(count: int) -> dict[str, bytes]:
@@ -40,3 +43,43 @@ def collate(samples: Iterable[int]) -> list[int]:
 
 def join(batches: Iterable[list[int]]) -> list[int]:
     return [number for batch in batches for number in batch]
+
+
+def resident() -> int:
+    """Bytes of this process' memory that are in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode=mode, format=form) as tar:  # type: ignore[call-overload]
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def shard(first: int, count: int, repeat: int = 400) -> dict[str, bytes]:
+    """Samples for a tar file: their number, so many times."""
+    # Names of more than 100 characters have a header of their own in front.
+    return {
+        f"{'long/' * 25 if number % 3 == 0 else ''}{number:04}.{extension}": str(number).encode() * repeat
+        for number in range(first, first + count)
+        for extension in ("jpg", "cls.TXT")
+    }
+
+
+def key(sample: dict[str, Any]) -> int:
+    """The number of a sample of `shard`, checked."""
+    assert set(sample) == {"__key__", "__url__", "jpg", "cls.txt"}
+    number = int(sample["__key__"].rpartition("/")[2])
+    text = str(number).encode()
+    assert sample["jpg"] == sample["cls.txt"] == text * (len(sample["jpg"]) // len(text)) != b""
+    return number
+
+
+def key_unless_three(sample: dict[str, Any]) -> int:
+    if key(sample) == 3:
+        raise ValueError("three")
+    return key(sample)

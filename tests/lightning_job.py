@@ -34,8 +34,6 @@ def run(
         kill_at_step: SIGKILL before the batch of this global step, once what is pending has been saved.
         kill_at_commit: SIGKILL instead of the second write of this blob: the data of the save are there by then.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for sums in one order, whatever the process
     space = Namespace(namespace)
     plugin = space.ours.AzureBlobCheckpointIO(async_save=async_save)
     checkpoint = space.checkpoint(url, monitor="val_loss", save_top_k=2, save_last=True)
@@ -57,14 +55,12 @@ def run(
             os.kill(os.getpid(), signal.SIGKILL)
         return put(store, path, *args, **kwargs)
 
-    try:
-        with mock.patch.object(BlobStore, "put", die_at_commit):
-            trainer.fit(model, ckpt_path="last")
-    finally:
-        torch.set_num_threads(threads)
+    with mock.patch.object(BlobStore, "put", die_at_commit):
+        trainer.fit(model, ckpt_path="last")
     return {**trained_state(trainer, model), "steps": model.trained}
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     arguments = json.loads(sys.argv[1])
     run(**{**arguments, "folder": Path(arguments["folder"])})

@@ -99,6 +99,38 @@ def test_torch_load_says_what_to_do_instead_of_mmap(url: str, tmp_path: Path):
         assert torch.equal(torch.load(file)["a"], torch.ones(3))
 
 
+def test_torch_load_with_mmap_outside_of_with_raises_torchs_own_error(proxy: FaultProxy, url: str):
+    with BlobIO(url, "wb") as file:
+        torch.save({"a": torch.ones(3)}, file)
+    # torch reads the table of contents, looks whether it was given a path, and raises: of the object, it asks nothing
+    # that could answer. docs/blob-io.md says so, and this test will tell when torch does otherwise.
+    asked: list[str] = []
+
+    class Watched(BlobIO):
+        def __getattribute__(self, name: str) -> Any:
+            asked.append(name)
+            return super().__getattribute__(name)
+
+    file = Watched(url, "rb")
+    with pytest.raises(ValueError, match="f must be a file path in order to use the mmap argument") as caught:
+        torch.load(file, mmap=True)
+    assert not isinstance(caught.value, io.UnsupportedOperation)
+    of_a_file = {"read", "readinto", "readline", "seek", "tell", "seekable", "fileno", "close", "__fspath__"}
+    assert {"read", "seek", "tell"} <= set(asked) and {"fileno", "close", "__fspath__"}.isdisjoint(asked)
+    assert {name for name in asked if not name.startswith("_")} <= of_a_file
+    assert requests(proxy) > 0
+    with pytest.raises(io.UnsupportedOperation, match="Leave mmap=True away"):
+        file.fileno()
+    file.close()
+
+
+def test_torch_load_with_mmap_of_the_old_format_raises_torchs_own_error(url: str):
+    with BlobIO(url, "wb") as file:
+        torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(RuntimeError, match="_use_new_zipfile_serialization=True"), BlobIO(url, "rb") as file:
+        torch.load(file, mmap=True)
+
+
 def test_a_torch_save_that_fails_leaves_the_old_blob(proxy: FaultProxy, url: str):
     with BlobIO(url, "wb") as file:
         torch.save({"a": torch.ones(3)}, file)

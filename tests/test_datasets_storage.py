@@ -1,14 +1,11 @@
-"""Around the datasets: saved listings, the cache on disk, tar files."""
+"""Around the datasets: saved listings, the cache on disk."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import multiprocessing
 import os
 import pickle
-import tarfile
-from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,12 @@ from typing import Any
 import pytest
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azure_torch_ckpt import BlobIO
-from azure_torch_ckpt.datasets import BlobCache, BlobDataset, BlobListing, IterableBlobDataset, TarDataset
+from azure_torch_ckpt.datasets import BlobCache, BlobDataset, BlobListing, IterableBlobDataset
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
-from tests.datasets_support import collate, fill, number_of, numbered
+from tests.datasets_support import fill, number_of, numbered
 from tests.proxy import FaultProxy
 
 # Listings
@@ -225,128 +221,3 @@ def test_a_disk_that_takes_nothing_costs_the_cache_and_not_the_epoch(container: 
     (tmp_path / "file").write_bytes(b"")
     cache = BlobCache(tmp_path / "file" / "below", 1_000_000)
     assert list(IterableBlobDataset.from_container_url(container, transform=number_of, cache=cache)) == [0, 1]
-
-
-# Tar files
-
-
-def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode=mode, format=form) as tar:  # type: ignore[call-overload]
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return packed.getvalue()
-
-
-def shard(first: int, count: int) -> dict[str, bytes]:
-    # Names of more than 100 characters have a header of their own in front.
-    return {
-        f"{'long/' * 25 if number % 3 == 0 else ''}{number:04}.{extension}": str(number).encode() * 400
-        for number in range(first, first + count)
-        for extension in ("jpg", "cls.TXT")
-    }
-
-
-def key(sample: dict[str, Any]) -> int:
-    assert set(sample) == {"__key__", "__url__", "jpg", "cls.txt"}
-    number = int(sample["__key__"].rpartition("/")[2])
-    assert sample["jpg"] == sample["cls.txt"] == str(number).encode() * 400
-    return number
-
-
-@pytest.fixture(scope="module")
-def shards(azurite: Azurite) -> str:
-    """Five tar files with seven samples each, of all formats, one of them compressed."""
-    url = azurite.create_container("datasets-shards")
-    forms = [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
-    blobs = {f"train-{n}.tar": tar_of(shard(7 * n, 7), form=form) for n, form in enumerate(forms)}
-    fill(url, {**blobs, "train-4.tar.gz": tar_of(shard(28, 7), "w:gz"), "readme.txt": b"not a tar file"})
-    return url
-
-
-def test_samples_of_tar_files(shards: str, container: str):
-    assert list(TarDataset.from_container_url(shards, transform=key)) == list(range(35))
-    files = {"./a/0001.jpg": b"1", "./a/0001.seg.png": b"2", "./a/0002.jpg": b"", "no-extension": b"3", "./b/.x": b"4"}
-    fill(container, {"odd.tar": tar_of(files)})
-    odd: TarDataset[dict[str, Any]] = TarDataset.from_blob_urls(container + "/odd.tar")
-    first, second = odd
-    assert first == {"__key__": "./a/0001", "__url__": container + "/odd.tar", "jpg": b"1", "seg.png": b"2"}
-    assert second == {"__key__": "./a/0002", "__url__": container + "/odd.tar", "jpg": b""}
-
-
-def test_ranks_and_workers_share_tar_files(shards: str):
-    for world_size in (1, 2, 3):
-        found: list[int] = []
-        for rank in range(world_size):
-            dataset = TarDataset.from_container_url(
-                shards, transform=key, shuffle=True, rank=rank, world_size=world_size
-            )
-            found += DataLoader(dataset, num_workers=2 * (world_size == 2), batch_size=None)
-        assert sorted(found) == list(range(35))
-
-
-@pytest.mark.parametrize("done", range(0, 36, 5))
-def test_a_tar_dataset_is_resumed_inside_of_a_file(shards: str, done: int):
-    def make() -> TarDataset[int]:
-        return TarDataset.from_container_url(shards, transform=key, shuffle=True, seed=2)
-
-    dataset = make()
-    source = iter(dataset)
-    first = [next(source) for _ in range(done)]
-    state = dataset.state_dict()
-    resumed = make()
-    resumed.load_state_dict(state)
-    assert list(resumed) == list(source)
-    assert sorted(first) != list(range(35)) or done == 35
-    assert len(list(resumed)) == 35
-
-
-def test_torchdatas_loader_resumes_a_tar_dataset(shards: str):
-    def make() -> StatefulDataLoader:
-        dataset = TarDataset.from_container_url(shards, transform=key, shuffle=True)
-        return StatefulDataLoader(dataset, batch_size=3, num_workers=2, collate_fn=collate)
-
-    loader = make()
-    whole = list(loader)
-    source = iter(loader)
-    first = [next(source) for _ in range(4)]
-    state = loader.state_dict()
-    loader = make()
-    loader.load_state_dict(state)
-    assert first + list(loader) == whole
-
-
-def test_a_state_inside_of_a_tar_file_is_of_one_rank(shards: str):
-    def make(rank: int) -> TarDataset[int]:
-        return TarDataset.from_container_url(shards, transform=key, rank=rank, world_size=2)
-
-    dataset = make(0)
-    next(iter(dataset))
-    with pytest.raises(ValueError, match="key of its own"):
-        make(1).load_state_dict(dataset.state_dict())
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:5000], lambda data: data[:1024] + b"x" * 512 + data[1536:]])
-def test_a_damaged_tar_file_is_an_error_or_its_rest_is_skipped(container: str, damage: Callable[[bytes], bytes]):
-    fill(container, {"0.tar": damage(tar_of(shard(1, 7))), "1.tar": tar_of(shard(8, 7))})
-    with pytest.raises(tarfile.TarError):
-        list(TarDataset.from_container_url(container))
-    dataset = TarDataset.from_container_url(container, on_error="skip", transform=lambda sample: sample["__key__"])
-    found = list(dataset)
-    assert found[-7:] == [name.rpartition(".cls")[0] for name in shard(8, 7) if name.endswith("TXT")]
-    assert len(found) < 14 and dataset.skipped == 1
-
-
-def test_a_sample_that_fails_is_skipped(shards: str):
-    def transform(sample: dict[str, Any]) -> int:
-        if key(sample) == 3:
-            raise ValueError("three")
-        return key(sample)
-
-    with pytest.raises(ValueError, match="three"):
-        list(TarDataset.from_container_url(shards, transform=transform))
-    dataset = TarDataset.from_container_url(shards, transform=transform, on_error="skip")
-    assert list(dataset) == [number for number in range(35) if number != 3]
-    assert dataset.skipped == 1

@@ -25,7 +25,11 @@ from azure_torch_ckpt.store import BlobStore
 from tests.alike import assert_alike
 from tests.lightning_support import LIGHTNING_WARNINGS, NAMESPACES, Namespace, etags, names
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS]
+pytest_plugins = ("lightning_support",)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
+]
 
 SCORES = (5.0, 3.0, 4.0, 2.0, 6.0, 1.0)
 WRONG_KEY = base64.b64encode(b"wrong" * 13).decode()
@@ -121,6 +125,21 @@ def test_two_runs_leave_what_they_leave_in_a_local_folder(
         assert_alike(relative(ours.state_dict(), url), relative(stock.state_dict(), str(local)))
     for name in names(url):
         assert verify(BlobLocation.parse(url).join(name)).ok
+
+
+def test_two_callbacks_share_a_folder(space: Namespace, container: str, folder: Path) -> None:
+    url = f"{container}/run"
+    for epochs, best in ((3, {1, 2}), (6, {3, 5})):
+        callbacks = [
+            space.checkpoint(url, "best-{epoch}", monitor="val_loss", save_top_k=2),
+            space.checkpoint(url, "newest-{epoch}", save_last=True),
+        ]
+        trainer = space.trainer(folder, *callbacks, max_epochs=epochs)
+        trainer.fit(model := space.model(SCORES), ckpt_path="last")
+        assert len(model.trained) == 12
+        wanted = {f"best-epoch={epoch}.ckpt" for epoch in best}
+        assert names(url) == wanted | {f"newest-epoch={epochs - 1}.ckpt", "last.ckpt"}
+        assert callbacks[0].best_model_path == f"{url}/best-epoch={max(best, key=lambda n: -SCORES[n])}.ckpt"
 
 
 # ---- Who owns a checkpoint -----------------------------------------------------------------------------------------

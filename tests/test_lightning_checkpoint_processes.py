@@ -20,8 +20,11 @@ from tests.alike import assert_alike
 from tests.lightning_support import LIGHTNING_WARNINGS, Namespace, etags, names
 from tests.ranks import Ranks
 
-pytest_plugins = ("ranks",)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS]
+pytest_plugins = ("lightning_support", "ranks")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_2 = {"epoch=1-step=8.ckpt", "epoch=3-step=16.ckpt", "last.ckpt"}

@@ -13,7 +13,11 @@ from azure_torch_ckpt import AccessDeniedError, CredentialError, LocationError
 from azure_torch_ckpt.errors import ConfigurationError
 from tests.lightning_support import LIGHTNING_WARNINGS, NAMESPACES, Namespace, names
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS]
+pytest_plugins = ("lightning_support",)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
+]
 
 URL = "https://account.blob.core.windows.net/container/run"
 SAS = "sv=2025-01-05&sr=c&sp=rwdl&sig=c2VjcmV0"

@@ -349,7 +349,7 @@ LOCATIONS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("map_location", LOCATIONS, ids=str)
+@pytest.mark.parametrize("map_location", LOCATIONS)
 def test_map_location_means_what_it_means_to_torch(map_location: Any) -> None:
     state = {"w": torch.nn.Parameter(torch.ones(2, 3).t()), "n": torch.arange(4)[1:], "s": torch.eye(2).to_sparse()}
     wanted = through_torch(state, map_location=map_location)

@@ -20,7 +20,11 @@ from azure_torch_ckpt import AzureCheckpointError
 from azure_torch_ckpt.emulator import Azurite
 from tests.lightning_support import LIGHTNING_WARNINGS, Namespace, etags
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS]
+pytest_plugins = ("lightning_support",)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
+]
 
 space = Namespace("lightning")
 Fit = Callable[..., tuple[list[int], Any]]

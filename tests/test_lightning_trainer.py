@@ -17,7 +17,11 @@ import pytest
 from tests.alike import assert_alike
 from tests.lightning_support import LIGHTNING_WARNINGS, NAMESPACES, Namespace, names, trained_state
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS]
+pytest_plugins = ("lightning_support",)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
+]
 
 
 @pytest.fixture(params=NAMESPACES)

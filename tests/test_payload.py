@@ -33,7 +33,7 @@ def pattern(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, b
     return tensor, raw
 
 
-@pytest.mark.parametrize("dtype", [*PLAIN_DTYPES, *WITHOUT_RAW_FORM], ids=str)
+@pytest.mark.parametrize("dtype", [*PLAIN_DTYPES, *sorted(WITHOUT_RAW_FORM, key=str)], ids=str)
 def test_bytes_of_every_dtype_and_shape(dtype: torch.dtype) -> None:
     for shape in SHAPES:
         tensor, raw = pattern(dtype, shape)

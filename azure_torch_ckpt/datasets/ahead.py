@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 _Task = Callable[[], None]
 
 
-def ahead(jobs: Iterable[tuple[int, Callable[[], _T]]], threads: int, budget: int) -> Iterator[Future[_T]]:
+def ahead(jobs: Iterable[tuple[int, Callable[[], _T]]], threads: int, budget: int) -> Generator[Future[_T], None, None]:
     """Run jobs on threads, and give their futures, done or not, in the order of the jobs.
 
     A future that was given and is not the last one any more counts as used.

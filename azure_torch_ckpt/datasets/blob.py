@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -25,12 +24,19 @@ class Access:
     options: TransferOptions | None = None
     ca_file: str | None = None
 
-    def open(self, blob: ListedBlob) -> BlobIO:
-        return BlobIO(blob.location, "rb", credential=self.credential, options=self.options, ca_file=self.ca_file)
+    def open(self, blob: ListedBlob, if_etag: str | None = None) -> BlobIO:
+        return BlobIO(
+            blob.location,
+            "rb",
+            credential=self.credential,
+            if_etag=if_etag,
+            options=self.options,
+            ca_file=self.ca_file,
+        )
 
-    def read(self, blob: ListedBlob) -> bytes:
+    def read(self, blob: ListedBlob, if_etag: str | None = None) -> bytes:
         """All of a blob; from the cache, if the version that was listed (or is there now) is in it."""
-        with self.open(blob) as file:
+        with self.open(blob, if_etag) as file:
             if self.cache is None:
                 return file.read()
             url = str(blob.location)
@@ -63,7 +69,7 @@ class Blob:
     @property
     def url(self) -> str:
         """The URL without its query: no SAS, snapshot or version."""
-        return str(dataclasses.replace(self._listed.location, sas=None, snapshot=None, version_id=None))
+        return self._listed.url
 
     @property
     def blob_name(self) -> str:

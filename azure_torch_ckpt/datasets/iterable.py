@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.datasets.blob import Blob
 from azure_torch_ckpt.datasets.listing import BlobListing
-from azure_torch_ckpt.datasets.progress import Cursor, OrderSettings, Plan, split_settings
-from azure_torch_ckpt.datasets.samples import Failure, Samples, SampleSettings
+from azure_torch_ckpt.datasets.progress import Cursor, OrderSettings, Place, Plan, split_settings
+from azure_torch_ckpt.datasets.reading import Reading, SampleSettings
+from azure_torch_ckpt.datasets.samples import Failure, Samples
 from azure_torch_ckpt.datasets.stream import Stream
-from azure_torch_ckpt.location import BlobLocation
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 __all__ = ["IterableBlobDataset"]
 
@@ -26,7 +25,7 @@ class _Settings(OrderSettings, SampleSettings, total=False):
     pass
 
 
-class IterableBlobDataset(Stream[_T_co]):
+class IterableBlobDataset(Stream[Blob, _T_co]):
     """An iterable dataset: the blobs of a listing, transformed, with the next ones being fetched meanwhile.
 
         dataset = IterableBlobDataset.from_container_url(url, transform=decode, shuffle=True, batch_size=32)
@@ -54,44 +53,7 @@ class IterableBlobDataset(Stream[_T_co]):
     ) -> None:
         order, reading = split_settings(settings)
         super().__init__(listing, Plan.make(listing, **order))
-        self._samples = Samples.make(credential, transform, reading)
-
-    @classmethod
-    def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str | os.PathLike[str] | BlobLocation],
-        *,
-        credential: Credential = None,
-        transform: Callable[[Blob], _T_co] | None = None,
-        **settings: Unpack[_Settings],
-    ) -> Self:
-        """The blobs at these URLs, which may have SAS, snapshots and versions; see `BlobListing.from_blob_urls`."""
-        listing = BlobListing.from_blob_urls(blob_urls)
-        return cls(listing, credential=credential, transform=transform, **settings)
-
-    @classmethod
-    def from_container_url(
-        cls,
-        container_url: str | os.PathLike[str] | BlobLocation,
-        *,
-        prefix: str | None = None,
-        glob: str | None = None,
-        suffix: str | tuple[str, ...] | None = None,
-        credential: Credential = None,
-        transform: Callable[[Blob], _T_co] | None = None,
-        **settings: Unpack[_Settings],
-    ) -> Self:
-        """The blobs of a container, listed now, and not in every worker; see `BlobListing.from_container_url`."""
-        listing = BlobListing.from_container_url(
-            container_url,
-            prefix=prefix,
-            glob=glob,
-            suffix=suffix,
-            credential=credential,
-            options=settings.get("options"),
-            ca_file=settings.get("ca_file"),
-        )
-        return cls(listing, credential=credential, transform=transform, **settings)
+        self._samples = Samples(Reading(credential, **reading), transform)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, skipped ones included."""
@@ -111,8 +73,9 @@ class IterableBlobDataset(Stream[_T_co]):
         return self._progress.state_at(samples)
 
     def _read(self, cursor: Cursor) -> Iterator[_T_co]:
-        blobs = (self.listing[cursor.index(position)] for position in range(cursor.position, len(cursor.share)))
-        for outcome in self._samples.many(blobs):
-            cursor.position += 1
+        begin = cursor.place.position
+        blobs = (self.listing[cursor.index(position)] for position in range(begin, len(cursor.share)))
+        for position, outcome in enumerate(self._samples.many(blobs), begin):
+            cursor.place = Place(position + 1)
             if not isinstance(outcome, Failure):
                 yield outcome

@@ -28,6 +28,10 @@ _MAGIC = b"azure-torch-ckpt blob listing 1\n"
 # The form that the service's ETags have; others are kept as text.
 _ETAG = re.compile(r'"0x([1-9A-F][0-9A-F]{0,15})"', re.ASCII)
 _ALIGNMENT = 8
+# A last segment of a URL that is the same in the blob's name and breaks no rule of `BlobLocation`.
+_PLAIN = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9_.-]{0,100}[A-Za-z0-9_-])?", re.ASCII)
+_FOLDERS = 10_000
+_FOLDER_LENGTH, _FOLDER_DEPTH = 500, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +42,18 @@ class ListedBlob:
     size: int | None
     etag: str | None
 
+    @property
+    def url(self) -> str:
+        """Without its query: no SAS, snapshot or version."""
+        return str(dataclasses.replace(self.location, sas=None, snapshot=None, version_id=None))
+
 
 class BlobListing:
     """Names, sizes and ETags of any number of blobs, in 24 bytes each beside the name.
 
         listing = BlobListing.from_container_url(url, prefix="train/", suffix=".jpg")
         listing.save("train.listing")                        # once, on one machine
-        dataset = BlobDataset.from_listing(BlobListing.load("train.listing"))
+        dataset = BlobDataset(BlobListing.load("train.listing"))
 
     A listing that was loaded is mapped into memory, so all processes of a machine share it. It never changes. A file
     holds no SAS; a pickle does, for a worker could not read otherwise.
@@ -86,7 +95,6 @@ class BlobListing:
         for info in store.list(folder + (prefix or "")):
             if wanted(info.path):
                 columns.add(info.path, info.size, info.etag)
-        store.close()
         return cls((location.container_root(),), columns.done({}))
 
     @classmethod
@@ -100,7 +108,17 @@ class BlobListing:
         numbers: dict[BlobLocation, int] = {}
         moments: dict[int, tuple[str | None, str | None]] = {}
         columns = _Builder()
+        folders: dict[str, tuple[str, int] | None] = {}
         for index, url in enumerate(urls):
+            # Taking a URL apart costs 40 microseconds, and most have the folder of another one.
+            folder, _, name = url.rpartition("/") if isinstance(url, str) else ("", "", "")
+            if _PLAIN.fullmatch(name):
+                if folder not in folders and len(folders) < _FOLDERS:
+                    folders[folder] = _folder(folder, numbers)
+                known = folders.get(folder)
+                if known is not None:
+                    columns.add(known[0] + name, None, None, known[1])
+                    continue
             location = BlobLocation.parse(url)
             if not location.path:
                 raise LocationError(f"{location} is a container. Append the name of a blob")
@@ -282,3 +300,15 @@ def _filter(glob: str | None, suffix: str | tuple[str, ...] | None) -> Callable[
     return lambda name: (
         (pattern is None or pattern.match(name) is not None) and (suffix is None or name.endswith(suffix))
     )
+
+
+def _folder(url: str, numbers: dict[BlobLocation, int]) -> tuple[str, int] | None:
+    """The prefix of the names of all blobs at ``{url}/{plain name}``, and their container's number, if that is easy."""
+    if len(url) > _FOLDER_LENGTH or url.count("/") > _FOLDER_DEPTH or url.endswith("/") or "?" in url or "#" in url:
+        return None
+    try:
+        location = BlobLocation.parse(url)
+    except LocationError:  # the account, and the plain name is the container
+        return None
+    root = location.container_root()
+    return location.path + "/" if location.path else "", numbers.setdefault(root, len(numbers))

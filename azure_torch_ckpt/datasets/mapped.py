@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.utils.data import Dataset, Sampler
@@ -12,19 +11,20 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.datasets.blob import Blob
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.datasets.order import Uneven
-from azure_torch_ckpt.datasets.progress import Cursor, Plan, Progress
-from azure_torch_ckpt.datasets.samples import Failure, Samples, SampleSettings
-from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.datasets.progress import Cursor, Place, Plan, Progress
+from azure_torch_ckpt.datasets.reading import Reading, SampleSettings
+from azure_torch_ckpt.datasets.samples import Failure, Samples
+from azure_torch_ckpt.datasets.sources import FromListing
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 __all__ = ["BlobDataset", "BlobSampler"]
 
 _T_co = TypeVar("_T_co", covariant=True)
 
 
-class BlobDataset(Dataset[_T_co]):
+class BlobDataset(FromListing[Blob, _T_co], Dataset[_T_co]):
     """A map-style dataset: sample ``i`` is the ``i``-th blob of a listing, transformed.
 
         dataset = BlobDataset.from_container_url(url, prefix="train/", suffix=".jpg", transform=decode)
@@ -50,44 +50,7 @@ class BlobDataset(Dataset[_T_co]):
         **settings: Unpack[SampleSettings],
     ) -> None:
         self.listing = listing
-        self._samples = Samples.make(credential, transform, settings)
-
-    @classmethod
-    def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str | os.PathLike[str] | BlobLocation],
-        *,
-        credential: Credential = None,
-        transform: Callable[[Blob], _T_co] | None = None,
-        **settings: Unpack[SampleSettings],
-    ) -> Self:
-        """The blobs at these URLs, which may have SAS, snapshots and versions; see `BlobListing.from_blob_urls`."""
-        listing = BlobListing.from_blob_urls(blob_urls)
-        return cls(listing, credential=credential, transform=transform, **settings)
-
-    @classmethod
-    def from_container_url(
-        cls,
-        container_url: str | os.PathLike[str] | BlobLocation,
-        *,
-        prefix: str | None = None,
-        glob: str | None = None,
-        suffix: str | tuple[str, ...] | None = None,
-        credential: Credential = None,
-        transform: Callable[[Blob], _T_co] | None = None,
-        **settings: Unpack[SampleSettings],
-    ) -> Self:
-        """The blobs of a container, listed now; see `BlobListing.from_container_url`."""
-        listing = BlobListing.from_container_url(
-            container_url,
-            prefix=prefix,
-            glob=glob,
-            suffix=suffix,
-            credential=credential,
-            options=settings.get("options"),
-            ca_file=settings.get("ca_file"),
-        )
-        return cls(listing, credential=credential, transform=transform, **settings)
+        self._samples = Samples(Reading(credential, **settings), transform)
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -138,9 +101,9 @@ class BlobSampler(Sampler[int]):
         return self._run(self._progress.begin())
 
     def _run(self, cursor: Cursor) -> Iterator[int]:
-        while cursor.position < len(cursor.share):
-            cursor.position += 1
-            yield cursor.index(cursor.position - 1)
+        for position in range(cursor.place.position, len(cursor.share)):
+            cursor.place = Place(position + 1)
+            yield cursor.index(position)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch."""

@@ -24,12 +24,15 @@ class Permutation:
     So ten million blobs cost no memory in any worker, and an epoch can be resumed anywhere at once. It is a Feistel
     network over the next power of four, applied again while the result lies outside the range. It depends on nothing
     but the arguments, neither on the platform nor on a library's version.
+
+    Args:
+        key: chooses the order: a seed, the epoch, and what else another order shall depend on.
     """
 
-    def __init__(self, count: int, seed: int, epoch: int) -> None:
+    def __init__(self, count: int, *key: int) -> None:
         self.count = count
         self._half = max(((count - 1).bit_length() + 1) // 2, 1)
-        digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = [int.from_bytes(digest[start : start + 8], "little") for start in range(0, len(digest), 8)]
 
     def __getitem__(self, position: int) -> int:

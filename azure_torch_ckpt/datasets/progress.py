@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch.utils.data import get_worker_info
@@ -16,10 +16,10 @@ from torch.utils.data import get_worker_info
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.datasets.order import Permutation, Share, Uneven, this_rank
 
-__all__ = ["Cursor", "OrderSettings", "Plan", "Progress", "Tally", "split_settings"]
+__all__ = ["Cursor", "OrderSettings", "Place", "Plan", "Progress", "Tally", "split_settings"]
 
 _SLOTS = 1024  # the process itself and 1,023 workers
-_EPOCH, _LOADS, _BASE, _OFFSET, _BY_WORKERS, _USED = 0, 1, 2, 3, 4, 5
+_EPOCH, _LOADS, _BASE, _OFFSET, _DRAWN, _BLOCK, _BY_WORKERS, _USED = range(8)
 
 
 class OrderSettings(TypedDict, total=False):
@@ -77,20 +77,30 @@ class Plan:
         return Share(self.count, base, self.rank, self.world_size, worker, workers, self.batch_size, self.uneven)
 
 
-@dataclass(slots=True)
-class Cursor:
-    """One pass through the share of one process. `position` and `offset` move on as samples are handed out.
+class Place(NamedTuple):
+    """Where a pass stands.
 
     Attributes:
-        position: samples of the share that are done.
+        position: blobs of the share that are done.
         offset: bytes of the next blob that are done; 0 where a sample is a blob.
+        drawn: how many of the samples that begin there have been handed out already, out of order (see `shuffled`).
+        block: how many those were to be chosen from; 0 if `drawn` is.
     """
+
+    position: int
+    offset: int = 0
+    drawn: int = 0
+    block: int = 0
+
+
+@dataclass(slots=True)
+class Cursor:
+    """One pass through the share of one process. `place` moves on as samples are handed out."""
 
     epoch: int
     share: Share
     order: Permutation | range
-    position: int = 0
-    offset: int = 0
+    place: Place
 
     def index(self, position: int) -> int:
         """Of the sample in the dataset."""
@@ -112,12 +122,17 @@ class Progress:
         The epoch that was loaded goes on where the state was taken; any other begins at its beginning.
         """
         if epoch != int(self._shared[_EPOCH]):
-            self._shared[_EPOCH], self._shared[_BASE], self._shared[_OFFSET] = epoch, 0, 0
+            self._shared[_EPOCH] = epoch
+            self._resume_at(0, Place(0))
         self._shared[_BY_WORKERS] = 0
         self._cursor = None
 
     def begin(self) -> Cursor:
-        """A new pass: where the loaded state was taken, the first time; else at the beginning of the epoch."""
+        """A new pass: where the loaded state was taken, the first time; else at the beginning of the epoch.
+
+        Raises:
+            ValueError: the loaded state is not one for several workers.
+        """
         slot, worker, workers = _place()
         fresh = int(self._shared[_USED + slot]) != int(self._shared[_LOADS])
         self._shared[_USED + slot] = self._shared[_LOADS]
@@ -125,9 +140,8 @@ class Progress:
             self._shared[_BY_WORKERS] = 1
         cursor, self._loaded = self._loaded, None
         if cursor is None:
-            base = int(self._shared[_BASE]) if fresh else 0
-            cursor = self._new(int(self._shared[_EPOCH]), base, worker, workers)
-            cursor.offset = int(self._shared[_OFFSET]) if fresh and worker == 0 else 0
+            base, place = self._resumed(worker, workers) if fresh else (0, Place(0))
+            cursor = self._new(int(self._shared[_EPOCH]), base, worker, workers, place)
         self._cursor = cursor
         return cursor
 
@@ -144,8 +158,9 @@ class Progress:
                     "A DataLoader's workers read this dataset, ahead of the training. Take state_at(samples) with the "
                     "number of samples that this rank was trained with, or use torchdata's StatefulDataLoader"
                 )
-            cursor = self._new(int(self._shared[_EPOCH]), int(self._shared[_BASE]), *_place()[1:])
-            cursor.offset = int(self._shared[_OFFSET])
+            _, worker, workers = _place()
+            base, place = self._resumed(worker, workers)
+            cursor = self._new(int(self._shared[_EPOCH]), base, worker, workers, place)
         return self._state(cursor)
 
     def state_at(self, samples: int) -> dict[str, Any]:
@@ -156,7 +171,7 @@ class Progress:
         """
         if samples < 0:
             raise ValueError(f"samples must not be negative, not {samples}")
-        return self._state(self._new(int(self._shared[_EPOCH]), int(self._shared[_BASE]), 0, 1, samples))
+        return self._state(self._new(int(self._shared[_EPOCH]), int(self._shared[_BASE]), 0, 1, Place(samples)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on where `state` was taken: of all workers, or, in a worker, of this one.
@@ -176,9 +191,9 @@ class Progress:
                 f"This state is of another order: seed={state['seed']}, shuffle={state['shuffle']}, while this dataset "
                 f"has seed={plan.seed}, shuffle={plan.shuffle}"
             )
-        position, offset = int(state["position"]), int(state["offset"])
+        place = Place(*(int(state[name]) for name in Place._fields))
         _, worker, workers = _place()
-        if offset and (share.rank, share.world_size) != (plan.rank, plan.world_size):
+        if any(place[1:]) and (share.rank, share.world_size) != (plan.rank, plan.world_size):
             raise ValueError(
                 f"This state is of rank {share.rank} of {share.world_size}, in the middle of a shard, and this is rank "
                 f"{plan.rank} of {plan.world_size}. Save the state of each rank under a key of its own"
@@ -187,8 +202,7 @@ class Progress:
             mine = plan.share(share.base, worker, workers)
             if share != mine:
                 raise ValueError(f"This state is of {share}, and this is {mine}. Use the same numbers of both")
-            self._loaded = self._new(int(state["epoch"]), share.base, worker, workers, position)
-            self._loaded.offset = offset
+            self._loaded = self._new(int(state["epoch"]), share.base, worker, workers, place)
             self._cursor = self._loaded
             return
         if share.workers != 1:
@@ -197,23 +211,36 @@ class Progress:
                 f"num_workers={share.workers}"
             )
         self._shared[_EPOCH] = int(state["epoch"])
-        self._shared[_BASE] = share.base + position * share.world_size
-        self._shared[_OFFSET] = offset
+        self._resume_at(share.base + place.position * share.world_size, place)
         self._shared[_LOADS] += 1
         self._shared[_BY_WORKERS] = 0
         self._cursor = None
 
-    def _new(self, epoch: int, base: int, worker: int, workers: int, position: int = 0) -> Cursor:
+    def _resume_at(self, base: int, place: Place) -> None:
+        for slot, value in ((_BASE, base), (_OFFSET, place.offset), (_DRAWN, place.drawn), (_BLOCK, place.block)):
+            self._shared[slot] = value
+
+    def _resumed(self, worker: int, workers: int) -> tuple[int, Place]:
+        """The base of the share, and where a worker's pass begins."""
+        base, offset, drawn, block = (int(self._shared[slot]) for slot in (_BASE, _OFFSET, _DRAWN, _BLOCK))
+        if drawn and workers > 1:
+            raise ValueError(
+                f"This state was taken without workers, in the middle of what shuffle_buffer holds, and {workers} "
+                "workers would share that differently. Load it with num_workers=0 or 1, or use torchdata's "
+                "StatefulDataLoader, with one number of workers for both"
+            )
+        return base, Place(0, offset, drawn, block) if worker == 0 else Place(0)
+
+    def _new(self, epoch: int, base: int, worker: int, workers: int, place: Place) -> Cursor:
         plan = self.plan
         order = Permutation(plan.count, plan.seed, epoch) if plan.shuffle else range(plan.count)
-        return Cursor(epoch, plan.share(base, worker, workers), order, position)
+        return Cursor(epoch, plan.share(base, worker, workers), order, place)
 
     def _state(self, cursor: Cursor) -> dict[str, Any]:
         # Numbers and strings only, and always the same keys: torch.distributed.checkpoint wants to know them before.
         return {
             "epoch": cursor.epoch,
-            "position": cursor.position,
-            "offset": cursor.offset,
+            **cursor.place._asdict(),
             "share": asdict(cursor.share),
             "seed": self.plan.seed,
             "shuffle": self.plan.shuffle,

@@ -10,13 +10,15 @@ from torch.utils.data import IterableDataset
 
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.datasets.progress import Cursor, Plan, Progress
+from azure_torch_ckpt.datasets.sources import FromListing
 
 __all__ = ["Stream"]
 
+_Input = TypeVar("_Input")
 _T_co = TypeVar("_T_co", covariant=True)
 
 
-class Stream(IterableDataset[_T_co]):
+class Stream(FromListing[_Input, _T_co], IterableDataset[_T_co]):
     """An iterable dataset that is sharded over ranks and workers, can be shuffled, and goes on where it was left."""
 
     def __init__(self, listing: BlobListing, plan: Plan) -> None:

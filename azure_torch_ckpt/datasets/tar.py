@@ -2,177 +2,143 @@
 
 from __future__ import annotations
 
-import gzip
-import logging
-import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.datasets.blob import Access, Blob
-from azure_torch_ckpt.datasets.listing import BlobListing
-from azure_torch_ckpt.datasets.progress import Cursor, OrderSettings, Plan, Tally, split_settings
-from azure_torch_ckpt.datasets.samples import AccessSettings, OnError, check_on_error
+from azure_torch_ckpt.datasets.listing import BlobListing, ListedBlob
+from azure_torch_ckpt.datasets.order import Permutation
+from azure_torch_ckpt.datasets.progress import Cursor, Plan, split_settings
+from azure_torch_ckpt.datasets.reading import Reading
+from azure_torch_ckpt.datasets.records import Sample, begin_in, members, samples
+from azure_torch_ckpt.datasets.shards import shards
+from azure_torch_ckpt.datasets.shuffle import shuffled
+from azure_torch_ckpt.datasets.sources import TarSettings
 from azure_torch_ckpt.datasets.stream import Stream
-from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.errors import BlobChangedError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 __all__ = ["TarDataset"]
 
-_log = logging.getLogger(__name__)
 _T_co = TypeVar("_T_co", covariant=True)
-_Sample = dict[str, Any]
 
 
-class _Settings(OrderSettings, AccessSettings, total=False):
-    on_error: OnError
-
-
-class TarDataset(Stream[_T_co]):
+class TarDataset(Stream[Sample, _T_co]):
     """An iterable dataset of the samples in tar files ("shards"), in the layout of WebDataset.
 
-        dataset = TarDataset.from_container_url(url, prefix="train-", transform=decode, shuffle=True)
+        dataset = TarDataset.from_container_url(
+            url, prefix="train-", transform=decode, shuffle=True, shuffle_buffer=1000
+        )
 
     Files that follow each other and whose paths are the same up to the first dot of the name make a sample:
-    ``{"__key__": "dir/0001", "__url__": url of the tar file, "jpg": bytes, "cls": bytes}``. Names end in ``.tar``,
-    ``.tar.gz`` or ``.tgz``. Ranks and workers share whole tar files, so what is said about uneven numbers, and the
-    shuffling, is about those: have many more than ranks times workers. Within one, samples come in their order.
+    ``{"__key__": "dir/0001", "__url__": url of the tar file, "jpg": bytes, "cls": bytes}``. With ``group=False``,
+    every file is one: ``{"url": url of the tar file, "name": "dir/0001.jpg", "data": bytes}``. Names of shards end in
+    ``.tar``, ``.tar.gz`` or ``.tgz``. Ranks and workers share whole shards, so what is said about uneven numbers, and
+    ``shuffle``, is about those: have many more than ranks times workers. ``shuffle_buffer`` is about samples.
 
     Args:
         listing: the tar files.
         credential: see `azure_torch_ckpt.credentials.resolve`; a SAS in a URL wins.
         transform: makes something else of such a dict.
-        settings: see `OrderSettings` (`batch_size` is a number of tar files here, so leave it) and `AccessSettings`;
-            ``on_error="skip"`` leaves out a sample whose transform fails, and the rest of a tar file that is damaged.
+        settings: see `TarSettings`, `OrderSettings` (`batch_size` is a number of shards here, so leave it) and
+            `SampleSettings`. ``prefetch_bytes`` is fetched of this and the next shards while the transform runs.
+            ``on_error="skip"`` leaves out a sample whose transform fails, and the rest of a shard that cannot be read.
+            ``retries`` is how often a transform is tried again, and how often a shard is opened again, behind the last
+            sample that was read of it.
     """
+
+    _suffix = (".tar", ".tar.gz", ".tgz")
 
     def __init__(
         self,
         listing: BlobListing,
         *,
         credential: Credential = None,
-        transform: Callable[[_Sample], _T_co] | None = None,
-        **settings: Unpack[_Settings],
+        transform: Callable[[Sample], _T_co] | None = None,
+        **settings: Unpack[TarSettings],
     ) -> None:
         order, rest = split_settings(settings)
-        self._on_error: OnError = rest.pop("on_error", "raise")
-        check_on_error(self._on_error)
         super().__init__(listing, Plan.make(listing, **order))
-        self._access = Access(credential, **rest)
-        self._transform = transform or cast("Callable[[_Sample], _T_co]", _as_it_is)
-        self._skipped = Tally()
-
-    @classmethod
-    def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str | os.PathLike[str] | BlobLocation],
-        *,
-        credential: Credential = None,
-        transform: Callable[[_Sample], _T_co] | None = None,
-        **settings: Unpack[_Settings],
-    ) -> Self:
-        """The tar files at these URLs."""
-        listing = BlobListing.from_blob_urls(blob_urls)
-        return cls(listing, credential=credential, transform=transform, **settings)
-
-    @classmethod
-    def from_container_url(
-        cls,
-        container_url: str | os.PathLike[str] | BlobLocation,
-        *,
-        prefix: str | None = None,
-        glob: str | None = None,
-        suffix: str | tuple[str, ...] | None = (".tar", ".tar.gz", ".tgz"),
-        credential: Credential = None,
-        transform: Callable[[_Sample], _T_co] | None = None,
-        **settings: Unpack[_Settings],
-    ) -> Self:
-        """The tar files in a container, listed now; see `BlobListing.from_container_url`."""
-        listing = BlobListing.from_container_url(
-            container_url,
-            prefix=prefix,
-            glob=glob,
-            suffix=suffix,
-            credential=credential,
-            options=settings.get("options"),
-            ca_file=settings.get("ca_file"),
-        )
-        return cls(listing, credential=credential, transform=transform, **settings)
+        self._records = samples if rest.pop("group", True) else members
+        self._buffer: int = rest.pop("shuffle_buffer", 0)
+        if self._buffer < 0:
+            raise ValueError(f"shuffle_buffer must not be negative, not {self._buffer}")
+        self._reading = Reading(credential, **rest)
+        self._transform = transform or cast("Callable[[Sample], _T_co]", _as_it_is)
 
     @property
     def skipped(self) -> int:
-        """Samples, and rests of tar files, left out so far, in all worker processes together."""
-        return int(self._skipped)
+        """Samples, and rests of shards, left out so far, in all worker processes together."""
+        return self._reading.skipped
 
     def _read(self, cursor: Cursor) -> Iterator[_T_co]:
-        while cursor.position < len(cursor.share):
-            blob = Blob(self.listing[cursor.index(cursor.position)], self._access)
-            samples = _samples(blob, cursor.offset)
-            while True:
+        def order(count: int, begin: tuple[int, int]) -> Permutation | range:
+            # Where the block begins in the epoch stays the same when a pass is resumed.
+            position, offset = cursor.share.position(begin[0]), begin[1]
+            seed = self._progress.plan.seed
+            return Permutation(count, seed, cursor.epoch, position, offset) if count > 1 else range(1)
+
+        with contextlib.closing(self._in_order(cursor)) as records:
+            for sample, place in shuffled(records, max(self._buffer, 1), cursor.place, order):
                 try:
-                    offset, sample = next(samples)
-                except StopIteration:
-                    break
+                    transformed = self._attempt(sample)
                 except Exception as error:
-                    self._skip_or_raise(error, blob.url)
-                    break
-                try:
-                    transformed = self._transform(sample)
-                except Exception as error:
-                    self._skip_or_raise(error, f"{sample['__key__']} in {blob.url}")
-                    cursor.offset = offset
+                    self._reading.skip_or_raise(error, _name_of(sample))
+                    cursor.place = place
                     continue
-                cursor.offset = offset
+                cursor.place = place
                 yield transformed
-            cursor.position += 1
-            cursor.offset = 0
 
-    def _skip_or_raise(self, error: Exception, what: str) -> None:
-        if self._on_error == "raise":
-            raise error
-        self._skipped.add()
-        _log.warning("skipped %s: %s", what, error)
+    def _in_order(self, cursor: Cursor) -> Generator[tuple[Sample | None, tuple[int, int]], None, None]:
+        """The samples from the cursor on, each with the position and offset behind it; None for a rest left out."""
+        position, offset = cursor.place[:2]
+        failures = 0
+        begun: ListedBlob | None = None  # the shard at `position`, as it was when we began to read it
+        while position < len(cursor.share):
+            blob = self.listing[cursor.index(position)]
+            opened = shards(self._blobs(cursor, position, begun), begin_in(blob, offset), self._reading)
+            try:
+                for shard in opened:
+                    for end, sample in self._records(shard, offset):
+                        offset, failures, begun = end, 0, shard.blob
+                        yield sample, (position, offset)
+                    position, offset, failures, begun = position + 1, 0, 0, None
+            except Exception as error:
+                blob = self.listing[cursor.index(position)]  # that of the error
+                changed = isinstance(error, BlobChangedError)
+                if changed and not offset and begun is None:
+                    # It was replaced since it was listed, and is read as it is now, like blobs of the other datasets.
+                    begun = dataclasses.replace(blob, size=None, etag=None)
+                elif failures < self._reading.retries and not changed:
+                    failures += 1
+                else:
+                    self._reading.skip_or_raise(error, f"the rest of {blob.location}, from offset {offset} on")
+                    position, offset, failures, begun = position + 1, 0, 0, None
+                    yield None, (position, 0)
+            finally:
+                opened.close()
 
+    def _blobs(self, cursor: Cursor, position: int, first: ListedBlob | None) -> Iterator[ListedBlob]:
+        if first is not None:
+            yield first
+            position += 1
+        for following in range(position, len(cursor.share)):
+            yield self.listing[cursor.index(following)]
 
-def _samples(blob: Blob, offset: int) -> Iterator[tuple[int, _Sample]]:
-    """The samples that begin at `offset` (in the decompressed file) or behind, each with the offset of its end."""
-    with blob.reader() as packed:
-        compressed = blob.blob_name.endswith((".gz", ".tgz"))
-        file = cast("BinaryIO", gzip.GzipFile(fileobj=packed, mode="rb")) if compressed else packed
-        file.seek(offset)
-        with tarfile.TarFile(fileobj=file, mode="r") as tar:
-            sample: _Sample = {}
-            end = offset
-            while (member := tar.next()) is not None:
-                if member.issparse():
-                    raise tarfile.ReadError(f"{blob.url}: {member.name} is a sparse file. Pack it without --sparse")
-                end = member.offset_data
-                if member.isreg():
-                    end += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                if not member.isreg() or not stem or not dot:
-                    continue
-                key = folder + slash + stem
-                if sample and sample["__key__"] != key:
-                    yield member.offset, sample
-                    sample = {}
-                content = tar.extractfile(member)
-                assert content is not None
-                sample = sample or {"__key__": key, "__url__": blob.url}
-                sample[extension.lower()] = content.read()
-                if len(sample[extension.lower()]) != member.size:
-                    raise tarfile.ReadError(f"{blob.url} ends in the middle of {member.name}")
-            # tarfile takes a damaged header, unless it is the first one, for the end.
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"{blob.url} is damaged at offset {end}")
-            if sample:
-                yield end, sample
+    def _attempt(self, sample: Sample) -> _T_co:
+        for _ in range(self._reading.retries):
+            with contextlib.suppress(Exception):
+                return self._transform(dict(sample))
+        return self._transform(dict(sample))
 
 
-def _as_it_is(sample: _Sample) -> _Sample:
+def _as_it_is(sample: Sample) -> Sample:
     return sample
+
+
+def _name_of(sample: Sample) -> str:
+    return "{__key__} in {__url__}".format_map(sample) if "__key__" in sample else "{name} in {url}".format_map(sample)
