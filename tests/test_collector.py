@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from azure_torch_ckpt import collector
 from azure_torch_ckpt.collector import CollectorPause, without_collector
 
 
@@ -56,7 +55,8 @@ def test_a_loop_that_takes_long_gets_it_back_early(monkeypatch: pytest.MonkeyPat
     items = without_collector(range(3))
     next(items)
     assert not gc.isenabled()
-    monkeypatch.setattr("azure_torch_ckpt.collector.time.monotonic", lambda: float("inf"))  # two seconds would be long for a test
+    # Two seconds would be long for a test.
+    monkeypatch.setattr("azure_torch_ckpt.collector.time.monotonic", lambda: float("inf"))
     assert list(items) == [1, 2]
     assert gc.isenabled()
     with CollectorPause():  # and the count is right again

@@ -21,6 +21,7 @@ import azure_torch_ckpt.retry
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
 from azure_torch_ckpt.dcp.metadata import stored_item
 from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.pool import close_idle
 from azure_torch_ckpt.store import BlobStore
 from tests.faults import Action, Answer, Call, Cut, Hold
 from tests.mixed import KEY, assert_right, load, save
@@ -266,6 +267,7 @@ def test_a_tls_connection_that_breaks_is_made_anew(
                 moves = "save" if upwards or after < 2_000 else "load"
                 if moves == "load":
                     save(f"{container}/a", tried)
+                close_idle()  # so that each breaks in its handshake, or after as many bytes as are counted here
                 connections = breaker.connections
                 breaker.break_after(after, upwards=upwards)
                 if moves == "save":
