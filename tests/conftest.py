@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
 import sys
 import time
 import uuid
@@ -21,6 +22,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tests.proxy import FaultProxy
 from tests.tally import Tally
+
+
+def pytest_configure() -> None:
+    # What a shell starts in the background ignores Ctrl-C, and so do its children, to which some tests send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class UnsignedToken:
