@@ -140,7 +140,7 @@ def main() -> None:
         print("\n4. What is there now:")
         for entry in list_checkpoints(url):
             print(f"   {entry.name}   {entry.size / 1e3:.0f} kB in {entry.blobs} blobs")
-        # One more if the kill came between a save and what is noted of it in the next: a run removes only what it knows.
+        # One more if the kill came between a save and the note of it in the next: a run removes only what it knows.
         check(len(list_checkpoints(url)) in (4, 5), "there should be the two best, the newest and the last")
         for part in ("state_dict", "optimizer_states", "lr_schedulers"):
             same = repr(last(url)[part]) == repr(last(whole_url)[part])
