@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from azure_torch_ckpt.objects.sharded import Place
 from azure_torch_ckpt.objects.states import FsdpStates, States, gathered, live_tensors
 
-from .sharding import ShardedCheckpoints, give_mesh, is_sharded_path, or_default
+from .sharding import KeepsInBlobs, give_mesh, is_sharded_path
 from .stock import (
     LOAD_TAKES_WEIGHTS_ONLY,
-    CheckpointIO,
     FabricDDPStrategy,
     FabricFSDPStrategy,
     FabricModelParallelStrategy,
@@ -29,25 +28,10 @@ _State = dict[str, Any]
 _Filter = dict[str, Callable[[str, Any], bool]]
 
 
-class _BlobStrategy(FabricParallelStrategy):
+class _BlobStrategy(KeepsInBlobs, FabricParallelStrategy):
     """Base of them all. Paths of any other kind than Blob Storage are left to the strategy of Lightning."""
 
     _states: States = States()
-
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """The plugin that knows the credential; an `AzureBlobCheckpointIO` without arguments if none was given."""
-        self._checkpoint_io = plugin = or_default(self._checkpoint_io)
-        return plugin
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    @property
-    def _checkpoints(self) -> ShardedCheckpoints:
-        found: ShardedCheckpoints = self.__dict__.setdefault("_sharded_checkpoints", ShardedCheckpoints())
-        return found
 
     def save_checkpoint(
         self, path: str | Path, state: _State, storage_options: Any = None, filter: _Filter | None = None

@@ -19,7 +19,7 @@ from azure_torch_ckpt.objects.together import together
 from .checkpoint_io import AzureBlobCheckpointIO, blob_checkpoint_io, blob_location
 from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, WrappingCheckpointIO
 
-__all__ = ["ShardedCheckpoints", "give_mesh", "is_sharded_path", "or_default"]
+__all__ = ["KeepsInBlobs", "ShardedCheckpoints", "give_mesh", "is_sharded_path"]
 
 
 def is_sharded_path(path: str | Path) -> bool:
@@ -94,7 +94,28 @@ class ShardedCheckpoints:
             return together(lambda: ours.load_checkpoint(path, weights_only=weights_only))
 
 
-def or_default(plugin: CheckpointIO | None) -> CheckpointIO:
+class KeepsInBlobs:
+    """Base of the strategies of both, in front of Lightning's own class."""
+
+    _checkpoint_io: CheckpointIO | None
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The plugin that knows the credential; an `AzureBlobCheckpointIO` without arguments if none was given."""
+        self._checkpoint_io = plugin = _or_default(self._checkpoint_io)
+        return plugin
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @property
+    def _checkpoints(self) -> ShardedCheckpoints:
+        found: ShardedCheckpoints = self.__dict__.setdefault("_sharded_checkpoints", ShardedCheckpoints())
+        return found
+
+
+def _or_default(plugin: CheckpointIO | None) -> CheckpointIO:
     """The plugin; one of ours without arguments where there is none, or none in a wrapper."""
     if plugin is None:
         return AzureBlobCheckpointIO()

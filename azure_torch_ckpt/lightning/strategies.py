@@ -12,34 +12,19 @@ from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.objects.sharded import Place
 from azure_torch_ckpt.objects.states import FsdpStates, States, by_name, by_number, gathered, live_tensors
 
-from .sharding import ShardedCheckpoints, give_mesh, is_sharded_path, or_default
-from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, pytorch
+from .sharding import KeepsInBlobs, give_mesh, is_sharded_path
+from .stock import LOAD_TAKES_WEIGHTS_ONLY, pytorch
 
 __all__ = ["AzureDDPStrategy", "AzureFSDPStrategy", "AzureModelParallelStrategy"]
 
 _State = dict[str, Any]
 
 
-class _BlobStrategy(pytorch.strategies.ParallelStrategy):
+class _BlobStrategy(KeepsInBlobs, pytorch.strategies.ParallelStrategy):
     """Base of them all. Paths of any other kind than Blob Storage are left to the strategy of Lightning."""
 
     _states: States = States()
     _loaded_sharded = False
-
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """The plugin that knows the credential; an `AzureBlobCheckpointIO` without arguments if none was given."""
-        self._checkpoint_io = plugin = or_default(self._checkpoint_io)
-        return plugin
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    @property
-    def _checkpoints(self) -> ShardedCheckpoints:
-        found: ShardedCheckpoints = self.__dict__.setdefault("_sharded_checkpoints", ShardedCheckpoints())
-        return found
 
     def save_checkpoint(self, checkpoint: _State, filepath: str | Path, storage_options: Any = None) -> None:
         """Save on all ranks, and return when the checkpoint is complete.
