@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import resource
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from azure_torch_ckpt.datasets import Blob
@@ -43,11 +42,6 @@ def collate(samples: Iterable[int]) -> list[int]:
 
 def join(batches: Iterable[list[int]]) -> list[int]:
     return [number for batch in batches for number in batch]
-
-
-def resident() -> int:
-    """Bytes of this process' memory that are in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
