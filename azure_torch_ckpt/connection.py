@@ -10,6 +10,7 @@ from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobClient, ContainerClient
 
 from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
+from azure_torch_ckpt.direct import USER_AGENT, DirectRequests
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.pressure import Pressure, RequestCounts
@@ -40,6 +41,7 @@ class ContainerConnection:
         self._credential = credential
         self._ca_file = ca_file
         self._client: ContainerClient | None = None
+        self._requests: DirectRequests | None = None
         self._blobs: dict[str, BlobClient] = {}  # by the blob's path
         self._transport = GatherTransport(ca_file=ca_file)
         self._pressure = Pressure()
@@ -73,10 +75,23 @@ class ContainerConnection:
                 credential=resolve(self.location, self._credential),
                 transport=self._transport,
                 retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
+                user_agent=USER_AGENT,
                 max_single_get_size=_ONE_REQUEST,
                 max_single_put_size=_ONE_REQUEST,
             )
         return client
+
+    def _direct(self) -> DirectRequests:
+        # Without a lock, as above.
+        direct = self._requests
+        if direct is None:
+            self._requests = direct = DirectRequests(
+                resolve(self.location, self._credential),
+                self._transport,
+                RetryPolicy(self.options.retry_seconds, self._pressure),
+                self._container().api_version,
+            )
+        return direct
 
     def _blob(self, path: str, moment: BlobLocation | None = None) -> BlobClient:
         if moment is None:

@@ -29,7 +29,15 @@ from azure.core.credentials import (
 from azure_torch_ckpt.errors import CredentialError, CredentialTypeError, LocationError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 
-__all__ = ["EMULATOR_ACCOUNT_KEY", "Credential", "PickledCredential", "SdkCredential", "SharedTokens", "resolve"]
+__all__ = [
+    "EMULATOR_ACCOUNT_KEY",
+    "STORAGE_SCOPE",
+    "Credential",
+    "PickledCredential",
+    "SdkCredential",
+    "SharedTokens",
+    "resolve",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +49,9 @@ SdkCredential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKey
 
 # The same for everybody, hence no secret: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite
 EMULATOR_ACCOUNT_KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+# Of every account in any cloud: https://learn.microsoft.com/azure/storage/blobs/authorize-access-azure-active-directory
+STORAGE_SCOPE: Final = "https://storage.azure.com/.default"
 
 _ACCEPTED: Final = (
     "Pass None (DefaultAzureCredential), False (anonymous), a TokenCredential of azure.identity, AzureSasCredential, "

@@ -17,16 +17,17 @@ from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 from azure.storage.blob import (
     BlobBlock,
     BlobPrefix,
-    BlobProperties,
     BlobSasPermissions,
     ContentSettings,
     generate_blob_sas,
 )
 
+from azure_torch_ckpt import blobinfo
+from azure_torch_ckpt.blobinfo import BlobInfo
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.checksums import header_value, md5, parse_header_value
 from azure_torch_ckpt.connection import ContainerConnection
-from azure_torch_ckpt.credentials import resolve
+from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
 from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.retry import NOT_SUPPORTED
@@ -35,30 +36,6 @@ from azure_torch_ckpt.settings import BlobSettings
 __all__ = ["BlobInfo", "BlobStore", "CopySource"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class BlobInfo:
-    """What a listing or a HEAD request tells about a blob.
-
-    Attributes:
-        path: the blob's name in its container.
-        size: bytes.
-        etag: changes with every write.
-        last_modified: with time zone.
-        md5: of the content, if it was stored with the blob: `BlobStore.put` does.
-        metadata: names and values that were stored with the blob; None where there are none,
-            or where a listing was not asked for them.
-        created: with time zone; None where the service does not tell.
-    """
-
-    path: str
-    size: int
-    etag: str
-    last_modified: datetime.datetime
-    md5: bytes | None = None
-    metadata: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
-    created: datetime.datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -122,13 +99,15 @@ class BlobStore(ContainerConnection):
         headers = {"x-ms-content-crc64": header_value(crc64)} if crc64 is not None and self._crc64_accepted else {}
         try:
             with self._translated("write a block of", path):
-                self._blob(path).stage_block(
-                    block_id,
-                    body,  # type: ignore[arg-type]
-                    len(body),
-                    headers=headers,
-                    cancel=cancel,
-                )
+                blob = self._blob(path)
+                if self._direct().put_block(blob.url, block_id, body, headers=headers, cancel=cancel) is None:
+                    blob.stage_block(
+                        block_id,
+                        body,  # type: ignore[arg-type]
+                        len(body),
+                        headers=headers,
+                        cancel=cancel,
+                    )
         except RequestRefusedError as error:
             if not headers or (error.status != 501 and error.error_code != NOT_SUPPORTED):
                 raise
@@ -254,7 +233,7 @@ class BlobStore(ContainerConnection):
             )
         elif credential is not None:
             with self._translated("get a token to copy", path):
-                authorization = f"Bearer {credential.get_token('https://storage.azure.com/.default').token}"
+                authorization = f"Bearer {credential.get_token(STORAGE_SCOPE).token}"
         return CopySource(url if sas is None else f"{url}?{sas}", etag, authorization)
 
     def copy(
@@ -349,13 +328,22 @@ class BlobStore(ContainerConnection):
         """
         dest = Scatter(views)
         with self._translated("read", path):
-            download = self._blob(path, moment).download_blob(
-                offset=offset, length=dest.size, max_concurrency=1, dest=dest, cancel=cancel, **_if(if_etag)
-            )
-            etag = str(download.properties.etag)
-            if dest.received:
-                return etag
-            data = download.readall()
+            blob = self._blob(path, moment)
+            response = None
+            if moment is None:
+                response = self._direct().get_range(
+                    blob.url, offset, dest.size, dest=dest, if_etag=if_etag, cancel=cancel
+                )
+            if response is not None:
+                etag, data = response.headers["ETag"], response.content
+            else:
+                download = blob.download_blob(
+                    offset=offset, length=dest.size, max_concurrency=1, dest=dest, cancel=cancel, **_if(if_etag)
+                )
+                etag = str(download.properties.etag)
+                data = b"" if dest.received else download.readall()
+        if dest.received:
+            return etag
         if len(data) != dest.size:
             error = RequestRefusedError(
                 f"could not read {dest.size} bytes at offset {offset} of {self.location}/{path}: only {len(data)} "
@@ -392,18 +380,21 @@ class BlobStore(ContainerConnection):
         """
         try:
             with self._translated("read", path):
-                download = self._blob(path, moment).download_blob(
-                    offset=offset, length=limit, max_concurrency=1, **_if(if_etag)
-                )
+                blob = self._blob(path, moment)
+                response = None
+                if moment is None:
+                    response = self._direct().get_range(blob.url, offset, limit, if_etag=if_etag)
+                if response is not None:
+                    return response.content, blobinfo.of_response(path, response)
+                download = blob.download_blob(offset=offset, length=limit, max_concurrency=1, **_if(if_etag))
                 data, properties = download.readall(), download.properties
         except RequestRefusedError as error:
             # https://learn.microsoft.com/rest/api/storageservices/get-blob: no range fits an empty blob.
             if error.status != 416:
                 raise
             return b"", self.stat(path, if_etag=if_etag, moment=moment)
-        # "bytes 0-9/100"; the size that the SDK gives is the range's.
-        size = int(str(properties.content_range).rpartition("/")[2]) if properties.content_range else len(data)
-        return data, dataclasses.replace(_info(path, properties), size=size)
+        size = blobinfo.whole_size(properties.content_range, data)
+        return data, dataclasses.replace(blobinfo.of_properties(path, properties), size=size)
 
     def stat(
         self,
@@ -424,7 +415,7 @@ class BlobStore(ContainerConnection):
         """
         with self._translated("look at", path):
             properties = self._blob(path, moment).get_blob_properties(cancel=cancel, **_if(if_etag))
-        return _info(path, properties)
+        return blobinfo.of_properties(path, properties)
 
     def list(self, prefix: str, *, with_metadata: bool = False, limit: int | None = None) -> Iterator[BlobInfo]:
         """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.
@@ -437,13 +428,13 @@ class BlobStore(ContainerConnection):
         with self._translated("list", prefix):
             found = self._container().list_blobs(name_starts_with=prefix, include=include, results_per_page=limit)
             for properties in itertools.islice(found, limit):
-                yield _info(properties.name, properties)
+                yield blobinfo.of_properties(properties.name, properties)
 
     def list_folder(self, prefix: str) -> Iterator[BlobInfo | str]:
         """List Blobs with the delimiter "/": blobs right under `prefix`, and sub-prefixes (str, ending in "/")."""
         with self._translated("list", prefix):
             for entry in self._container().walk_blobs(name_starts_with=prefix, delimiter="/"):
-                yield entry.name if isinstance(entry, BlobPrefix) else _info(entry.name, entry)
+                yield entry.name if isinstance(entry, BlobPrefix) else blobinfo.of_properties(entry.name, entry)
 
     def now(self) -> datetime.datetime:
         """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by."""
@@ -479,20 +470,3 @@ def _authorized(source: CopySource) -> dict[str, Any]:
 def _told_crc64(headers: Mapping[str, Any]) -> int | None:
     value = headers.get("content_crc64")
     return None if value is None else parse_header_value(value)
-
-
-def _info(path: str, properties: BlobProperties) -> BlobInfo:
-    # A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition.
-    etag = str(properties.etag)
-    if not etag.startswith('"'):
-        etag = f'"{etag}"'
-    stored_md5 = properties.content_settings.content_md5
-    return BlobInfo(
-        path,
-        int(properties.size),
-        etag,
-        properties.last_modified,
-        None if stored_md5 is None else bytes(stored_md5),
-        dict(properties.metadata) if properties.metadata else None,
-        properties.creation_time,
-    )

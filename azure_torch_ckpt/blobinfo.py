@@ -1,0 +1,82 @@
+"""What is known of a blob, from a listing, from its properties or from the headers of a download."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import email.utils
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from azure.core.rest import HttpResponse
+from azure.storage.blob import BlobProperties
+
+__all__ = ["BlobInfo", "of_properties", "of_response", "whole_size"]
+
+_META = "x-ms-meta-"  # before the name of what was stored with a blob
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """What a listing or a HEAD request tells about a blob.
+
+    Attributes:
+        path: the blob's name in its container.
+        size: bytes.
+        etag: changes with every write.
+        last_modified: with time zone.
+        md5: of the content, if it was stored with the blob: `BlobStore.put` does.
+        metadata: names and values that were stored with the blob; None where there are none,
+            or where a listing was not asked for them.
+        created: with time zone; None where the service does not tell.
+    """
+
+    path: str
+    size: int
+    etag: str
+    last_modified: datetime.datetime
+    md5: bytes | None = None
+    metadata: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
+    created: datetime.datetime | None = None
+
+
+def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
+    # A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition.
+    etag = str(properties.etag)
+    if not etag.startswith('"'):
+        etag = f'"{etag}"'
+    stored_md5 = properties.content_settings.content_md5
+    return BlobInfo(
+        path,
+        int(properties.size),
+        etag,
+        properties.last_modified,
+        None if stored_md5 is None else bytes(stored_md5),
+        dict(properties.metadata) if properties.metadata else None,
+        properties.creation_time,
+    )
+
+
+def of_response(path: str, response: HttpResponse) -> BlobInfo:
+    """What the headers of Get Blob tell: https://learn.microsoft.com/rest/api/storageservices/get-blob#response."""
+    headers = response.headers
+    content_range = headers.get("Content-Range")
+    # That of a range is not the blob's.
+    stored_md5 = headers.get("Content-MD5" if content_range is None else "x-ms-blob-content-md5")
+    created = headers.get("x-ms-creation-time")
+    named = {name[len(_META) :]: value for name, value in headers.items() if name.lower().startswith(_META)}
+    return BlobInfo(
+        path,
+        whole_size(content_range, response.content),
+        headers["ETag"],
+        email.utils.parsedate_to_datetime(headers["Last-Modified"]),
+        None if stored_md5 is None else base64.b64decode(stored_md5),
+        named or None,
+        None if created is None else email.utils.parsedate_to_datetime(created),
+    )
+
+
+def whole_size(content_range: str | None, data: bytes) -> int:
+    """Of the blob, from "bytes 0-9/100"; the Content-Length is the range's."""
+    return len(data) if content_range is None else int(content_range.rpartition("/")[2])
