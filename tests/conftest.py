@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from azure.core.credentials import AccessToken
+from hypothesis import HealthCheck, settings
 
 from azure_torch_ckpt.emulator import Azurite
 
@@ -22,6 +23,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tests.proxy import FaultProxy
 from tests.tally import Tally
+
+# How long one example takes is the machine's affair, and so is how long it takes to make examples.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_configure() -> None:

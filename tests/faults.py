@@ -65,7 +65,7 @@ class Gate:
                 loop.call_soon_threadsafe(event.set)
             self._waiting = []
 
-    def wait_for(self, count: int, seconds: float = 20) -> None:
+    def wait_for(self, count: int, seconds: float = 60) -> None:
         """Wait until `count` exchanges stand before it."""
         with self._changed:
             came = self._changed.wait_for(lambda: len(self._waiting) >= count, seconds)

@@ -16,9 +16,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,7 +28,22 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from tests.faults import Action, Answer, At, Call, Cut, Exchange, Flip, Hold, Kill, Kind, Reframe, Rule, exchange_of
+from tests.faults import (
+    Action,
+    Answer,
+    At,
+    Call,
+    Cut,
+    Exchange,
+    Flip,
+    Gate,
+    Hold,
+    Kill,
+    Kind,
+    Reframe,
+    Rule,
+    exchange_of,
+)
 from tests.wire import PIECE, Headers, HttpStream, is_chunked, lowered
 
 _T = TypeVar("_T")
@@ -65,10 +82,16 @@ class FaultProxy:
         self.max_in_flight: int | None = None
         self._rules: list[Rule] = []
         self._serving: set[asyncio.Task[None]] = set()
+        self._sockets: weakref.WeakKeyDictionary[asyncio.WriteTransport, Any] = weakref.WeakKeyDictionary()
         self.idle: set[HttpStream] = set()
         self._changed = threading.Condition()
         self._bug: BaseException | None = None
-        self._port = 0
+        # Bound from beginning to end, so that nobody else gets the port while connections are refused.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._kept = socket.socket(family, socket.SOCK_STREAM)
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind((host, 0))
+        self._port = self._kept.getsockname()[1]
 
     # What a test uses
 
@@ -92,7 +115,7 @@ class FaultProxy:
     def count(self, *kinds: Kind) -> int:
         return len(self.requests(*kinds))
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Wait until `condition`, which looks at this proxy, holds."""
         with self._changed:
             assert self._changed.wait_for(condition, seconds), f"not within {seconds} s; the log: {self.log[-5:]}"
@@ -121,6 +144,7 @@ class FaultProxy:
     ) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
+        self._kept.close()
         if self._bug is not None:
             raise self._bug
 
@@ -139,22 +163,42 @@ class FaultProxy:
             return
         started.set_result(None)
         await self._stop.wait()
-        self._listener.close()
+        await self._close_listener()
         await asyncio.sleep(0)  # connections that were accepted just now begin, and end, with `_stop` set
         while self._serving:
             for task in self._serving:
                 task.cancel()
             await asyncio.wait(self._serving)
+        # The loop would not close what is open when it ends.
+        sockets = list(self._sockets.values())
+        for transport in list(self._sockets):
+            transport.abort()
+        while any(sock.fileno() >= 0 for sock in sockets):
+            await asyncio.sleep(0)
 
     async def _listen(self) -> None:
-        self._listener = await asyncio.start_server(
-            self._serve, self._host, self._port, ssl=self._tls, limit=PIECE, backlog=1024
-        )
-        self._port = self._listener.sockets[0].getsockname()[1]
+        """As `asyncio.start_server`, which loses what it has accepted when it is closed in that moment."""
+        self._listener = socket.socket(self._kept.family)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind((self._host, self._port))
+        self._listener.listen(1024)
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._serve(connection))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _close_listener(self) -> None:
-        self._listener.close()
-        await asyncio.sleep(0)  # the loop lets go of the socket
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
 
     async def _close_idle(self) -> int:
         clients = list(self.idle)
@@ -163,16 +207,19 @@ class FaultProxy:
         await asyncio.sleep(0)  # the loop closes the sockets
         return len(clients)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, accepted: socket.socket) -> None:
         if self._stop.is_set():
-            writer.transport.abort()
+            accepted.close()
             return
-        task = asyncio.current_task()
-        assert task is not None
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
+        reader = asyncio.StreamReader(limit=PIECE)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, accepted, ssl=self._tls)
+        except (OSError, asyncio.CancelledError):
+            return  # a handshake that failed, or that the end of the proxy found under way
+        stream = self._noted(HttpStream(reader, asyncio.StreamWriter(transport, protocol, reader, self._loop)))
         self.connections += 1
-        connection = _Connection(self, self.connections, HttpStream(reader, writer))
+        connection = _Connection(self, self.connections, stream)
         try:
             await connection.serve()
         except (OSError, EOFError):
@@ -185,11 +232,17 @@ class FaultProxy:
             connection.end(reset=False)
 
     async def connect(self) -> HttpStream:
-        return HttpStream(
-            *await asyncio.open_connection(
-                self._upstream.hostname, self._upstream.port, ssl=self._to_upstream, limit=PIECE
+        return self._noted(
+            HttpStream(
+                *await asyncio.open_connection(
+                    self._upstream.hostname, self._upstream.port, ssl=self._to_upstream, limit=PIECE
+                )
             )
         )
+
+    def _noted(self, stream: HttpStream) -> HttpStream:
+        self._sockets[stream.writer.transport] = stream.writer.get_extra_info("socket")
+        return stream
 
     def begin(self, exchange: Exchange) -> tuple[Action, ...]:
         """Note a request that has come; return what is to be done to it."""
@@ -208,6 +261,13 @@ class FaultProxy:
             exchange.finished_at = time.monotonic()
             self.in_flight -= 1
             self._changed.notify_all()
+
+
+def meet(proxy: FaultProxy, count: int, what: Kind | Callable[[Exchange], bool]) -> None:
+    """Let the next `count` requests of a kind go on only when all of them are there: fewer at a time hang."""
+    gate = Gate()
+    proxy.when(what, times=count - 1).do(Hold(gate))
+    proxy.when(what, nth=count).do(Call(gate.open, "request"))
 
 
 class _CutError(Exception):

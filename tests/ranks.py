@@ -31,10 +31,10 @@ from typing import Any
 import pytest
 
 _START_SECONDS = 100.0
-_RUN_SECONDS = 60.0
+_RUN_SECONDS = 100.0
 # Once a rank has failed, the others have this long to end by themselves rather than in a collective without it.
 _GRACE_SECONDS = 5.0
-_DUMP_SECONDS = 10.0
+_DUMP_SECONDS = 60.0
 
 
 class RankError(Exception):

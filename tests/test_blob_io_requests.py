@@ -195,7 +195,7 @@ def _write_on(file: BlobIO) -> None:
 def in_a_fork(function: Any, file: BlobIO) -> None:
     child = multiprocessing.get_context("fork").Process(target=function, args=(file,))
     child.start()
-    child.join(30)
+    child.join(60)
     assert child.exitcode == 0
 
 

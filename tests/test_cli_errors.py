@@ -163,7 +163,7 @@ def test_ctrl_c_in_the_middle_of_a_copy_leaves_nothing_to_see(
         gate.wait_for(1)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 130
     gate.open()
     assert (tmp_path / "err").read_text().strip() == "azure-torch-ckpt: interrupted"
@@ -178,7 +178,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(container: str, 
     os.mkfifo(fifo)
     with running("ls", container, streams=("/dev/null", str(fifo), str(tmp_path / "err"))) as process:
         os.close(os.open(fifo, os.O_RDONLY))  # opens it for the command, too, and goes
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 141
     assert "Traceback" not in (tmp_path / "err").read_text()
 
@@ -228,7 +228,7 @@ def test_the_emulator_serves_until_ctrl_c(tmp_path: Path) -> None:
         assert taken.code == 7 and "did not start" in taken.err and "Traceback" not in taken.err
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 0
     assert err.read_text() == f"stopped; the blobs are in {tmp_path / 'blobs'}\n"
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", int(url.split(":")[2].partition("/")[0]))):
@@ -243,7 +243,7 @@ def test_the_emulator_tells_people_what_to_type(tmp_path: Path) -> None:
         lines = [stream.readline().rstrip() for _ in range(7)]
         assert process.pid is not None
         os.kill(process.pid, signal.SIGTERM)
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 143
     shown = dict(line.split(maxsplit=1) for line in lines if line)
     assert shown["container"] == f"{shown['endpoint']}/checkpoints" and shown["endpoint"].startswith("https://")

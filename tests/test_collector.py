@@ -39,15 +39,15 @@ def test_the_last_of_several_threads_brings_it_back() -> None:
     def pause() -> None:
         with CollectorPause():
             begun.set()
-            end.wait(20)
+            end.wait(60)
 
     thread = threading.Thread(target=pause)
     with CollectorPause():
         thread.start()
-        assert begun.wait(20)
+        assert begun.wait(60)
     assert not gc.isenabled()
     end.set()
-    thread.join(20)
+    thread.join(60)
     assert gc.isenabled()
 
 
@@ -79,11 +79,11 @@ def test_a_fork_in_the_pause_of_another_thread_has_a_collector() -> None:
     def pause() -> None:
         with CollectorPause():
             begun.set()
-            end.wait(20)
+            end.wait(60)
 
     thread = threading.Thread(target=pause)
     thread.start()
-    assert begun.wait(20)
+    assert begun.wait(60)
     child = os.fork()
     if child == 0:
         os._exit(0 if gc.isenabled() else 1)
@@ -91,4 +91,4 @@ def test_a_fork_in_the_pause_of_another_thread_has_a_collector() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         end.set()
-        thread.join(20)
+        thread.join(60)

@@ -19,6 +19,7 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure_torch_ckpt import TransferOptions
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport import GatherTransport
+from tests.memory_child import ENVIRONMENT
 from tests.shards import ShardPlanner
 from tests.states import Place, assert_same, fill
 
@@ -41,13 +42,12 @@ SLACK = 8 * MIB
 
 @pytest.fixture(scope="module")
 def growth(azurite: Azurite) -> dict[str, int]:
-    """How much a process' resident memory grew in each step of tests/memory_child.py, in bytes."""
+    """How much a process' memory grew in each step of tests/memory_child.py, in bytes."""
     url = azurite.create_container("memory")
     child = subprocess.run(
         [sys.executable, "-m", "tests.memory_child", url, azurite.account_key, str(BUDGET)],
         cwd=Path(__file__).parent.parent,
-        # glibc keeps freed blocks of some MiB for later; what is held is to be measured, not what is kept.
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         timeout=100,

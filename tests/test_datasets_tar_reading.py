@@ -108,7 +108,7 @@ def test_a_stream_of_tar_files_that_is_left_ends_its_threads(large_shards: str):
     assert working
     source.close()  # type: ignore[attr-defined]
     for thread in working:
-        thread.join(20)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in working)
 
 

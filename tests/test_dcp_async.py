@@ -100,7 +100,7 @@ class LatePlanner(dcp.DefaultSavePlanner):
     """Gives its data only once the main thread has ended and the interpreter is on its way out."""
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         with ThreadPoolExecutor(1) as probe:
             while time.monotonic() < deadline:
                 try:

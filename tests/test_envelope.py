@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import gc
 import io
-import resource
 import subprocess
 import sys
-import time
 import tracemalloc
 import weakref
 import zipfile
@@ -159,20 +157,18 @@ def test_payloads_around_4_gib(tmp_path: Path, nbytes: int) -> None:
     assert (loaded[0].item(), loaded[-1].item(), loaded[1 << 31].item()) == (5, 6, 0)
 
 
-@pytest.mark.parametrize("shape", [(1 << 36,), (1 << 20, 1 << 14), (1 << 40, 1)])
+@pytest.mark.parametrize("shape", [(1 << 42,), (1 << 20, 1 << 22), (1 << 44, 1)])
 def test_a_huge_payload_costs_nothing(shape: tuple[int, ...]) -> None:
+    """Neither torch's memory, of which no machine has as much, nor Python's."""
     envelope(torch.float32, (2,))  # whatever torch does only once
-    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
-    begin = time.perf_counter()
-    around = envelope(torch.float32, shape)
-    elapsed = time.perf_counter() - begin
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        around = envelope(torch.float32, shape)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert len(around.head) + len(around.trailer) < 4096
     assert peak < 1 << 20  # bytes
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 1 << 14  # KiB
-    assert elapsed < 1.0
 
 
 def test_made_once_per_dtype_and_shape() -> None:

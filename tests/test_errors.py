@@ -48,6 +48,8 @@ from tests.attempts import (
 )
 from tests.faults import Answer, Hold
 from tests.proxy import FaultProxy
+from tests.test_verify_prune import save_without_collectives
+from tests.waits import without_waiting
 
 if TYPE_CHECKING:
     from tests.ranks import Ranks
@@ -84,8 +86,8 @@ def leave_data_alone(url: str) -> None:
     ("prepare", "says"),
     [
         (nothing, r"/run/step-1: \.metadata is not there\. Nothing lies there at all; check the URL"),
-        (leave_data_alone, "Data blobs lie there without it: a save that did not finish. Load an older checkpoint"),
-        (save_two_below, "What lies there: a/, b/"),
+        (leave_data_alone, "Data blobs lie there without it: a save that did not finish. Use an older checkpoint"),
+        (save_two_below, "Complete checkpoints lie below it: a, b"),
     ],
     ids=["nothing", "data without metadata", "folder of checkpoints"],
 )
@@ -97,7 +99,23 @@ def test_no_checkpoint(ranks: Ranks, url: str, prepare: Callable[[str], object],
 def test_no_checkpoint_in_the_root_of_a_container(container: str) -> None:
     save(f"{container}/run/step-1", 1)
     with unchanged(container):
-        raised(CheckpointNotFoundError, lambda: load(container), "What lies there: run/")
+        raised(CheckpointNotFoundError, lambda: load(container), "Complete checkpoints lie below it: run/step-1")
+
+
+def test_metadata_of_single_ranks_is_told_and_not_taken_for_a_failed_save(container: str) -> None:
+    for rank in (0, 1):
+        save_without_collectives(sharded.writer(f"{container}/run"), rank)
+    with pytest.raises(CheckpointNotFoundError, match=r"metadata of ranks 0, 1 lies there.*use_collectives=False"):
+        sharded.reader(f"{container}/run").read_metadata()
+
+
+def test_what_lies_there_is_shown_as_a_folder_would_show_it(container: str) -> None:
+    store = store_of(container)
+    for path in ("run/notes.txt", "run/a/1", "run/a/2", *(f"run/z{number}/x" for number in range(5))):
+        store.put(path, b"")
+    says = r"What lies there: a/, notes\.txt, z0/, z1/, z2/, \.\.\.$"
+    with pytest.raises(CheckpointNotFoundError, match=says):
+        sharded.reader(f"{container}/run").read_metadata()
 
 
 def test_read_metadata_itself_raises(url: str) -> None:
@@ -312,9 +330,11 @@ def port(*, listens: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def short_time_outs() -> Iterator[None]:
+    """A request that nobody answers is given up after a second; without waits three of them follow it at least."""
     with (
-        mock.patch.object(connections, "IO_SECONDS", 0.5),
-        mock.patch.object(connections, "TIMEVAL", struct.pack("ll", 0, 500_000)),
+        mock.patch.object(connections, "IO_SECONDS", 1.0),
+        mock.patch.object(connections, "TIMEVAL", struct.pack("ll", 1, 0)),
+        without_waiting(),
     ):
         yield
 

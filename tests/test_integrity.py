@@ -48,6 +48,7 @@ from tests.mixed import (
 from tests.proxy import FaultProxy
 from tests.states import assert_same, bits
 from tests.tally import Tally
+from tests.waits import without_waiting
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -118,7 +119,7 @@ def test_a_body_that_always_arrives_changed_is_an_error_and_leaves_nothing(
 ) -> None:
     name = container.rpartition("/")[2]
     before_checking.when("Put Block", times=None).do(Flip(3, of="request"))
-    with pytest.raises(CheckpointException) as caught:
+    with without_waiting(), pytest.raises(CheckpointException) as caught:
         save(f"{before_checking.endpoint}/{name}/a", options=TransferOptions(retry_seconds=0.3))
     error = error_of(caught)
     assert isinstance(error, RequestRefusedError)

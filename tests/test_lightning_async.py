@@ -113,7 +113,7 @@ def test_a_third_save_waits_for_the_first(plugin: Any, proxy: FaultProxy, proxie
         with pytest.raises(TimeoutError):
             third.result(timeout=0.2)
         gate.open()
-        third.result(timeout=20)
+        third.result(timeout=60)
     plugin.wait()
     assert {value_at(f"{proxied_container}/{name}") for name in "abc"} == {1}
 
@@ -129,7 +129,7 @@ def test_a_load_waits_for_what_is_pending(plugin: Any, proxy: FaultProxy, proxie
         with pytest.raises(TimeoutError):
             load.result(timeout=0.2)
         gate.open()
-        assert load.result(timeout=20)["step"] == 2
+        assert load.result(timeout=60)["step"] == 2
 
 
 def test_no_thread_remains_when_there_is_nothing_to_do(plugin: Any, container: str) -> None:
@@ -140,7 +140,7 @@ def test_no_thread_remains_when_there_is_nothing_to_do(plugin: Any, container: s
     plugin.wait()
     saving = [thread for thread in threading.enumerate() if thread.name == "checkpoint-saves"]
     for thread in saving:  # it has said that it is done, and has only to return
-        thread.join(20)
+        thread.join(60)
     assert "checkpoint-saves" not in names()
     plugin.save_checkpoint(state(2), f"{container}/a")
     plugin.wait()
@@ -190,7 +190,7 @@ def wait_until_idle(plugin: Any) -> None:
     """What `wait` waits for, without what it raises."""
     saves = plugin._saves
     with saves._changed:
-        assert saves._changed.wait_for(lambda: saves._thread is None, 20)
+        assert saves._changed.wait_for(lambda: saves._thread is None, 60)
 
 
 def test_a_removal_that_failed_is_reported(plugin: Any, proxy: FaultProxy, proxied_container: str) -> None:
@@ -213,7 +213,7 @@ def test_a_save_that_waits_for_room_hears_of_a_failure(
         gate.wait_for(1)
         gate.open()
         with pytest.raises(CheckpointError, match="/a in the background failed"):
-            third.result(timeout=20)
+            third.result(timeout=60)
     plugin.wait()
     assert [value_at(f"{container}/{name}") for name in "abc"] == [None, 1, None]
 
@@ -302,7 +302,7 @@ def test_a_forked_child_has_nothing_pending_and_leaves_the_parents_saves_alone(
     gate.wait_for(1)
     child = multiprocessing.get_context("fork").Process(target=in_child, args=(plugin, proxied_container))
     child.start()
-    child.join(30)
+    child.join(60)
     assert child.exitcode == 0
     gate.open()
     plugin.wait()

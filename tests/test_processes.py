@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -373,9 +372,7 @@ def test_sigterm_in_the_middle_of_a_save_stops_it_and_leaves_nothing_visible(
     with child_process(tmp_path, f"{proxied_container}/a", "here") as process:
         gate.wait_for(2, DEADLINE_SECONDS)
         process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM
-        assert time.monotonic() - started < 10
+        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM  # though nobody has answered its requests
     gate.open()
     assert_right(load(url), 1)
     assert len(blobs_below(url)) == 2

@@ -1,19 +1,22 @@
-"""The threads of a transfer end when it is interrupted, wherever the signal finds the main thread."""
+"""The threads of a transfer: so many, until the first error, and to the end of what an interruption found."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import pytest
 
 from azure_torch_ckpt.workers import Workers
+from azure_torch_ckpt.workers import __file__ as workers_file
 
-_SECONDS = 10.0
+_SECONDS = 60.0
 
 
 class InterruptionError(Exception):
@@ -115,3 +118,106 @@ def test_a_signal_while_a_thread_starts_does_not_leave_another_one_without_an_en
     threading.Thread(target=transfer, daemon=True).start()
     assert left.wait(_SECONDS)
     assert service.ended == service.begun
+
+
+# ---- Tasks and errors -----------------------------------------------------------------------------------------------
+
+
+def test_tasks_run_on_so_many_threads_and_no_more() -> None:
+    barrier = threading.Barrier(3, timeout=60)
+    threads: set[str] = set()
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        threads.add(threading.current_thread().name)
+        barrier.wait()  # passes only if three run at once
+        done.append(number)
+
+    with Workers(3, "some") as workers:
+        for number in range(30):
+            workers.submit(lambda number=number: task(number))  # type: ignore[misc]
+        workers.finish()
+    assert sorted(done) == list(range(30))
+    assert threads == {"some-0", "some-1", "some-2"}
+
+
+def test_no_more_threads_than_tasks() -> None:
+    def count() -> int:  # threads of other tests may end meanwhile
+        return sum(thread.name.startswith("alone-") for thread in threading.enumerate())
+
+    lock = threading.Lock()
+
+    def wait() -> None:
+        with lock:
+            pass
+
+    with Workers(50, "alone") as workers:
+        with lock:
+            workers.submit(wait)
+            assert count() == 1
+        workers.finish()
+    assert count() == 0
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), SystemExit(3), KeyboardInterrupt()])
+def test_the_first_error_stops_the_rest_and_is_raised_ever_after(error: BaseException) -> None:
+    ran: list[int] = []
+    stops: list[int] = []
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught, Workers(1, "some", lambda: stops.append(1)) as workers:
+        workers.submit(fail)
+        for _ in range(10):
+            with pytest.raises(type(error)):
+                while True:
+                    workers.submit(lambda: ran.append(1))
+        workers.finish()
+    assert caught.value is error
+    assert (ran, stops) == ([], [1])
+
+
+def test_an_error_of_the_caller_drops_what_has_not_begun() -> None:
+    begun, ran = threading.Event(), []
+    stopped = threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        assert stopped.wait(60)
+
+    with pytest.raises(KeyError), Workers(1, "some", stopped.set) as workers:
+        workers.submit(wait)
+        workers.submit(lambda: ran.append(1))
+        assert begun.wait(60)
+        raise KeyError
+    assert ran == []
+
+
+def test_tasks_see_the_context_of_their_caller() -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="unset")
+    variable.set("set")
+    seen: list[str] = []
+    with Workers(2, "some") as workers:
+        workers.submit(lambda: seen.append(variable.get()))
+        workers.finish()
+    assert seen == ["set"]
+
+
+def test_tasks_are_taken_after_the_end_of_the_main_thread() -> None:
+    code = """
+import runpy, sys, threading
+
+Workers = runpy.run_path(sys.argv[1])["Workers"]  # without the rest of the package, which takes its time
+
+def late():
+    threading.main_thread().join()
+    with Workers(2, "late") as workers:
+        for number in range(3):
+            workers.submit(lambda: sys.stdout.write("ran\\n"))
+        workers.finish()
+
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code, workers_file], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.returncode) == (["ran"] * 3, 0), done.stderr
