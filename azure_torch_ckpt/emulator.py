@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import http.client
 import importlib.util
-import ipaddress
 import os
 import re
 import shutil
@@ -34,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from azure_torch_ckpt.certificate import write_self_signed_certificate
 from azure_torch_ckpt.errors import EmulatorError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 from azure_torch_ckpt.store import BlobStore
@@ -210,7 +209,7 @@ class Azurite:
         if self._tls:
             self._tls_files = tempfile.TemporaryDirectory(prefix="azurite-tls-", ignore_cleanup_errors=True)
             certificate, key = Path(self._tls_files.name, "certificate.pem"), Path(self._tls_files.name, "key.pem")
-            _write_certificate(certificate, key)
+            write_self_signed_certificate(certificate, key)
             options += ["--cert", str(certificate), "--key", str(key)]
         if self._oauth:
             options += ["--oauth", "basic"]
@@ -436,39 +435,3 @@ def _run_npm(npm: list[str], folder: Path) -> None:
             f"registry (`npm ping`), or put an `azurite-blob` on PATH. It said:\n"
             f"{_tail(done.stdout.splitlines()[-20:])}"
         )
-
-
-# ---- TLS -----------------------------------------------------------------------------------------------------------
-
-
-def _write_certificate(certificate_file: Path, key_file: Path) -> None:
-    """A self-signed certificate for 127.0.0.1 and localhost.
-
-    It is no authority (``ca=False``): rustls refuses one that is both authority and server, OpenSSL takes either.
-    """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "azure_torch_ckpt emulator")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(_HOST))]
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    certificate_file.write_bytes(certificate.public_bytes(pem))
-    key_file.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))

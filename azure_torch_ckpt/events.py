@@ -1,4 +1,4 @@
-"""What a save or a load came to, for whoever wants to know: metrics, traces, a logger of the training framework.
+"""What a save, a load or a copy came to, for whoever wants to know: metrics, traces, a logger of the framework.
 
     def note(event: TransferEvent) -> None:
         statsd.timing(f"checkpoint.{event.operation}.seconds", event.seconds)
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TransferEvent:
-    """One save or load has ended, on one rank.
+    """One save, load or copy has ended, on one rank.
 
     Attributes:
-        operation: ``"save"`` or ``"load"``.
-        url: the checkpoint's, without a SAS.
+        operation: ``"save"``, ``"load"``, and of the catalog ``"copy"`` and ``"consolidate"``.
+        url: the checkpoint's, without a SAS; what a copy was made of, which may be a local path.
         rank: of ``torch.distributed`` (the whole job's); 0 without it.
-        items: tensors' shards and objects of this rank.
-        bytes: that this rank has moved: of blocks that arrived, of ranges that were received. After an error, those
-            that had been moved until then.
+        items: tensors' shards and objects of this rank; blobs that were copied; tensors and objects in the file.
+        bytes: that this rank has moved: of blocks that arrived, of ranges that were received, of blobs that were
+            copied, of a file. After an error, those that had been moved until then.
         seconds: since the save or the load began on this rank, with the planning and, on the rank that commits, with
             the wait for the other ranks and the commit.
         requests: to the service, retries included.
@@ -41,6 +41,7 @@ class TransferEvent:
         error: what ended it; None if it succeeded.
         started: with time zone (UTC).
         finished: with time zone (UTC).
+        target: where a copy went: a URL without a SAS, or a local path. None for saves and loads.
     """
 
     operation: str
@@ -55,6 +56,7 @@ class TransferEvent:
     error: BaseException | None
     started: datetime.datetime
     finished: datetime.datetime
+    target: str | None = None
 
 
 Listener: TypeAlias = Callable[[TransferEvent], object]
@@ -64,10 +66,10 @@ _listeners: tuple[Listener, ...] = ()
 
 
 def add_listener(listener: Listener) -> None:
-    """Call `listener` with every event of this process from now on, in the thread that saves or loads.
+    """Call `listener` with every event of this process from now on, in the thread that saves, loads or copies.
 
     What it raises is logged and goes no further: a broken metric must not cost a checkpoint. Keep it quick, for the
-    save or load returns after it.
+    save, load or copy returns after it.
     """
     global _listeners
     _listeners = (*_listeners, listener)

@@ -76,8 +76,9 @@ def check_progress(option: ProgressOption) -> None:
 class Meter:
     """Counts the bytes of one transfer and reports them, ten times a second at most and one report at a time.
 
-    A context manager: entering reports 0 bytes; leaving reports the end, unless there was an error. A callback that
-    raises is logged, once, and not called again: a broken display must not cost a checkpoint.
+    A context manager: entering reports 0 bytes; leaving reports the end, unless there was an error, or `pause` was
+    called and it is entered again later. A callback that raises is logged, once, and not called again: a broken display
+    must not cost a checkpoint.
 
     Args:
         zero: what is reported first; its `total` is what is expected.
@@ -90,6 +91,7 @@ class Meter:
         self._lock = threading.Lock()
         self._began = self._last = time.monotonic()
         self._reporting = False
+        self._goes_on = False
         self._bar: TqdmBar | None = None
         self._callback = self._callback_of(option)
 
@@ -98,6 +100,9 @@ class Meter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        goes_on, self._goes_on = self._goes_on, False
+        if error is None and goes_on:
+            return
         if error is None:
             self._total = self._done  # what was expected may have been a little off
             self._report(self._done)
@@ -113,6 +118,10 @@ class Meter:
     def reports(self) -> bool:
         """Whether anybody wants to know."""
         return self._callback is not None
+
+    def pause(self) -> None:
+        """When this is left for the next time, more will come: it is entered again."""
+        self._goes_on = True
 
     def expect(self, nbytes: int) -> None:
         """Count on `nbytes` more."""

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 
 from azure_torch_ckpt import AzureBlobWriter, TransferOptions
 from azure_torch_ckpt.catalog import consolidate
-from tests.memory_child import full, growth
+from tests.memory_child import full, measured, settle
 
 
 def main(url: str, target: str, key: str, budget: int) -> None:
-    warnings.simplefilter("ignore")
+    settle()
     import torch.distributed.checkpoint as dcp
 
     options = TransferOptions(memory_budget=budget, concurrency=4)
@@ -23,11 +22,8 @@ def main(url: str, target: str, key: str, budget: int) -> None:
     # What the first one leaves behind once: imports, threads, connections.
     dcp.save({"x": full(256, 256)}, storage_writer=AzureBlobWriter(f"{place}/small", credential=key))
     consolidate(f"{place}/small", f"{place}/small.pt", credential=key, options=options, overwrite=True)
-    sizes = []
-    grown = growth(
-        lambda: sizes.append(consolidate(url, target, credential=key, options=options, overwrite=True).bytes)
-    )
-    print(json.dumps([grown, sizes[0]]))
+    grown, report = measured(lambda: consolidate(url, target, credential=key, options=options, overwrite=True))
+    print(json.dumps([grown, report.bytes]))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ from azure_torch_ckpt import (
     UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.catalog import consolidate, copy
-from azure_torch_ckpt.catalog.boxes import boxes
+from azure_torch_ckpt.dcp.boxes import boxes
 from azure_torch_ckpt.dcp.metadata import stored_item
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
 from tests.faults import Answer, Call
+from tests.memory_child import ENVIRONMENT
 from tests.mixed import KEY, blobs_below, flip_in_storage, item_of, save, state
 from tests.planted import content, put
 from tests.proxy import FaultProxy
@@ -346,7 +347,7 @@ def test_a_checkpoint_of_300_mib_takes_a_budget_of_32(
     child = subprocess.run(
         [sys.executable, "-m", "tests.consolidate_child", large, dst, KEY, str(BUDGET)],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         timeout=100,

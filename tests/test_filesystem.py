@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from fsspec.callbacks import Callback
 
-import azure_torch_ckpt.filesystem.copying
+import azure_torch_ckpt.blobcopy
 from azure_torch_ckpt import (
     AccessDeniedError,
     BlobChangedError,
@@ -370,11 +370,15 @@ def test_large_blobs_are_copied_where_the_service_lacks_the_call(
     fs: AzureBlobFileSystem, root: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Above 256 MiB a copy consists of blocks, which the emulator cannot take from a URL."""
-    monkeypatch.setattr(azure_torch_ckpt.filesystem.copying, "_WHOLE", 100)
-    data = random.Random(1).randbytes(300_000)
-    fs.pipe_file(f"{root}/a", data)
+    monkeypatch.setattr(azure_torch_ckpt.blobcopy, "_LARGEST_WHOLE", 100)
+    monkeypatch.setattr(azure_torch_ckpt.blobcopy, "SERVICE_PART", 100_000)
+    data = random.Random(1).randbytes(350_001)
+    with fs.open(f"{root}/a", "wb", metadata={"kind": "noise"}) as file:
+        file.write(data)
     fs.cp(f"{root}/a", f"{root}/b")
     assert fs.cat_file(f"{root}/b") == data
+    location = BlobLocation.parse(f"{fs._access.endpoint}/{strip(root).split('/')[1]}")
+    assert BlobStore(location, Azurite.account_key).stat("b").metadata == {"kind": "noise"}
 
 
 def test_what_was_written_to_during_a_move_is_not_removed(proxied_container: str, proxy: FaultProxy, container: str):

@@ -63,10 +63,11 @@ def test_two_ranks_save_and_load_by_url_alone(container: str, ranks: Callable[[i
 def test_a_first_save_that_fails_leaves_nothing_that_loads(
     container: str, proxied_container: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ):
-    """The copy by which torch renames the metadata does not take place."""
+    """The copy by which torch renames the metadata does not take place, neither by the service nor through here."""
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(proxied_container))
     proxy.when("Copy Blob").do(Answer(409, "PendingCopyOperation"))
-    with pytest.raises(CheckpointException, match="PendingCopyOperation"):
+    proxy.when("Get Blob").do(Answer(403, "AuthorizationFailure"))
+    with pytest.raises(CheckpointException, match="AuthorizationFailure"):
         dcp.save(plain(0), checkpoint_id=f"{azblob(proxied_container)}/run")
     assert not filesystem(container).exists(f"{azblob(container)}/run/.metadata")
     with pytest.raises(CheckpointException):

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,15 +19,17 @@ from azure_torch_ckpt.blockwriter import BlockWriter
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.ends import BlobEnd, FileSink, FolderEnd, open_end
+from azure_torch_ckpt.catalog.figures import CopyFigures
 from azure_torch_ckpt.catalog.safetensorsfile import as_text, safetensors_head
-from azure_torch_ckpt.catalog.tensorstream import ahead, object_bytes, objects_of, parts_of, tensors_of
 from azure_torch_ckpt.catalog.torchfile import Placeholders, outline
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.payload import readable
-from azure_torch_ckpt.dcp.standing import StandingCheckpoint, open_standing
+from azure_torch_ckpt.dcp.standing import StandingCheckpoint, stand_at
+from azure_torch_ckpt.dcp.tensorstream import ahead, object_bytes, objects_of, parts_of, tensors_of
 from azure_torch_ckpt.errors import (
     BlobNotFoundError,
     CheckpointExistsError,
+    ConfigurationError,
     CorruptCheckpointError,
     LocationError,
     UnsupportedCheckpointError,
@@ -36,6 +37,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["ConsolidateReport", "Format", "consolidate"]
 
@@ -103,35 +105,55 @@ def consolidate(
         ValueError: no format was given, and the suffix tells none.
         CheckpointNotFoundError: there is no complete checkpoint.
         CheckpointExistsError: the file exists.
+        ConfigurationError: `keys` accepts nothing of the checkpoint.
         UnsupportedCheckpointError: the format has no place for something in the checkpoint, or ``torch.load`` takes the
             class of an object for unsafe. ``keys=`` leaves it out.
         CorruptCheckpointError: data is missing, short or damaged. Nothing was written.
         LocalFileError: the file could not be written.
         StoreError: the service could not be asked.
     """
-    began = time.monotonic()
     kind = _format(format, dst)
     whole = options or TransferOptions()
     # A quarter for what is read, one for what is sent, and the rest for up to three windows between the two.
     quarter = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 4, _MIB))
     window = quarter.memory_budget // 2
-    checkpoint = open_standing(url, credential, quarter, ca_file)
-    output = _output(dst, credential if dst_credential is None else dst_credential, quarter, ca_file, overwrite)
-    tensors = tensors_of(checkpoint, keys)
-    objects = dict(_objects(checkpoint, objects_of(checkpoint, keys), quarter.memory_budget))
-    if kind == "torch":
-        size, data = _torch_file(checkpoint, tensors, objects, window)
-    else:
-        size, data = _safetensors_file(checkpoint, tensors, objects, window)
-    try:
-        with byte_meter("consolidate", checkpoint.url, size, progress) as meter, contextlib.closing(data):
-            for view in data:
-                output.write(view)
-                meter.moved(view.nbytes)
-        output.commit()
-    finally:
-        output.abandon()
-    return ConsolidateReport(output.where, kind, len(tensors), len(objects), size, time.monotonic() - began)
+    location = BlobLocation.parse(url)
+    store = BlobStore(location, credential, options=quarter, ca_file=ca_file)
+    end = open_end(dst, credential if dst_credential is None else dst_credential, quarter, ca_file)
+    stores = [store, end.store] if isinstance(end, BlobEnd) else [store]
+    with CopyFigures("consolidate", str(location), end.where, stores) as figures:
+        checkpoint = stand_at(store, location)
+        output = _output(end, overwrite)
+        tensors, object_keys = tensors_of(checkpoint, keys), objects_of(checkpoint, keys)
+        if keys is not None and not tensors and not object_keys:
+            raise _none_accepted(checkpoint)
+        objects = dict(_objects(checkpoint, object_keys, quarter.memory_budget))
+        if kind == "torch":
+            size, data = _torch_file(checkpoint, tensors, objects, window)
+        else:
+            size, data = _safetensors_file(checkpoint, tensors, objects, window)
+        try:
+            with byte_meter("consolidate", checkpoint.url, size, progress) as meter, contextlib.closing(data):
+                for view in data:
+                    output.write(view)
+                    meter.moved(view.nbytes)
+                    figures.bytes += view.nbytes
+            output.commit()
+        finally:
+            output.abandon()
+        figures.items = len(tensors) + len(objects)
+    return ConsolidateReport(output.where, kind, len(tensors), len(objects), size, figures.seconds)
+
+
+def _none_accepted(checkpoint: StandingCheckpoint) -> ConfigurationError:
+    there = list(checkpoint.metadata.state_dict_metadata)
+    if not there:
+        return ConfigurationError(f"{checkpoint.url} holds nothing that keys= could accept: it was saved empty")
+    named = ", ".join(repr(key[:200]) for key in there[:5])
+    return ConfigurationError(
+        f"keys= accepts none of the {len(there)} keys of {checkpoint.url}, so nothing was written. There are "
+        f"{named}{', ...' if len(there) > 5 else ''}. It is called with flattened names; inspect() lists them all"
+    )
 
 
 def _format(format: Format | None, dst: str | os.PathLike[str] | BlobLocation) -> Format:
@@ -306,14 +328,7 @@ class _FileOutput:
         self._sink.abandon()
 
 
-def _output(
-    dst: str | os.PathLike[str] | BlobLocation,
-    credential: Credential,
-    options: TransferOptions,
-    ca_file: str | None,
-    overwrite: bool,
-) -> _BlobOutput | _FileOutput:
-    end = open_end(dst, credential, options, ca_file)
+def _output(end: BlobEnd | FolderEnd, overwrite: bool) -> _BlobOutput | _FileOutput:
     if isinstance(end, FolderEnd):
         if not overwrite and end.root.exists():
             raise _exists(end.where)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from azure_torch_ckpt.blobcopy import ServiceFetch
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.copyplan import CheckpointPlan, in_parallel, plan_copy
 from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd, open_end
+from azure_torch_ckpt.catalog.figures import CopyFigures
 from azure_torch_ckpt.catalog.filecopy import CopyRun, FileCopy
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import LocationError
@@ -88,31 +89,38 @@ def copy(
         LocalFileError: a file could not be read or written.
         StoreError: the service could not be asked.
     """
-    began = time.monotonic()
     options = options or TransferOptions()
     source = open_end(src, credential, options, ca_file)
     target = open_end(dst, credential if dst_credential is None else dst_credential, options, ca_file)
     _check_ends(source, target)
-    plans = plan_copy(source, target, options, overwrite=overwrite)
-    files = [file for plan in plans for file in plan.files]
-    total = sum(file.source.size for file in files)
-    done = CopyReport(0, 0, 0, 0.0)
-    with byte_meter("copy", source.where, total, progress) as meter:
-        run = CopyRun(
-            source=source,
-            target=target,
-            part_size=options.part_size(total),
-            verify=verify,
-            server_side=isinstance(source, BlobEnd) and isinstance(target, BlobEnd),
-            meter=meter,
-        )
-        copies = {id(file): FileCopy(file, run) for file in files}
-        _round(run, options, copies.values(), FileCopy.checks, FileCopy.settle_checks)
-        target.check_room(sum(each.size for each in copies.values() if not each.skipped))
-        for batch in _batches(plans):
-            moved = _copy_batch(run, options, batch, [copies[id(file)] for plan in batch for file in plan.files])
-            done = CopyReport(done.bytes + moved[0], done.blobs + moved[1], done.skipped + moved[2], 0.0)
-    return CopyReport(done.bytes, done.blobs, done.skipped, time.monotonic() - began)
+    stores = [end.store for end in (source, target) if isinstance(end, BlobEnd)]
+    skipped = 0
+    with CopyFigures("copy", source.where, target.where, stores) as figures:
+        plans = plan_copy(source, target, options, overwrite=overwrite)
+        files = [file for plan in plans for file in plan.files]
+        total = sum(file.source.size for file in files)
+        with byte_meter("copy", source.where, total, progress) as meter:
+            run = CopyRun(
+                source=source,
+                target=target,
+                part_size=options.part_size(total),
+                verify=verify,
+                service=ServiceFetch(source.store) if len(stores) == 2 and isinstance(source, BlobEnd) else None,
+                meter=meter,
+            )
+            copies = {id(file): FileCopy(file, run) for file in files}
+            try:
+                _round(run, options, copies.values(), FileCopy.checks, FileCopy.settle_checks)
+                target.check_room(sum(each.size for each in copies.values() if not each.skipped))
+                for batch in _batches(plans):
+                    of_batch = [copies[id(file)] for plan in batch for file in plan.files]
+                    skipped += _copy_batch(run, options, batch, of_batch, figures)
+            finally:
+                there = sum(each.size for each in copies.values() if each.skipped)
+                figures.bytes += meter.done - there
+        if skipped:
+            figures.remark = f"; {skipped} {'blob was' if skipped == 1 else 'blobs were'} there already"
+    return CopyReport(figures.bytes, figures.items, skipped, figures.seconds)
 
 
 def _check_ends(source: End, target: End) -> None:
@@ -141,9 +149,9 @@ def _batches(plans: list[CheckpointPlan]) -> Iterator[list[CheckpointPlan]]:
 
 
 def _copy_batch(
-    run: CopyRun, options: TransferOptions, plans: list[CheckpointPlan], files: list[FileCopy]
-) -> tuple[int, int, int]:
-    """Bytes and blobs that were copied, and blobs that were skipped."""
+    run: CopyRun, options: TransferOptions, plans: list[CheckpointPlan], files: list[FileCopy], figures: CopyFigures
+) -> int:
+    """Copy some checkpoints; return how many blobs were there already."""
     wanted = [file for file in files if not file.skipped]
     in_parallel(options, [functools.partial(_hide, run.target, plan, files) for plan in plans], run.cancel.cancel)
     try:
@@ -156,11 +164,9 @@ def _copy_batch(
     uncommitted = [plan for plan in plans if not plan.is_committed]
     in_parallel(options, [functools.partial(_commit, run.target, plan) for plan in uncommitted], run.cancel.cancel)
     metadata = [stored for plan in uncommitted for stored in plan.metadata.values()]
-    return (
-        sum(file.size for file in wanted) + sum(len(stored.data) for stored in metadata),
-        len(wanted) + len(metadata),
-        len(files) - len(wanted) + sum(len(plan.metadata) for plan in plans) - len(metadata),
-    )
+    figures.items += len(wanted) + len(metadata)
+    figures.bytes += sum(len(stored.data) for stored in metadata)  # what the meter does not count
+    return len(files) - len(wanted) + sum(len(plan.metadata) for plan in plans) - len(metadata)
 
 
 def _round(

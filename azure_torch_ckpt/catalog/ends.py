@@ -9,12 +9,12 @@ import os
 import re
 import secrets
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from azure_torch_ckpt.bodies import Cancel, Gather
+from azure_torch_ckpt.blobcopy import MARK, BlobSink
+from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import Stored, commit, metadata_name, read_metadata_blob, remove_blobs
 from azure_torch_ckpt.errors import (
@@ -29,13 +29,11 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.settings import BlobSettings
-from azure_torch_ckpt.store import BlobInfo, BlobStore, CopySource
+from azure_torch_ckpt.store import BlobInfo, BlobStore
 
-__all__ = ["BlobEnd", "BlobSink", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
+__all__ = ["BlobEnd", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
-_MARK = "copy_of"
 _PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
 
@@ -121,7 +119,7 @@ class BlobEnd:
         ]
 
     def mark_of(self, info: BlobInfo) -> str | None:
-        return None if info.metadata is None else info.metadata.get(_MARK)
+        return None if info.metadata is None else info.metadata.get(MARK)
 
     def read(self, info: BlobInfo, offset: int, part: memoryview, cancel: Cancel) -> None:
         try:
@@ -164,42 +162,6 @@ class BlobEnd:
 
     def _at(self, folder: str) -> BlobLocation:
         return self.location.join(folder) if folder else self.location
-
-
-class BlobSink:
-    """A blob that is written as blocks, or made by the service."""
-
-    def __init__(self, store: BlobStore, path: str) -> None:
-        self._store = store
-        self._path = path
-        self._id = uuid.uuid4().hex
-        self._blocks: dict[int, str] = {}  # ids by the blocks' offsets
-        self._made = False
-
-    def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
-        self._store.stage_block(self._path, self._block_id(offset), Gather([part]), crc64, cancel=cancel)
-
-    def fetch_part(self, offset: int, length: int, source: CopySource, cancel: Cancel) -> int | None:
-        """Have the service fetch a part; return its CRC64 if the service tells."""
-        return self._store.stage_block_from(self._path, self._block_id(offset), source, offset, length, cancel=cancel)
-
-    def fetch_whole(self, source: CopySource, mark: str, cancel: Cancel) -> int | None:
-        """Have the service make the whole blob, which is visible at once; return its CRC64 if the service tells."""
-        told = self._store.copy(self._path, source, {_MARK: mark}, cancel=cancel)
-        self._made = True
-        return told
-
-    def commit(self, source: BlobInfo, mark: str) -> None:
-        if not self._made:
-            ids = [block_id for _, block_id in sorted(self._blocks.items())]
-            self._store.commit_blocks(self._path, ids, BlobSettings(metadata={_MARK: mark}))
-
-    def abandon(self) -> None:
-        pass  # blocks that nobody commits vanish after a week
-
-    def _block_id(self, offset: int) -> str:
-        block_id = self._blocks[offset] = f"{self._id}-{offset:016x}"
-        return block_id
 
 
 class FolderEnd:

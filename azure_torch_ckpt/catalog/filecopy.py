@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from azure_torch_ckpt.blobcopy import MAX_BLOCKS, SERVICE_PART, BlobSink, ServiceFetch
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.catalog.copyplan import FilePlan
-from azure_torch_ckpt.catalog.ends import BlobEnd, BlobSink, End, FolderEnd
+from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd
 from azure_torch_ckpt.checksums import combine, crc64, md5
 from azure_torch_ckpt.dcp.metadata import StoredItem
-from azure_torch_ckpt.errors import BlobChangedError, CorruptCheckpointError, ServiceUnavailableError, StoreError
+from azure_torch_ckpt.errors import BlobChangedError, CorruptCheckpointError
 from azure_torch_ckpt.progress import Meter
 from azure_torch_ckpt.store import BlobInfo
 from azure_torch_ckpt.transfer import Check
 
 __all__ = ["CopyRun", "FileCopy"]
-
-_log = logging.getLogger(__name__)
-
-# What the service fetches for one request. It could be 256 MiB for a whole blob (Copy Blob From URL) and 4,000 MiB for
-# a block (Put Block From URL); smaller ones run in parallel, and end before the idle connection is taken for dead.
-_SERVER_PART = 64 << 20
-_MAX_BLOCKS = 50_000  # https://learn.microsoft.com/azure/storage/blobs/scalability-targets
 
 Task = Callable[[], None]
 
@@ -38,7 +32,7 @@ class CopyRun:
     Attributes:
         part_size: bytes that go through this machine in one piece.
         verify: whether checksums are compared where that takes reading.
-        server_side: whether the service fetches the data by itself. It may turn out that it cannot.
+        service: fetches the data by itself, if both ends are containers. It may turn out that it cannot.
         meter: counts the bytes that have arrived or were there.
     """
 
@@ -46,7 +40,7 @@ class CopyRun:
     target: End
     part_size: int
     verify: bool
-    server_side: bool
+    service: ServiceFetch | None
     meter: Meter
     cancel: Cancel = field(default_factory=Cancel)
 
@@ -103,7 +97,8 @@ class FileCopy:
 
     def moves(self) -> Iterator[Task]:
         """The last of these tasks to end makes the file visible."""
-        part_size = max(self._part_size, _SERVER_PART) if self._run.server_side else self._part_size
+        service = self._run.service
+        part_size = self._part_size if service is None or not service.possible else max(self._part_size, SERVICE_PART)
         tasks = list(self._each_part(part_size, self._move)) or [functools.partial(self._move, 0, 0)]
         self._left = len(tasks)
         yield from tasks
@@ -131,7 +126,7 @@ class FileCopy:
 
     @property
     def _part_size(self) -> int:
-        return max(self._run.part_size, -(-self.size // _MAX_BLOCKS))
+        return max(self._run.part_size, -(-self.size // MAX_BLOCKS))
 
     def _each_part(self, part_size: int, task: Callable[[int, int], None]) -> Iterator[Task]:
         for offset in range(0, self.size, part_size):
@@ -143,7 +138,7 @@ class FileCopy:
         self._note(offset, part)
 
     def _move(self, offset: int, length: int) -> None:
-        if not (self._run.server_side and self._fetched_by_the_service(offset, length)):
+        if not self._fetched_by_the_service(offset, length):
             for start in range(offset, offset + length, self._part_size):
                 self._move_through_here(start, min(self._part_size, offset + length - start))
         self._run.meter.moved(length)
@@ -167,27 +162,19 @@ class FileCopy:
 
     def _fetched_by_the_service(self, offset: int, length: int) -> bool:
         run, source = self._run, self.plan.source
+        if run.service is None:
+            return False
         assert isinstance(run.source, BlobEnd) and isinstance(self._sink, BlobSink)
+        there = dataclasses.replace(source, path=run.source.path(source.path))
         try:
-            access = run.source.store.copy_source(run.source.path(source.path), source.etag)
-            if length == self.size:
-                told = self._sink.fetch_whole(access, self._mark(), run.cancel)
-            else:
-                told = self._sink.fetch_part(offset, length, access, run.cancel)
+            fetched = run.service.try_to(self._sink, there, offset, length, self._mark(), run.cancel)
         except BlobChangedError as error:
             raise run.source.changed() from error
-        except ServiceUnavailableError:
-            raise
-        except StoreError as error:
-            # It cannot get at the source, or does not know the request. If it is neither, the way through here will
-            # meet the same error, and say so better.
-            if run.server_side:
-                run.server_side = False
-                _log.info("the service cannot fetch from %s (%s); the data goes through here", run.source.where, error)
+        if fetched is None:
             return False
-        if told is not None:
+        if fetched.crc64 is not None:
             with self._lock:
-                self._crcs[offset] = told, length
+                self._crcs[offset] = fetched.crc64, length
                 self._known += length
         return True
 

@@ -17,6 +17,7 @@ from azure_torch_ckpt.dcp.prune import Remains, find_remains, place_location, re
 from azure_torch_ckpt.dcp.standing import read_standing
 from azure_torch_ckpt.dcp.survey import Place
 from azure_torch_ckpt.errors import BlobChangedError
+from azure_torch_ckpt.huggingface.remains import find_model_remains, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
@@ -87,13 +88,14 @@ def prune(
 
     The remains of saves that never committed are removed if nothing was added to them for `grace`. A running save looks
     just like one that failed, so `grace` must be longer than any save takes from its first rank's last block to its
-    commit. Only blobs named as `AzureBlobWriter` names them count as remains: what a failed save by torch's own writer
-    left is listed as incomplete, and stays.
+    commit. Only blobs named as `AzureBlobWriter` and `AzureBlobHuggingFaceWriter` name them count as remains: what a
+    failed save by torch's own writer left is listed as incomplete, and stays. Models of the HuggingFace layout are no
+    checkpoints of a run, and no rule removes them.
 
     Of each checkpoint ``.metadata`` goes first, with a condition on its ETag. A crash in the middle leaves remains,
     which the next call finds. It costs a listing (5,000 blobs a request), a request for the time, one for the metadata
-    of each checkpoint that is removed or in doubt, and one for each blob that is deleted, all but the listing in
-    parallel.
+    (or the index) of each checkpoint that is removed or in doubt, and one for each blob that is deleted, all but the
+    listing in parallel.
 
     Args:
         keep_last: so many of a run's newest complete checkpoints stay; at least 1.
@@ -110,8 +112,9 @@ def prune(
     _check_rules(keep_last, keep_every, older_than, grace)
     location = BlobLocation.parse(url)
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
-    found = entries_of(location, store.list(location.path + "/" if location.path else ""))
-    if not found:
+    listed = list(store.list(location.path + "/" if location.path else ""))
+    found = entries_of(location, listed)
+    if not found and not has_saved_files(listed):
         return PruneReport([], [], [])
     now = store.now()
     rules = _Rules(keep_last, keep_every, None if older_than is None else now - older_than)
@@ -125,6 +128,7 @@ def prune(
     ]
     # In a dry run as well: what cannot be read is better found out then.
     remains = find_remains(store, location, (place for _, place in found), now - grace)
+    remains += find_model_remains(store, location, listed, now - grace)
     removed = {entry.url for entry, _ in doomed}
     if not dry_run:
         removed = _remove(store, location, doomed)

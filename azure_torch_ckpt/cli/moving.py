@@ -14,7 +14,7 @@ from azure_torch_ckpt.cli.looking import plural
 from azure_torch_ckpt.cli.output import printable
 from azure_torch_ckpt.cli.session import Session, session_options
 from azure_torch_ckpt.cli.values import read_secret
-from azure_torch_ckpt.errors import AzureCheckpointError
+from azure_torch_ckpt.errors import AzureCheckpointError, ConfigurationError
 from azure_torch_ckpt.units import format_bytes, format_duration, format_rate
 
 __all__ = ["consolidate", "cp"]
@@ -106,11 +106,6 @@ def consolidate(
     from azure_torch_ckpt import catalog
 
     output = session.output
-    if match is not None:
-        contents = catalog.inspect(url, **session.access)
-        keys = [tensor.key for tensor in contents.tensors] + [entry.key for entry in contents.objects]
-        if not any(_matches(match, key) for key in keys):
-            raise click.UsageError(f"No key of the checkpoint matches {match!r}; show lists them.")
     with byte_bar(output, "writing") as bar:
         try:
             report = catalog.consolidate(
@@ -123,6 +118,8 @@ def consolidate(
                 dst_credential=read_secret(target_sas),
                 **session.access,
             )
+        except ConfigurationError as error:
+            raise click.UsageError(f"No key of the checkpoint matches {match!r}; show lists them.") from error
         except ValueError as error:
             if isinstance(error, AzureCheckpointError):
                 raise

@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -19,10 +20,10 @@ from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transfer import Read
 from azure_torch_ckpt.units import format_bytes, format_duration, format_rate
 
-__all__ = ["Figures", "failures_told"]
+__all__ = ["Figures", "failures_told", "figures_log", "job_rank", "rate_and_requests"]
 
-# Of the package, so that the lines of all modules can be had with one name.
-_log = logging.getLogger("azure_torch_ckpt")
+figures_log = logging.getLogger("azure_torch_ckpt")
+"""Of the package, so that the lines of all modules can be had with one name."""
 
 _PAST = {"save": "saved", "load": "loaded"}
 _DIRECTION = {"save": "to", "load": "from"}
@@ -74,10 +75,15 @@ class Figures:
         """The meter for this rank's share: `items`, of about `total` bytes, or of as many as `expecting` sees."""
         running = self._running
         url = "" if running is None else running.url
-        meter = Meter(self._progress, Progress(self._operation, url, _rank(), 0, total, 0.0))
+        meter = Meter(self._progress, Progress(self._operation, url, job_rank(), 0, total, 0.0))
         if running is not None:
             running.items, running.meter = items, meter
         return meter
+
+    def paused(self) -> AbstractContextManager[Meter | None]:
+        """The meter of this rank's share, to go on with."""
+        running = self._running
+        return nullcontext() if running is None or running.meter is None else running.meter
 
     def moved(self, nbytes: int) -> None:
         """Count `nbytes` that have arrived. From any thread."""
@@ -104,7 +110,7 @@ class Figures:
         event = TransferEvent(
             operation=self._operation,
             url=running.url,
-            rank=_rank(),
+            rank=job_rank(),
             items=running.items,
             bytes=0 if running.meter is None else running.meter.done,
             seconds=seconds,
@@ -116,7 +122,7 @@ class Figures:
             finished=_now(),
         )
         if error is None:
-            _log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
+            figures_log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
         emit(event)
 
 
@@ -145,22 +151,30 @@ def failures_told(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Conc
 
 def _line(event: TransferEvent) -> str:
     past, direction = _PAST[event.operation], _DIRECTION[event.operation]
-    retries = f"{event.requests} requests, {event.retries} {'retry' if event.retries == 1 else 'retries'}"
     took = format_duration(event.seconds)
     if event.checkpoint_bytes is not None and _world_size() > 1:
         rate = format_rate(event.checkpoint_bytes, event.seconds)
         whole = f"saved {format_bytes(event.checkpoint_bytes)} in {took} ({rate}) to {event.url}"
-        return f"{whole}; rank {event.rank} sent {format_bytes(event.bytes)} of it ({retries})"
+        return f"{whole}; rank {event.rank} sent {format_bytes(event.bytes)} of it ({_requests(event)})"
     who = f"rank {event.rank} " if _world_size() > 1 else ""
-    rate = format_rate(event.bytes, event.seconds)
-    return f"{who}{past} {format_bytes(event.bytes)} in {took} ({rate}, {retries}) {direction} {event.url}"
+    return f"{who}{past} {format_bytes(event.bytes)} in {took} ({rate_and_requests(event)}) {direction} {event.url}"
+
+
+def rate_and_requests(event: TransferEvent) -> str:
+    """``"3.9 GB/s, 391 requests, 0 retries"``."""
+    return f"{format_rate(event.bytes, event.seconds)}, {_requests(event)}"
+
+
+def _requests(event: TransferEvent) -> str:
+    return f"{event.requests} requests, {event.retries} {'retry' if event.retries == 1 else 'retries'}"
 
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc)
 
 
-def _rank() -> int:
+def job_rank() -> int:
+    """The rank of this process in the whole job; 0 without ``torch.distributed``."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

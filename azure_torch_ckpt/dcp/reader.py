@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,10 +21,10 @@ from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.payload import own_bytes
 from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.dcp.standing import nothing_at
 from azure_torch_ckpt.dcp.tensors import region_reads
 from azure_torch_ckpt.dcp.whole import load_tensor, open_item
 from azure_torch_ckpt.errors import (
-    AccessDeniedError,
     AzureCheckpointError,
     BlobChangedError,
     BlobNotFoundError,
@@ -390,7 +389,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         stored = read_metadata_blob(self._store, self._location, rank)
         name = metadata_name(rank)
         if stored is None:
-            raise self._nothing_here(name)
+            raise nothing_at(self._store, self._location, name)
         where = f"{self.checkpoint_id}/{name}"
         with CollectorPause():
             metadata = load_metadata(stored.data, where)
@@ -400,26 +399,6 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         metadata.storage_meta = meta
         self._seen = _Seen(name, stored.etag)
         return metadata
-
-    def _nothing_here(self, name: str) -> CheckpointNotFoundError:
-        missing = f"No complete checkpoint at {self.checkpoint_id}: {name} is not there"
-        prefix = self._location.path + "/" if self._location.path else ""
-        try:
-            entries = itertools.islice(self._store.list_folder(prefix), 1_000)  # a hint, not an inventory
-            found = [entry if isinstance(entry, str) else entry.path for entry in entries]
-        except AccessDeniedError:
-            return CheckpointNotFoundError(
-                f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the "
-                "URL"
-            )
-        nearby = [entry[len(prefix) :] for entry in found]
-        if not nearby:
-            hint = "Nothing lies there at all; check the URL"
-        elif any(entry.endswith(".distcp") or _is_save_id(entry) for entry in nearby):
-            hint = "Data blobs lie there without it: a save that did not finish. Load an older checkpoint"
-        else:
-            hint = f"What lies there: {', '.join(nearby[:5])}{', ...' if len(nearby) > 5 else ''}"
-        return CheckpointNotFoundError(f"{missing}. {hint}")
 
 
 def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -434,10 +413,6 @@ def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
         and torch.equal(one.q_per_channel_scales(), other.q_per_channel_scales())
         and torch.equal(one.q_per_channel_zero_points(), other.q_per_channel_zero_points())
     )
-
-
-def _is_save_id(entry: str) -> bool:
-    return len(entry) == 33 and entry.endswith("/") and all(digit in "0123456789abcdef" for digit in entry[:-1])
 
 
 class _Unreadable(Metadata):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["Standing", "StandingCheckpoint", "metadata_ranks", "open_standing", "read_standing", "stand_at"]
+__all__ = [
+    "Standing",
+    "StandingCheckpoint",
+    "metadata_ranks",
+    "nothing_at",
+    "open_standing",
+    "read_standing",
+    "stand_at",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,7 @@ def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:
     whole = read_standing(store, location, [None])
     parts = whole or read_standing(store, location, metadata_ranks(store, location))
     if not parts:
-        raise _nothing_at(store, location)
+        raise nothing_at(store, location, metadata_name())
     modified = max(part.stored.modified for part in parts)
     return StandingCheckpoint(location, store, parts, _merged(parts), modified)
 
@@ -159,24 +166,50 @@ def _merged(parts: list[Standing]) -> Metadata:
     return Metadata(entries, paths, storage, first.storage_meta, first.version)
 
 
-def _nothing_at(store: BlobStore, location: BlobLocation) -> CheckpointNotFoundError:
-    missing = f"No complete checkpoint at {location}: {metadata_name()} is not there"
+def nothing_at(store: BlobStore, location: BlobLocation, name: str) -> CheckpointNotFoundError:
+    """The error for a place without the metadata blob `name`, with a hint at what is there instead.
+
+    One listing, of a thousand blobs at most: a hint, not an inventory.
+
+    Raises:
+        StoreError: the service could not be asked.
+    """
+    missing = f"No complete checkpoint at {location}: {name} is not there"
     prefix = location.path + "/" if location.path else ""
     try:
-        listed = list(itertools.islice(store.list(prefix), 1_000))  # a hint, not an inventory
+        listed = list(store.list(prefix, limit=1_000))
     except AccessDeniedError:
         return CheckpointNotFoundError(
             f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the URL"
         )
     places = survey(listed, prefix)
-    below = [place.path[len(prefix) :] for place in places if place.complete]
+    here = next((place for place in places if place.path == location.path), None)
+    below = [place.path[len(prefix) :] for place in places if place.complete and place is not here]
+    ranks = [] if here is None else sorted(rank for rank in here.metadata if rank is not None)
     if not listed:
         hint = "Nothing lies there at all; check the URL"
-    elif any(place.path == location.path for place in places):
+    elif ranks:
+        hint = (
+            f"The metadata of {_some(map(str, ranks), 'rank')} lies there: they saved with use_collectives=False. Load "
+            "on as many ranks, or save again with collectives"
+        )
+    elif here is not None:
         hint = "Data blobs lie there without it: a save that did not finish. Use an older checkpoint"
     elif below:
-        hint = f"Complete checkpoints lie below it: {', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
+        hint = f"Complete checkpoints lie below it: {_some(below)}"
     else:
-        names = [blob.path[len(prefix) :] for blob in listed[:3]]
-        hint = f"What lies there: {', '.join(names)}{', ...' if len(listed) > 3 else ''}"
+        # As a folder would show it.
+        names = dict.fromkeys(_first_part(blob.path[len(prefix) :]) for blob in listed)
+        hint = f"What lies there: {_some(names)}"
     return CheckpointNotFoundError(f"{missing}. {hint}")
+
+
+def _first_part(path: str) -> str:
+    first, slash, _ = path.partition("/")
+    return first + slash
+
+
+def _some(names: Iterable[str], noun: str = "") -> str:
+    found = list(names)
+    listed = f"{', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
+    return f"{noun}{'' if len(found) == 1 else 's'} {listed}" if noun else listed

@@ -12,9 +12,9 @@ from typing import Any
 from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from fsspec.utils import other_paths
 
+from azure_torch_ckpt.blobcopy import copy_blob
 from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.filesystem.content import Range, delete_all, each, read_blob, read_ranges, save_to_disk
-from azure_torch_ckpt.filesystem.copying import copy_blob
 from azure_torch_ckpt.filesystem.files import BlobFile, BlobText
 from azure_torch_ckpt.filesystem.looking import LookingFileSystem
 from azure_torch_ckpt.filesystem.moving import Pairs, Progress, commit_last, parents, removal_order

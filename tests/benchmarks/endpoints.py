@@ -17,7 +17,8 @@ from typing import Literal
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import BlobLocation
-from azure_torch_ckpt.emulator import Azurite, _write_certificate
+from azure_torch_ckpt.certificate import write_self_signed_certificate
+from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.store import BlobStore
 from tests.benchmarks.measure import ask, control
 from tests.benchmarks.spec import Address, Regime
@@ -107,7 +108,7 @@ class AzsinkEndpoint(Endpoint):
     def __enter__(self) -> AzsinkEndpoint:
         tls_files = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-tls-")))
         certificate, key = tls_files / "certificate.pem", tls_files / "key.pem"
-        _write_certificate(certificate, key)
+        write_self_signed_certificate(certificate, key)
         self._addresses = {False: self._start(None, None), True: self._start(certificate, key)}
         return self
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from azure_torch_ckpt.catalog.boxes import Box, boxes
+from azure_torch_ckpt.dcp.boxes import Box, boxes
 from azure_torch_ckpt.dcp.metadata import StoredItem, stored_item
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.standing import StandingCheckpoint

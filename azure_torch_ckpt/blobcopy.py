@@ -1,0 +1,160 @@
+"""The bytes of a blob on their way to another one: fetched by the service where it can, else through this machine."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import uuid
+from dataclasses import dataclass
+
+from azure_torch_ckpt.bodies import Cancel, Gather
+from azure_torch_ckpt.checksums import crc64
+from azure_torch_ckpt.errors import BlobChangedError, ServiceUnavailableError, StoreError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.store import BlobInfo, BlobStore
+from azure_torch_ckpt.workers import Workers
+
+__all__ = ["MARK", "MAX_BLOCKS", "SERVICE_PART", "BlobSink", "Fetched", "ServiceFetch", "copy_blob"]
+
+_log = logging.getLogger(__name__)
+
+MARK = "copy_of"
+"""Name of the metadata that tells of which blob or file a blob is a copy."""
+SERVICE_PART = 64 << 20
+"""Bytes that the service fetches for one request. It could be 4,000 MiB (Put Block From URL); smaller parts are fetched
+in parallel, and end before the idle connection is taken for dead."""
+MAX_BLOCKS = 50_000
+"""Of a blob: https://learn.microsoft.com/azure/storage/blobs/scalability-targets."""
+# Of Copy Blob From URL: https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url
+_LARGEST_WHOLE = 256 << 20
+
+
+class BlobSink:
+    """A blob that is written as blocks, in any order and from any threads, or made by the service."""
+
+    def __init__(self, store: BlobStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._id = uuid.uuid4().hex
+        self._blocks: dict[int, str] = {}  # ids by the blocks' offsets
+        self._made = False
+
+    def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
+        """Stage the part that starts at `offset`."""
+        self._store.stage_block(self._path, self._block_id(offset), Gather([part]), crc64, cancel=cancel)
+
+    def fetch(
+        self, fetch: ServiceFetch, source: BlobInfo, offset: int, length: int, mark: str | None, cancel: Cancel
+    ) -> int | None:
+        """Have the service fetch a part, or the whole, which is visible at once; return its CRC64 if the service tells.
+
+        Args:
+            source: its path is that in the container of `fetch`.
+            mark: as for `commit`.
+        """
+        access = fetch.store.copy_source(source.path, source.etag)
+        if length < source.size:
+            return self._store.stage_block_from(
+                self._path, self._block_id(offset), access, offset, length, cancel=cancel
+            )
+        told = self._store.copy(self._path, access, None if mark is None else {MARK: mark}, cancel=cancel)
+        self._made = True
+        return told
+
+    def commit(self, source: BlobInfo, mark: str | None) -> None:
+        """All parts are there: make the blob visible.
+
+        Args:
+            mark: what the blob is marked with, in place of the metadata of `source`. None: it keeps that metadata.
+        """
+        if not self._made:
+            ids = [block_id for _, block_id in sorted(self._blocks.items())]
+            metadata = source.metadata if mark is None else {MARK: mark}
+            self._store.commit_blocks(self._path, ids, BlobSettings(metadata=metadata or {}))
+
+    def abandon(self) -> None:
+        """Nothing is left: blocks that nobody commits vanish after a week."""
+
+    def _block_id(self, offset: int) -> str:
+        block_id = self._blocks[offset] = f"{self._id}-{offset:016x}"
+        return block_id
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A part that the service has fetched, and its CRC64-NVME if it told."""
+
+    crc64: int | None
+
+
+class ServiceFetch:
+    """The service's own way from one store to others, until it turns out that there is none.
+
+    Attributes:
+        store: of the sources.
+        possible: whether the service is still asked.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self.store = store
+        self.possible = True
+
+    def try_to(
+        self, sink: BlobSink, source: BlobInfo, offset: int, length: int, mark: str | None, cancel: Cancel
+    ) -> Fetched | None:
+        """`BlobSink.fetch`, or None: then the bytes have to go through this machine.
+
+        Raises:
+            BlobChangedError: the source has another ETag.
+            ServiceUnavailableError: the service cannot be reached.
+        """
+        if not self.possible:
+            return None
+        try:
+            return Fetched(sink.fetch(self, source, offset, length, mark, cancel))
+        except (BlobChangedError, ServiceUnavailableError):
+            raise
+        except StoreError as error:
+            # It cannot get at the source (a firewall, another cloud), or does not know the request (the emulator). If
+            # it is neither, the way through here will meet the same error, and say so better.
+            if self.possible:
+                self.possible = False
+                where = self.store.location
+                _log.info("the service cannot fetch from %s (%s); the data goes through here", where, error)
+            return None
+
+
+def copy_blob(
+    source: BlobStore, source_location: BlobLocation, target: BlobStore, target_location: BlobLocation
+) -> BlobInfo:
+    """Copy one blob over another, or to where there is none. The copy appears when it is complete, and not before.
+
+    Its metadata goes along. Returns what was copied: the source, with its ETag.
+
+    Raises:
+        BlobNotFoundError: there is no source.
+        BlobChangedError: the source was replaced meanwhile; the target was left alone.
+        StoreError: the service could not be asked, or refused.
+    """
+    info = source.stat(source_location.path)
+    fetch, sink, cancel = ServiceFetch(source), BlobSink(target, target_location.path), Cancel()
+    least = -(-info.size // MAX_BLOCKS)
+    piece = max(target.options.part_size(info.size), least)
+
+    def move(offset: int, length: int) -> None:
+        if fetch.try_to(sink, info, offset, length, None, cancel) is not None:
+            return
+        for start in range(offset, offset + length, piece):
+            part = memoryview(bytearray(min(piece, offset + length - start)))
+            source.read_into(info.path, start, [part], if_etag=info.etag, cancel=cancel)
+            sink.write(start, part, crc64(part), cancel)
+
+    if info.size > _LARGEST_WHOLE or fetch.try_to(sink, info, 0, info.size, None, cancel) is None:
+        step = max(SERVICE_PART, least) if fetch.possible else piece
+        with Workers(target.options.concurrency, "blob-copy", cancel.cancel) as workers:
+            for start in range(0, info.size, step):
+                workers.submit(functools.partial(move, start, min(step, info.size - start)))
+            workers.finish()
+    sink.commit(info, None)
+    return info
