@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from azure_torch_ckpt import BlobLocation, TransferOptions
 from azure_torch_ckpt.emulator import Azurite
@@ -170,8 +171,51 @@ def failures_of(function: Any, *args: Any) -> list[str]:
     return []
 
 
-def save_columns(url: str) -> list[str]:
-    return failures_of(save_odd, url, 1)
+def columns(version: int = 0, over: DeviceMesh | None = None) -> dict[str, DTensor]:
+    """The model's weights, the matrices sharded by columns as tensor parallelism does it; or in both ways on a grid."""
+    grid = over or mesh(dist.get_world_size())
+    matrix = (Shard(1),) if grid.ndim == 1 else (Shard(0), Shard(1))
+    return {
+        name: laid_out(value, grid, matrix if value.dim() == 2 else (Replicate(),) * grid.ndim)
+        for name, value in model(version).state_dict().items()
+    }
+
+
+def save_columns(url: str, version: int = 0, **options: Any) -> None:
+    dcp.save(columns(version), storage_writer=writer(url, **options))
+
+
+def save_grid(url: str, version: int = 0) -> None:
+    dcp.save(columns(version, mesh(2, 2)), storage_writer=writer(url))
+
+
+def load_columns(url: str, version: int = 0) -> None:
+    wanted = model(version).state_dict()
+    state = {name: torch.zeros_like(value) for name, value in columns(version + 1).items()}
+    dcp.load(state, storage_reader=reader(url))
+    for name, value in wanted.items():
+        assert_same(state[name], value, name)
+
+
+def experts(version: int = 0) -> dict[str, torch.Tensor]:
+    """Long runs in the second dimension, and something else for the same file."""
+    return {
+        "experts": fill(torch.empty(3, 200, 64), version),
+        "gate": fill(torch.empty(64, 3), version + 1),
+        "bias": fill(torch.empty(3), version + 2),
+    }
+
+
+def save_experts(url: str) -> None:
+    over = mesh(dist.get_world_size())
+    dims = {"experts": Shard(1), "gate": Shard(0), "bias": Replicate()}
+    state = {name: laid_out(value, over, (dims[name],)) for name, value in experts().items()}
+    dcp.save(state, storage_writer=writer(url))
+
+
+def failures_of_columns(url: str, bad_url: str) -> list[str]:
+    """Rank 0, which joins the columns, has another way to the service."""
+    return failures_of(save_columns, bad_url if dist.get_rank() == 0 else url, 1)
 
 
 def save_with_a_rank_that_fails(url: str, bad_url: str) -> list[str]:

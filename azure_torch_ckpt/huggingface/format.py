@@ -20,6 +20,7 @@ from azure_torch_ckpt.errors import CorruptCheckpointError, UnsafeMetadataError,
 __all__ = [
     "HEADER_LENGTH_BYTES",
     "INDEX",
+    "INDEX_LIMIT",
     "SINGLE",
     "Index",
     "Stored",
@@ -33,6 +34,8 @@ __all__ = [
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+INDEX_LIMIT: Final = 1 << 30
+"""Bytes of an index that are read; what is larger is none."""
 HEADER_LENGTH_BYTES: Final = 8
 # What safetensors itself refuses to read.
 _MAX_HEADER: Final = 100_000_000

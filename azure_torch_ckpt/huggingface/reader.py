@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,10 +17,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import LoadPlan
 
-from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info, stored_item
+from azure_torch_ckpt.dcp.figures import failures_told
+from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
@@ -34,6 +33,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.huggingface.format import (
     HEADER_LENGTH_BYTES,
     INDEX,
+    INDEX_LIMIT,
     SINGLE,
     Index,
     Stored,
@@ -41,16 +41,15 @@ from azure_torch_ckpt.huggingface.format import (
     parse_header,
     parse_index,
 )
+from azure_torch_ckpt.huggingface.layout import SAVED_FILE
 from azure_torch_ckpt.store import BlobInfo
+from azure_torch_ckpt.transfer import Download, Read
 from azure_torch_ckpt.workers import Workers
 
 __all__ = ["AzureBlobHuggingFaceReader"]
 
 # Holds the header of most files, so that most cost one request.
 _FIRST = 128 * 1024
-_INDEX_LIMIT = 1 << 30
-# Files of our writer count only if an index names them: its save may have failed.
-_OURS = re.compile(r"model-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +80,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return dataclasses.replace(plan, storage_data=self._opened)
 
+    @failures_told
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See that all ranks have read the same index.
 
@@ -91,28 +91,23 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             raise self._replaced()
         return plans
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fetch what the plan names into the planner's tensors.
-
-        Raises:
-            CorruptCheckpointError: a file is missing or too short, or a checksum does not match.
-            CheckpointReplacedError: the model was replaced or removed meanwhile.
-            StoreError: the service could not be asked.
-        """
-        future = super().read_data(plan, planner)
+    def _run(self, download: Download, reads: Iterable[Read]) -> None:
+        wanted = list(reads)
+        super()._run(download, wanted)
         # Files of others keep their names when they are replaced, and then the header is that of the old one.
-        storage = self._metadata.storage_data
-        files = {stored_item(storage[item.storage_index]).relative_path for item in plan.items}
-        foreign = [file for file in files if not _OURS.fullmatch(file)]
+        paths = {read.path for read in wanted}
+        foreign = [file for file in self._etags if not SAVED_FILE.fullmatch(file) and self._at(file) in paths]
         with Workers(self._store.options.concurrency, "blob-look") as workers:
             for file in foreign:
                 workers.submit(functools.partial(self._check_unchanged, file))
             workers.finish()
-        return future
+
+    def _at(self, file: str) -> str:
+        return self._location.join(file).path
 
     def _check_unchanged(self, file: str) -> None:
         try:
-            self._store.stat(self._location.join(file).path, if_etag=self._etags[file])
+            self._store.stat(self._at(file), if_etag=self._etags[file])
         except (BlobChangedError, BlobNotFoundError) as error:
             raise self._replaced() from error
 
@@ -146,7 +141,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             self._opened = _Opened(SINGLE, single.etag)
             return Index({}, {}), [SINGLE]
         try:
-            data, etag = self._store.read(self._location.join(INDEX).path, limit=_INDEX_LIMIT)
+            data, etag = self._store.read(self._location.join(INDEX).path, limit=INDEX_LIMIT)
         except BlobNotFoundError:
             files = self._files_without_index()
             return Index({}, {}), files
@@ -157,7 +152,8 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         prefix = self._location.path + "/" if self._location.path else ""
         blobs = [entry for entry in self._store.list_folder(prefix) if isinstance(entry, BlobInfo)]
         named = {blob.path[len(prefix) :]: blob for blob in blobs if blob.path.endswith(".safetensors")}
-        files = sorted(name for name in named if not _OURS.fullmatch(name))
+        # Files of our writer count only if an index names them: its save may have failed.
+        files = sorted(name for name in named if not SAVED_FILE.fullmatch(name))
         if not files:
             hint = "Nothing lies there at all; check the URL" if not blobs else "Nothing there is a model"
             if named:
@@ -179,7 +175,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         return headers
 
     def _header(self, file: str) -> dict[str, Stored]:
-        path, where = self._location.join(file).path, f"{self.checkpoint_id}/{file}"
+        path, where = self._at(file), f"{self.checkpoint_id}/{file}"
         try:
             data, info = self._store.read_some(path, 0, _FIRST)
             end = HEADER_LENGTH_BYTES + header_length(data, info.size, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from azure_torch_ckpt.bodies import Cancel, Gather
@@ -38,13 +38,17 @@ class Runs:
 
     Args:
         block_size: largest block.
+        moved: called by a worker with the bytes of each block that has arrived.
     """
 
-    def __init__(self, store: BlobStore, save_id: str, rank: int, block_size: int) -> None:
+    def __init__(
+        self, store: BlobStore, save_id: str, rank: int, block_size: int, moved: Callable[[int], None]
+    ) -> None:
         self._store = store
         self._save_id = save_id
         self._rank = rank
         self._block_size = block_size
+        self._moved = moved
         self._cancel = Cancel()
         self._workers = Workers(store.options.concurrency, "blob-upload", self._cancel.cancel)
         self._path = ""
@@ -59,16 +63,23 @@ class Runs:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._workers.__exit__(kind, error, traceback)
 
-    def add(self, path: str, offset: int, views: Iterable[memoryview]) -> Item:
-        """Bytes of a file, from `offset` after its header on. Their memory must not change before `finish` returns.
+    def add(self, path: str, starts: Sequence[int], run: int, views: Iterable[memoryview]) -> list[Item]:
+        """Bytes of a file, of which each `run` go to one of `starts`, counted from the end of the file's header.
+
+        Their memory must not change before `finish` returns. Returns an item for each run.
 
         Raises:
             StoreError: a block could not be staged.
         """
-        item = Item(offset)
-        segment: Segment | None = None
+        items = [Item(start) for start in starts]
+        number, segment = 0, None
         for view in views:
             while view.nbytes:
+                if items[number].length == run:
+                    number += 1
+                    segment = None
+                item = items[number]
+                offset = item.offset + item.length
                 if (path, offset) != (self._path, self._start + self._length) or self._length == self._block_size:
                     self._flush()
                     self._path, self._start = path, offset
@@ -77,14 +88,13 @@ class Runs:
                     segment = Segment()
                     item.segments.append(segment)
                     self._segments.append(segment)
-                part = view[: self._block_size - self._length]
+                part = view[: min(self._block_size - self._length, run - item.length)]
                 segment.views.append(part)
                 segment.length += part.nbytes
                 self._length += part.nbytes
                 item.length += part.nbytes
-                offset += part.nbytes
                 view = view[part.nbytes :]
-        return item
+        return items
 
     def finish(self) -> None:
         """Stage the last block, and wait for all of them.
@@ -114,3 +124,4 @@ class Runs:
         self._store.stage_block(block.path, block.id, Gather(views), crc, cancel=self._cancel)
         for segment in segments:
             segment.views = []  # the item lives on for its checksum; its memory need not
+        self._moved(block.length)

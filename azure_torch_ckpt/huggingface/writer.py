@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from azure_torch_ckpt.bodies import Gather
-from azure_torch_ckpt.checksums import combine
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.figures import Figures, failures_told
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.pieces import pieces
@@ -30,20 +31,22 @@ from azure_torch_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
     CommitConflictError,
-    IncompleteSaveError,
 )
-from azure_torch_ckpt.huggingface.format import INDEX, SINGLE, dump_header, dump_index, parse_index
-from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, FileLayout, Place, arrange, file_prefix
+from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, SINGLE, dump_header, dump_index, parse_index
+from azure_torch_ckpt.huggingface.joining import join, joined_block_size
+from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, Arrangement, Place, arrange, file_prefix
 from azure_torch_ckpt.huggingface.runs import Block, Runs, block_id
+from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import ProgressOption
+from azure_torch_ckpt.transfer import Item
 from azure_torch_ckpt.workers import Workers
 
 __all__ = ["AzureBlobHuggingFaceWriter"]
 
 _log = logging.getLogger(__name__)
 
-_INDEX_LIMIT = 1 << 30
 _HEADER_RANK = 999_999  # larger than that of any real one
 
 
@@ -56,15 +59,6 @@ class _Ticket:
     rank: int = 0
     block_size: int = 0
     places: Mapping[MetadataIndex, Place] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Written:
-    """What a rank tells of an item: its place and checksum, and with its first item all its blocks."""
-
-    place: Place
-    crc64: int | None
-    blocks: tuple[Block, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,8 +76,10 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         dcp.save(model.state_dict(), storage_writer=AzureBlobHuggingFaceWriter(url))
 
     Every file holds whole tensors, whatever the number of ranks: a rank stages its rows as blocks of the file, and the
-    coordinator commits the list of all blocks. Nothing is gathered, and nothing is put together afterwards. Tensors may
-    be plain, or DTensors whose shards are runs of rows (``Shard(0)``, as FSDP2 has them).
+    coordinator commits the list of all blocks. Nothing is gathered, and nothing is put together afterwards. That is so
+    for plain tensors and for DTensors whose shards are rows (``Shard(0)``, as FSDP2 has them), or long runs of bytes
+    otherwise. Other shards (columns, as tensor parallelism has them) are stored as they are first, and the coordinator
+    reads them again and joins them, range by range in bounded memory: their bytes are moved three times, twice by it.
 
     The files of a save have names that no other save has, and the index, which names them, is written last. A save that
     raised, or died, left what stood at the URL before.
@@ -95,9 +91,11 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         fqn_to_index_mapping: the number of each tensor's file, from 1 on, as for torch's ``HuggingFaceStorageWriter``.
             None fills files one after the other.
         max_file_size: bytes of a file, without `fqn_to_index_mapping`. A larger tensor has a file of its own.
+        progress: as for `AzureBlobWriter`.
 
     Raises:
         LocationError, CredentialError: the URL or the credential cannot be used.
+        MissingDependencyError: ``progress=True``, and tqdm is not installed.
         ValueError: `max_file_size` is not positive.
 
     Errors while saving are those of `azure_torch_ckpt.errors`; see `AzureBlobWriter`.
@@ -113,8 +111,10 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         max_file_size: int = 5_000_000_000,
         options: TransferOptions | None = None,
         ca_file: str | None = None,
+        progress: ProgressOption = None,
     ) -> None:
         super().__init__(url, credential, options, ca_file)
+        self._figures = Figures("save", progress)
         if max_file_size < 1:
             raise ValueError(f"max_file_size must be positive, not {max_file_size}")
         self._overwrite = overwrite
@@ -123,7 +123,8 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         self._is_coordinator = True
         self._nonce = new_save_id()
         self._standing = _Standing(None, None, None)
-        self._files: list[FileLayout] = []
+        self._plan = Arrangement([], [], {}, [])
+        self._joined_block_size = 0
         self._save_id = ""
         # The save whose files may be there without an index that names them.
         self._unfinished: tuple[BlobLocation, str] | None = None
@@ -138,7 +139,9 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             )
         self._is_coordinator = is_coordinator
         self._nonce = new_save_id()
+        self._figures.begin(self.checkpoint_id, self._store, leads=is_coordinator)
 
+    @failures_told
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look at what stands at the URL.
 
@@ -157,6 +160,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             self._standing = self._look_at_url()
         return dataclasses.replace(plan, storage_data=_Ticket(self._nonce))
 
+    @failures_told
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Decide which tensor lies in which file, and which rank writes which bytes.
 
@@ -169,24 +173,28 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
                 "storage_data. Use a planner without either"
             )
         # Enough for the rank with most to write, and such that the largest tensor fits into one file.
-        most = max((_size_of(plan) for plan in plans), default=0)
-        block_size = max(self._store.options.part_size(most), -(-_largest(plans) // LARGEST_IN_BLOCKS))
+        sizes = [_size_of(plan) for plan in plans]
+        least = -(-_largest(plans) // LARGEST_IN_BLOCKS)
+        block_size = max(self._store.options.part_size(max(sizes, default=0)), least)
+        self._joined_block_size = max(joined_block_size(self._store.options, sum(sizes)), least)
         self._save_id = new_save_id()[:16]
-        self._files, places = arrange(
+        self._plan = arrange(
             plans,
             self._save_id,
             mapping=self._mapping,
             max_file_size=self._max_file_size,
             block_size=block_size,
+            joined_block_size=self._joined_block_size,
         )
         return [
             dataclasses.replace(
                 plan,
-                storage_data=_Ticket(plan.storage_data.nonce, self._save_id, rank, block_size, places[rank]),
+                storage_data=_Ticket(plan.storage_data.nonce, self._save_id, rank, block_size, places),
             )
-            for rank, plan in enumerate(plans)
+            for rank, (plan, places) in enumerate(zip(plans, self._plan.places, strict=True))
         ]
 
+    @failures_told
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Stage this rank's bytes of all files.
 
@@ -199,31 +207,41 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             raise CheckpointError(
                 "The planner gave the plan of an earlier save (enable_plan_caching). Use a planner without it"
             )
-        items = sorted(plan.items, key=lambda item: (ticket.places[item.index].file, ticket.places[item.index].offset))
+        items = sorted(plan.items, key=lambda item: (ticket.places[item.index].file, ticket.places[item.index].starts))
+        own = sum(place.length for place in ticket.places.values())
+        to_join = sum(tensor.length for tensor in self._plan.scattered) if self._is_coordinator else 0
         written = []
-        with Runs(self._store, ticket.save_id, ticket.rank, ticket.block_size) as runs:
+        with (
+            self._figures.transfer(len(items), own + to_join) as meter,
+            Runs(self._store, ticket.save_id, ticket.rank, ticket.block_size, meter.moved) as runs,
+        ):
             for item in items:
                 place = ticket.places[item.index]
                 views = _views(item, planner.resolve_data(item), ticket.block_size // 4)
-                written.append(runs.add(self._location.join(place.file).path, place.offset, views))
+                written.append(runs.add(self._location.join(place.file).path, place.starts, place.run, views))
             runs.finish()
+            if to_join:
+                meter.pause()
         checksums = self._store.options.checksums
         results = [
             WriteResult(
                 index=item.index,
-                size_in_bytes=done.length,
-                storage_data=_Written(
+                size_in_bytes=ticket.places[item.index].length,
+                storage_data=Written(
                     ticket.places[item.index],
-                    done.crc64() if checksums else None,
+                    tuple(one.crc64() for one in done) if checksums else None,
                     () if number else tuple(runs.blocks),
                 ),
             )
             for number, (item, done) in enumerate(zip(items, written, strict=True))
         ]
+        if not self._is_coordinator:
+            self._figures.end()  # `finish` is for the coordinator
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
+    @failures_told
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the files, then the index that names them, then remove what was replaced.
 
@@ -233,35 +251,64 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             StoreError: the service could not be asked. The model at the URL is whole, the old one or the new one.
         """
         written = [result.storage_data for rank in results for result in rank]
-        blocks = {self._location.join(file.name).path: list[Block]() for file in self._files}
-        for one in written:
-            for block in one.blocks:
-                blocks[block.path].append(block)
-        for file in self._files:
-            _check_complete(file, blocks[self._location.join(file.name).path], self.checkpoint_id)
+        blocks: dict[str, list[Block]] = {}
+        for block in itertools.chain.from_iterable(one.blocks for one in written):
+            blocks.setdefault(block.path, []).append(block)
+        check_written(self._plan, self._location, blocks)
         self._unfinished = (self._location, self._save_id)
-        with Workers(self._store.options.concurrency, "blob-commit") as workers:
-            for file in self._files:
-                path = self._location.join(file.name).path
-                workers.submit(functools.partial(self._commit_file, file, path, blocks[path]))
-            workers.finish()
+        items = self._join(blocks, written)
+        check_whole(self._plan, self._location, blocks)
+        self._commit_files({file.name: dump_header(file.tensors) for file in self._plan.files}, blocks)
+        remove_blobs(self._store, self._location, self._plan.shards)
         index = dump_index(
-            {name: file.name for file in self._files for name in file.tensors},
-            sum(file.length for file in self._files),
+            {name: file.name for file in self._plan.files for name in file.tensors},
+            sum(file.length for file in self._plan.files),
             self._save_id,
-            _checksums(results, written),
+            checksums_of(results, items) if self._store.options.checksums else {},
         )
         # From here on the files may belong to a model: a commit without an answer may have been carried out.
         self._unfinished = None
         self._commit(index)
         self._remove_replaced()
+        self._figures.end(checkpoint_bytes=sum(file.length for file in self._plan.files))
 
-    def _commit_file(self, file: FileLayout, path: str, blocks: list[Block]) -> None:
-        header_id = block_id(self._save_id, _HEADER_RANK, 0)
-        self._store.stage_block(path, header_id, Gather([memoryview(dump_header(file.tensors))]))
-        self._store.commit_blocks(
-            path, [header_id, *(block.id for block in sorted(blocks, key=lambda one: one.offset))]
-        )
+    def _join(self, blocks: dict[str, list[Block]], written: list[Written]) -> dict[str, list[Item]]:
+        """Put tensors whose parts the ranks have stored together; return what their checksums follow from."""
+        if not self._plan.shards:
+            return {}
+        self._commit_files(dict.fromkeys(self._plan.shards), blocks)
+        sums = {
+            (one.place.file, one.place.starts[0]): None if one.crc64 is None else one.crc64[0]
+            for one in written
+            if one.place.length
+        }
+        with self._figures.paused():
+            joined = join(
+                self._store,
+                self._location,
+                self._plan.scattered,
+                sums,
+                self._save_id,
+                self._joined_block_size,
+                self._figures.moved,
+            )
+        for block in joined.blocks:
+            blocks.setdefault(block.path, []).append(block)
+        return joined.items
+
+    def _commit_files(self, headers: Mapping[str, bytes | None], blocks: Mapping[str, list[Block]]) -> None:
+        with Workers(self._store.options.concurrency, "blob-commit") as workers:
+            for name, header in headers.items():
+                workers.submit(functools.partial(self._commit_file, name, header, blocks))
+            workers.finish()
+
+    def _commit_file(self, name: str, header: bytes | None, blocks: Mapping[str, list[Block]]) -> None:
+        path = self._location.join(name).path
+        ids = [block.id for block in sorted(blocks.get(path, ()), key=lambda one: one.offset)]
+        if header is not None:
+            ids.insert(0, block_id(self._save_id, _HEADER_RANK, 0))
+            self._store.stage_block(path, ids[0], Gather([memoryview(header)]))
+        self._store.commit_blocks(path, ids)
 
     def _commit(self, index: bytes) -> None:
         path = self._location.join(INDEX).path
@@ -275,7 +322,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             now = self._read(INDEX)
             if now is not None and now[0] == index:
                 return
-            remove_blobs(self._store, self._location, [file.name for file in self._files])
+            remove_blobs(self._store, self._location, [file.name for file in self._plan.files])
             raise CommitConflictError(
                 f"Another save {'removed' if now is None else 'committed'} the model at {self.checkpoint_id} since "
                 "this one began, so this one was dropped. Give each job a URL of its own, or save again to replace it"
@@ -296,7 +343,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
 
     def _read(self, name: str) -> tuple[bytes, str] | None:
         try:
-            return self._store.read(self._location.join(name).path, limit=_INDEX_LIMIT)
+            return self._store.read(self._location.join(name).path, limit=INDEX_LIMIT)
         except BlobNotFoundError:
             return None
 
@@ -318,7 +365,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         except AzureCheckpointError as error:
             _log.warning("the files of the replaced model stay, for its index says too little: %s", error)
             return
-        remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._files}))
+        remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._plan.files}))
 
     def _remove_unfinished(self) -> None:
         """Remove the files that this writer's previous save has made without an index."""
@@ -366,30 +413,3 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> Iter
             "Make it dense, or save it with AzureBlobWriter"
         )
     return pieces(tensor, max(limit, 1))
-
-
-def _check_complete(file: FileLayout, blocks: list[Block], where: str) -> None:
-    position = 0
-    for block in sorted(blocks, key=lambda one: one.offset):
-        if block.offset != position:
-            break
-        position += block.length
-    if position != file.length:
-        raise IncompleteSaveError(
-            f"Of {file.name} the ranks wrote {position} of {file.length} bytes without a gap, so nothing was committed "
-            f"at {where}. A rank or a planner dropped something; save again"
-        )
-
-
-def _checksums(results: list[list[WriteResult]], written: list[_Written]) -> dict[str, int]:
-    parts: dict[str, list[_Written]] = {}
-    for result, one in zip((result for rank in results for result in rank), written, strict=True):
-        parts.setdefault(result.index.fqn, []).append(one)
-    sums: dict[str, int] = {}
-    for name, pieces_of in parts.items():
-        crc: int | None = 0
-        for piece in sorted(pieces_of, key=lambda one: (one.place.offset, one.place.length)):
-            crc = None if crc is None or piece.crc64 is None else combine(crc, piece.crc64, piece.place.length)
-        if crc is not None:
-            sums[name] = crc
-    return sums
