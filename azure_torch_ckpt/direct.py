@@ -15,7 +15,14 @@ import uuid
 from typing import Any
 
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import (
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceExistsError,
+    ResourceModifiedError,
+    ResourceNotFoundError,
+    map_error,
+)
 from azure.core.pipeline import Pipeline, PipelineRequest
 from azure.core.pipeline.policies import (
     AzureSasCredentialPolicy,
@@ -51,6 +58,13 @@ _SIGNED = (
     "if-unmodified-since",
     "range",
 )
+# As the client raises them: they are the cause of ours.
+_ERRORS: dict[int, type[HttpResponseError]] = {
+    403: ClientAuthenticationError,
+    404: ResourceNotFoundError,
+    409: ResourceExistsError,
+    412: ResourceModifiedError,
+}
 
 
 class DirectRequests:
@@ -108,6 +122,7 @@ class DirectRequests:
         if response.status_code == 401:
             return None  # the client answers the service's challenge: another tenant, a token that was revoked
         if response.status_code >= 300:
+            map_error(response.status_code, response, _ERRORS)
             raise HttpResponseError(response=response)
         return response
 
