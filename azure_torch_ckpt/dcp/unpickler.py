@@ -6,6 +6,8 @@ nested tuples that take for ever to hash. This machine never looks a name up in 
 the tables in ``vocabulary.py``. Only instances that the machine made itself get state. Memory and time stay
 proportional to the data (crafted hash collisions aside).
 
+What metadata says once for every tensor and chunk does not go through it opcode by opcode: ``repeats.py``.
+
 It speaks what pickle protocols 2 to 5 use for plain data and instances. ``FileSystemWriter`` pickles with Python's
 default, which is 4, and 5 from Python 3.14.
 """
@@ -24,6 +26,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
 from ..errors import AzureCheckpointError, CorruptCheckpointError, UnsafeMetadataError, UnsupportedCheckpointError
+from .repeats import Repeats
 from .vocabulary import (
     KNOWN,
     STATE_CLASSES,
@@ -60,12 +63,13 @@ def unpickle(data: bytes, where: str) -> object:
 
 
 class _Machine:
-    def __init__(self, data: bytes, where: str) -> None:
+    def __init__(self, data: bytes, where: str, *, repeats: bool = True) -> None:
         self._data = data
         self._where = where
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: list[Any] = []
+        self._take_repeats = Repeats(data, self._stack, self._marks, self._memo).after if repeats else {}
         self._budget = 4096 + _PATH_CHARACTERS_PER_BYTE * len(data)
         self._attributes: set[str] = set()  # names that passed the check once
         self._opted_in: dict[str, Any] | None = None
@@ -97,15 +101,24 @@ class _Machine:
                 elif op == _LONG_BINGET:
                     push(memo[int.from_bytes(data[pos : pos + 4], "little")])
                     pos += 4
+                elif op == _SHORT_BINUNICODE:
+                    end = pos + 1 + data[pos]
+                    if end > len(data):
+                        raise EOFError(f"a value of {data[pos]} bytes reaches past the end")
+                    push(str(data[pos + 1 : end], "utf-8", "surrogatepass"))  # as pickle encodes it
+                    pos = end
                 elif op == _BININT1:
                     push(data[pos])
                     pos += 1
+                elif op == _TUPLE1:
+                    stack[-1] = (stack[-1],)
+                elif op == _TUPLE2:
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
                 elif op == _MARK:
                     marks.append(len(stack))
                 elif op == _EMPTY_TUPLE:
                     push(())
-                elif op == _TUPLE1:
-                    stack[-1] = (stack[-1],)
                 elif op == _EMPTY_DICT:
                     push({})
                 elif op == _STOP:
@@ -128,12 +141,8 @@ class _Machine:
 
     # Handlers: take the position after the opcode, return the position after its argument.
 
-    def _constant(self, pos: int) -> int:
-        self._stack.append(_CONSTANTS[self._data[pos - 1]])
-        return pos
-
-    def _empty(self, pos: int) -> int:
-        self._stack.append(_EMPTIES[self._data[pos - 1]]())
+    def _plain(self, pos: int) -> int:
+        self._stack.append(_PLAIN[self._data[pos - 1]]())
         return pos
 
     def _number(self, pos: int) -> int:
@@ -164,11 +173,10 @@ class _Machine:
         self._memo.append(self._stack[-1])
         return pos + width
 
-    def _short_tuple(self, pos: int) -> int:
-        length = _TUPLE_LENGTH[self._data[pos - 1]]
-        if len(self._stack) < length:
-            raise IndexError("the stack is too short")
-        self._stack[-length:] = [tuple(self._stack[-length:])]
+    def _tuple3(self, pos: int) -> int:
+        last = self._stack.pop()
+        middle = self._stack.pop()
+        self._stack[-1] = (self._stack[-1], middle, last)
         return pos
 
     def _tuple(self, pos: int) -> int:
@@ -303,7 +311,8 @@ class _Machine:
             for name, factory in factories:
                 if name not in state:
                     target.__dict__[name] = factory()
-        return pos
+        take = self._take_repeats.get(cls)
+        return pos if take is None else take(pos)
 
     # What the handlers stand on.
 
@@ -390,10 +399,14 @@ _BININT1 = pickle.BININT1[0]
 _MARK = pickle.MARK[0]
 _EMPTY_TUPLE = pickle.EMPTY_TUPLE[0]
 _TUPLE1 = pickle.TUPLE1[0]
+_TUPLE2 = pickle.TUPLE2[0]
+_SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
 _EMPTY_DICT = pickle.EMPTY_DICT[0]
 _STOP = pickle.STOP[0]
-_CONSTANTS = {pickle.NONE[0]: None, pickle.NEWTRUE[0]: True, pickle.NEWFALSE[0]: False}
-_EMPTIES: dict[int, Callable[[], Any]] = {
+_PLAIN: dict[int, Callable[[], Any]] = {
+    pickle.NONE[0]: lambda: None,
+    pickle.NEWTRUE[0]: lambda: True,
+    pickle.NEWFALSE[0]: lambda: False,
     pickle.EMPTY_LIST[0]: list,
     pickle.EMPTY_SET[0]: set,
 }
@@ -415,7 +428,6 @@ def _long(raw: bytes) -> int:
 # Opcodes whose argument begins with its length: the length's width in bytes, what the bytes become.
 _SIZED: dict[int, tuple[int, Callable[[bytes], Any]]] = {
     pickle.LONG1[0]: (1, _long),  # LONG4 is for integers above 255 bytes
-    pickle.SHORT_BINUNICODE[0]: (1, _text),
     pickle.BINUNICODE[0]: (4, _text),
     pickle.BINUNICODE8[0]: (8, _text),
     pickle.SHORT_BINBYTES[0]: (1, bytes),
@@ -424,15 +436,13 @@ _SIZED: dict[int, tuple[int, Callable[[bytes], Any]]] = {
     pickle.BYTEARRAY8[0]: (8, bytearray),
 }
 _PUT_WIDTH = {pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4}
-_TUPLE_LENGTH = {pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3}
 _HANDLERS: dict[int, Callable[[_Machine, int], int]] = {
-    **dict.fromkeys(_CONSTANTS, _Machine._constant),
-    **dict.fromkeys(_EMPTIES, _Machine._empty),
+    **dict.fromkeys(_PLAIN, _Machine._plain),
     **dict.fromkeys(_NUMBERS, _Machine._number),
     **dict.fromkeys(_SIZED, _Machine._sized),
     **dict.fromkeys(_PUT_WIDTH, _Machine._put),
-    **dict.fromkeys(_TUPLE_LENGTH, _Machine._short_tuple),
     pickle.FRAME[0]: _Machine._frame,
+    pickle.TUPLE3[0]: _Machine._tuple3,
     pickle.TUPLE[0]: _Machine._tuple,
     pickle.FROZENSET[0]: _Machine._frozenset,
     pickle.ADDITEMS[0]: _Machine._add_items,
