@@ -8,7 +8,7 @@ import os
 import platform
 import ssl
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from tests.benchmarks.processes import median
 from tests.benchmarks.spec import GIB, AsyncCase, Case
 
+_COMPARED = ["seconds", "MBps", "cpu_per_GiB"]
 _PACKAGES = ["torch", "azure-storage-blob", "adlfs", "fsspec", "obstore"]
 
 
@@ -30,12 +31,15 @@ class Result:
             `tests.benchmarks.loops.run` returns.
         lowest: the lowest ``MBps`` (of an `AsyncCase` ``lost``) of the rounds.
         highest: the highest.
+        by_round: ``seconds``, ``MBps`` and ``cpu_per_GiB`` of every round, in their order. A machine's speed changes by
+            a third from one minute to the next, so two cases are compared round by round.
     """
 
     case: dict[str, Any]
     values: dict[str, float]
     lowest: float
     highest: float
+    by_round: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def part(cases: Sequence[Case | AsyncCase], seen: dict[str, list[dict[str, float
         if values:
             key = "lost" if isinstance(case, AsyncCase) else "MBps"
             rates = [one[key] for one in values]
-            results.append(Result(asdict(case), median(values), min(rates), max(rates)))
+            by_round = {name: [one[name] for one in values] for name in _COMPARED if name in values[0]}
+            results.append(Result(asdict(case), median(values), min(rates), max(rates), by_round))
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return Part(date, _machine(), _software(), scale, rounds, results)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from azure_torch_ckpt import TransferOptions
@@ -63,9 +65,9 @@ def _tensors(part: Part) -> Iterator[Target]:
     for step in ("save", "load"):
         ours, null = (part.find(client=client, work="small", step=step, regime=TLS.name) for client in ("ours", "null"))
         above = None
-        if ours is not None and null is not None:
-            count = int(ours.case["tensors"].partition("x")[0])
-            above = (ours.values["seconds"] - null.values["seconds"]) / count * 1e6
+        seconds = _of_rounds(ours, null, "seconds", operator.sub)
+        if ours is not None and seconds is not None:
+            above = seconds / int(ours.case["tensors"].partition("x")[0]) * 1e6
         yield Target(f"{step} small, TLS: time above planning", above, 40, True, "us a tensor")
 
 
@@ -117,6 +119,13 @@ def _peers(part: Part) -> Iterator[Target]:
 
 
 def _ratio(ours: Result | None, other: Result | None, name: str) -> float | None:
-    if ours is None or other is None or not other.values[name]:
+    return _of_rounds(ours, other, name, operator.truediv)
+
+
+def _of_rounds(
+    ours: Result | None, other: Result | None, name: str, compare: Callable[[float, float], float]
+) -> float | None:
+    """The median of what the rounds give when each is taken by itself; None where a round lacks one of the two."""
+    if ours is None or other is None or len(ours.by_round[name]) != len(other.by_round[name]):
         return None
-    return ours.values[name] / other.values[name]
+    return statistics.median(map(compare, ours.by_round[name], other.by_round[name]))
