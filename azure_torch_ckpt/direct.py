@@ -35,6 +35,7 @@ from azure.core.settings import settings
 
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.credentials import STORAGE_SCOPE, SdkCredential
+from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.retry import RetryPolicy
 from azure_torch_ckpt.transport import GatherTransport
 
@@ -105,11 +106,14 @@ class DirectRequests:
         offset: int,
         length: int,
         *,
+        moment: BlobLocation | None = None,
         dest: Scatter | None = None,
         if_etag: str | None = None,
         cancel: Cancel | None = None,
     ) -> HttpResponse | None:
         """https://learn.microsoft.com/rest/api/storageservices/get-blob. The response has the body, or `dest` has."""
+        if moment is not None:
+            return None  # a snapshot or a version is read too seldom to be worth a query of our own
         sent = {"x-ms-range": f"bytes={offset}-{offset + length - 1}"}
         if if_etag is not None:
             sent["If-Match"] = if_etag

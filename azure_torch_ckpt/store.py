@@ -329,11 +329,9 @@ class BlobStore(ContainerConnection):
         dest = Scatter(views)
         with self._translated("read", path):
             blob = self._blob(path, moment)
-            response = None
-            if moment is None:
-                response = self._direct().get_range(
-                    blob.url, offset, dest.size, dest=dest, if_etag=if_etag, cancel=cancel
-                )
+            response = self._direct().get_range(
+                blob.url, offset, dest.size, moment=moment, dest=dest, if_etag=if_etag, cancel=cancel
+            )
             if response is not None:
                 etag, data = response.headers["ETag"], response.content
             else:
@@ -381,9 +379,7 @@ class BlobStore(ContainerConnection):
         try:
             with self._translated("read", path):
                 blob = self._blob(path, moment)
-                response = None
-                if moment is None:
-                    response = self._direct().get_range(blob.url, offset, limit, if_etag=if_etag)
+                response = self._direct().get_range(blob.url, offset, limit, moment=moment, if_etag=if_etag)
                 if response is not None:
                     return response.content, blobinfo.of_response(path, response)
                 download = blob.download_blob(offset=offset, length=limit, max_concurrency=1, **_if(if_etag))
