@@ -104,3 +104,24 @@ def named(module: str, name: str) -> bytes:
 
 def call(module: str, name: str, *args: bytes) -> bytes:
     return named(module, name) + b"(" + b"".join(args) + b"t" + b"R"
+
+
+def damaged(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
+    """`data` after changes of a kind (flip, add, delete, insert, repeat, cut) at a spot."""
+    changed = bytearray(data)
+    for kind, spot, how in changes:
+        spot %= len(changed)
+        if kind == "flip":
+            changed[spot] = how
+        elif kind == "add":
+            changed[spot] = (changed[spot] + how) % 256
+        elif kind == "delete":
+            del changed[spot : spot + how]
+        elif kind == "insert":
+            changed[spot:spot] = how
+        elif kind == "repeat":
+            changed[spot:spot] = changed[spot : spot + how]
+        else:
+            del changed[spot:]
+        changed = changed or bytearray(b".")
+    return bytes(changed)

@@ -40,6 +40,7 @@ from tests.metadata_support import (
     CHECKPOINT,
     WHERE,
     call,
+    damaged,
     named,
     program,
     saved_by_torch,
@@ -282,22 +283,10 @@ edits = st.lists(
 @settings(max_examples=600, deadline=60_000)
 @given(edits)
 def test_damaged_metadata_is_read_or_refused_and_nothing_else(changes: list[tuple[str, int, Any]]) -> None:
-    data = bytearray(small)
-    for kind, spot, how in changes:
-        if kind == "flip":
-            data[spot % len(data)] = how
-        elif kind == "delete":
-            del data[spot : spot + how]
-        elif kind == "insert":
-            data[spot:spot] = how
-        elif kind == "repeat":
-            data[spot:spot] = data[spot : spot + how]
-        else:
-            del data[spot:]
-        data = data or bytearray(b".")
+    data = damaged(small, changes)
     tracemalloc.start()
     try:
-        metadata = load_metadata(bytes(data), WHERE)
+        metadata = load_metadata(data, WHERE)
         assert isinstance(metadata, Metadata)
         check_metadata(metadata, WHERE)
         assert all(type(stored_item(info)) is StoredItem for info in metadata.storage_data.values())

@@ -28,7 +28,7 @@ from azure_torch_ckpt._torch_private import StorageInfo
 from azure_torch_ckpt.dcp import unpickler
 from azure_torch_ckpt.dcp.metadata import dump_metadata, load_metadata, storage_info
 from azure_torch_ckpt.errors import CorruptCheckpointError
-from tests.metadata_support import WHERE, assert_nobody_can_tell, saved_by_torch, small_metadata
+from tests.metadata_support import WHERE, assert_nobody_can_tell, damaged, saved_by_torch, small_metadata
 
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 
@@ -288,26 +288,6 @@ edits = st.lists(
     min_size=1,
     max_size=3,
 )
-
-
-def damaged(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
-    changed = bytearray(data)
-    for kind, spot, how in changes:
-        spot %= len(changed)
-        if kind == "flip":
-            changed[spot] = how
-        elif kind == "add":
-            changed[spot] = (changed[spot] + how) % 256
-        elif kind == "delete":
-            del changed[spot : spot + how]
-        elif kind == "insert":
-            changed[spot:spot] = how
-        elif kind == "repeat":
-            changed[spot:spot] = changed[spot : spot + how]
-        else:
-            del changed[spot:]
-        changed = changed or bytearray(b".")
-    return bytes(changed)
 
 
 @settings(max_examples=1500, deadline=None)
