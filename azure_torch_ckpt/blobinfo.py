@@ -8,6 +8,7 @@ import datetime
 import email.utils
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobProperties
@@ -15,6 +16,9 @@ from azure.storage.blob import BlobProperties
 __all__ = ["BlobInfo", "of_properties", "of_response", "whole_size"]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
+# Metadata of the empty blobs that are the directories of accounts with a hierarchical namespace; azcopy, blobfuse and
+# others write such blobs elsewhere, too: https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
+_FOLDER_MARK: Final = "hdi_isfolder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class BlobInfo:
         metadata: names and values that were stored with the blob; None where there are none,
             or where a listing was not asked for them.
         created: with time zone; None where the service does not tell.
+        resource_type: ``"directory"`` or ``"file"`` where an account with a hierarchical namespace tells, else None.
     """
 
     path: str
@@ -39,6 +44,21 @@ class BlobInfo:
     md5: bytes | None = None
     metadata: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
     created: datetime.datetime | None = None
+    resource_type: str | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether this stands for a folder and holds no data: a directory, or an empty blob that marks one.
+
+        A marker has ``hdi_isfolder`` (in any case) in its metadata, or a name that ends in "/".
+        """
+        if self.resource_type == "directory":
+            return True
+        if self.size:
+            return False
+        return self.path.endswith("/") or any(
+            name.lower() == _FOLDER_MARK and value.lower() == "true" for name, value in (self.metadata or {}).items()
+        )
 
 
 def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
@@ -74,6 +94,7 @@ def of_response(path: str, response: HttpResponse) -> BlobInfo:
         None if stored_md5 is None else base64.b64decode(stored_md5),
         named or None,
         None if created is None else email.utils.parsedate_to_datetime(created),
+        headers.get("x-ms-resource-type"),
     )
 
 

@@ -413,23 +413,23 @@ class BlobStore(ContainerConnection):
             properties = self._blob(path, moment).get_blob_properties(cancel=cancel, **_if(if_etag))
         return blobinfo.of_properties(path, properties)
 
-    def list(self, prefix: str, *, with_metadata: bool = False, limit: int | None = None) -> Iterator[BlobInfo]:
+    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[BlobInfo]:
         """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.
 
+        Folders are among them where they are blobs: `BlobInfo.is_folder`.
+
         Args:
-            with_metadata: fill in `BlobInfo.metadata`.
             limit: end after so many.
         """
-        include = ["metadata"] if with_metadata else None
         with self._translated("list", prefix):
-            found = self._container().list_blobs(name_starts_with=prefix, include=include, results_per_page=limit)
+            found = self._container().list_blobs(name_starts_with=prefix, include="metadata", results_per_page=limit)
             for properties in itertools.islice(found, limit):
                 yield blobinfo.of_properties(properties.name, properties)
 
     def list_folder(self, prefix: str) -> Iterator[BlobInfo | str]:
         """List Blobs with the delimiter "/": blobs right under `prefix`, and sub-prefixes (str, ending in "/")."""
         with self._translated("list", prefix):
-            for entry in self._container().walk_blobs(name_starts_with=prefix, delimiter="/"):
+            for entry in self._container().walk_blobs(name_starts_with=prefix, include="metadata", delimiter="/"):
                 yield entry.name if isinstance(entry, BlobPrefix) else blobinfo.of_properties(entry.name, entry)
 
     def now(self) -> datetime.datetime:

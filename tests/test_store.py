@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
-from azure.storage.blob import BlobServiceClient
+from azure.storage.blob import BlobServiceClient, ContainerClient
 
 from azure_torch_ckpt import checksums
 from azure_torch_ckpt import store as store_module
@@ -312,6 +312,30 @@ def test_list_folder(store: BlobStore) -> None:
     assert sorted(found) == ["a", "b/", "bb"]
     found = [entry.path if isinstance(entry, BlobInfo) else entry for entry in store.list_folder("b/")]
     assert sorted(found) == ["b/1", "b/2", "b/c/"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "metadata", "is_folder"),
+    [
+        ("marked", b"", {"hdi_isfolder": "true"}, True),
+        ("capital", b"", {"Hdi_isfolder": "True"}, True),
+        ("slash/", b"", None, True),
+        ("slash-with-data/", b"data", None, False),
+        ("marked-with-data", b"data", {"hdi_isfolder": "true"}, False),
+        ("not-marked", b"", {"hdi_isfolder": "false"}, False),
+        ("empty", b"", None, False),
+    ],
+)
+def test_what_is_a_folder(
+    store: BlobStore, container: str, name: str, data: bytes, metadata: dict[str, str] | None, is_folder: bool
+) -> None:
+    """The same by a listing, by a look at the blob, and by what a read tells."""
+    with ContainerClient.from_container_url(container, Azurite.account_key) as client:
+        client.upload_blob(name, data, metadata=metadata)
+    found = [*store.list(""), store.stat(name), store.read_some(name, 0, 100)[1]]
+    found += [entry for entry in store.list_folder(name) if isinstance(entry, BlobInfo)]
+    assert {entry.is_folder for entry in found} == {is_folder}
+    assert {entry.path for entry in found} == {name}
 
 
 def test_the_etag_of_a_listing_serves_as_a_condition(store: BlobStore) -> None:

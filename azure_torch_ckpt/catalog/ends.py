@@ -115,7 +115,7 @@ class BlobEnd:
         cut = len(self._prefix)
         return [
             BlobInfo(blob.path[cut:], blob.size, blob.etag, blob.last_modified, blob.md5, blob.metadata)
-            for blob in self.store.list(self._prefix, with_metadata=True)
+            for blob in self.store.list(self._prefix)
         ]
 
     def mark_of(self, info: BlobInfo) -> str | None:
