@@ -13,7 +13,7 @@ from typing import Final
 from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobProperties
 
-__all__ = ["BlobInfo", "of_properties", "of_response", "whole_size"]
+__all__ = ["BlobInfo", "of_properties", "of_response", "quoted_etag", "whole_size"]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
 # Metadata of the empty blobs that are the directories of accounts with a hierarchical namespace; azcopy, blobfuse and
@@ -61,16 +61,17 @@ class BlobInfo:
         )
 
 
+def quoted_etag(etag: str) -> str:
+    """A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition."""
+    return etag if etag.startswith('"') else f'"{etag}"'
+
+
 def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
-    # A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition.
-    etag = str(properties.etag)
-    if not etag.startswith('"'):
-        etag = f'"{etag}"'
     stored_md5 = properties.content_settings.content_md5
     return BlobInfo(
         path,
         int(properties.size),
-        etag,
+        quoted_etag(str(properties.etag)),
         properties.last_modified,
         None if stored_md5 is None else bytes(stored_md5),
         dict(properties.metadata) if properties.metadata else None,
