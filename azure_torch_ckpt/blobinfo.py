@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from azure.core.rest import HttpResponse
-from azure.storage.blob import BlobProperties
+from azure.storage.blob import BlobProperties, ContentSettings
 
-__all__ = ["BlobInfo", "of_properties", "of_response", "whole_size"]
+__all__ = ["BLOCK_BLOB", "BlobInfo", "of_properties", "of_response", "whole_size"]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
+
+BLOCK_BLOB = "BlockBlob"
+"""The kind of blob that everything here writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,10 @@ class BlobInfo:
         metadata: names and values that were stored with the blob; None where there are none,
             or where a listing was not asked for them.
         created: with time zone; None where the service does not tell.
+        content: Content-Type and the like, by attribute and by name (``content["content_type"]``); None where whoever
+            asked did not need it.
+        tag_count: of its index tags; None where whoever asked did not need it.
+        kind: ``"BlockBlob"``, ``"AppendBlob"`` or ``"PageBlob"``.
     """
 
     path: str
@@ -39,6 +46,9 @@ class BlobInfo:
     md5: bytes | None = None
     metadata: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
     created: datetime.datetime | None = None
+    content: ContentSettings | None = dataclasses.field(default=None, compare=False)
+    tag_count: int | None = dataclasses.field(default=None, compare=False)
+    kind: str = dataclasses.field(default=BLOCK_BLOB, compare=False)
 
 
 def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
@@ -55,6 +65,9 @@ def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
         None if stored_md5 is None else bytes(stored_md5),
         dict(properties.metadata) if properties.metadata else None,
         properties.creation_time,
+        properties.content_settings,
+        int(properties.tag_count or 0),
+        str(getattr(properties.blob_type, "value", properties.blob_type) or BLOCK_BLOB),
     )
 
 
@@ -74,6 +87,7 @@ def of_response(path: str, response: HttpResponse) -> BlobInfo:
         None if stored_md5 is None else base64.b64decode(stored_md5),
         named or None,
         None if created is None else email.utils.parsedate_to_datetime(created),
+        kind=headers.get("x-ms-blob-type", BLOCK_BLOB),
     )
 
 
