@@ -69,8 +69,8 @@ def copy(
 
     Incomplete saves are left out, with a warning in the log, and so is data that the metadata does not name.
 
-    A blob's content settings (its type, encoding and so on), metadata and index tags go along to another container; tags
-    only where the credentials may read and write tags, else a warning says so. A file on a disk has none of them. The
+    A blob's content settings (its type, encoding and so on), metadata and index tags go along to another container,
+    tags only where the credentials may read and write them: else a warning says so. A file on a disk has none. The
     access tier is the target account's default.
 
     Args:
