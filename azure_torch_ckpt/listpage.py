@@ -12,7 +12,9 @@ import urllib.parse
 from collections.abc import Iterator
 from xml.parsers import expat
 
-from azure_torch_ckpt.blobinfo import BlobInfo, quoted_etag
+from azure.storage.blob import ContentSettings
+
+from azure_torch_ckpt.blobinfo import BLOCK_BLOB, BlobInfo, quoted_etag
 
 __all__ = ["ListPage"]
 
@@ -108,17 +110,29 @@ class ListPage:
             return
         if "Snapshot" in fields or fields.get("Deleted") == "true" or fields.get("IsCurrentVersion") == "false":
             return
-        md5, created = fields.get("Content-MD5"), fields.get("Creation-Time")
+        given = fields.get
+        md5, created = given("Content-MD5"), given("Creation-Time")
+        hash_of_content = base64.b64decode(md5) if md5 else None
         self._found.append(
             BlobInfo(
                 name,
                 int(fields["Content-Length"]),
                 quoted_etag(fields["Etag"]),
                 _time(fields["Last-Modified"]),
-                base64.b64decode(md5) if md5 else None,
+                hash_of_content,
                 metadata or None,
                 _time(created) if created else None,
-                fields.get("ResourceType"),
+                ContentSettings(
+                    given("Content-Type") or None,
+                    given("Content-Encoding") or None,
+                    given("Content-Language") or None,
+                    given("Content-Disposition") or None,
+                    given("Cache-Control") or None,
+                    None if hash_of_content is None else bytearray(hash_of_content),
+                ),
+                int(given("TagCount") or 0),
+                given("BlobType") or BLOCK_BLOB,
+                given("ResourceType"),
             )
         )
 

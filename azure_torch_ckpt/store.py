@@ -27,7 +27,7 @@ from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.listpage import ListPage
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.retry import NOT_SUPPORTED
-from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 
 __all__ = ["BlobInfo", "BlobStore", "CopySource"]
 
@@ -120,7 +120,7 @@ class BlobStore(ContainerConnection):
         self,
         path: str,
         block_ids: Sequence[str],
-        settings: BlobSettings | None = None,
+        settings: BlobSettings | CopiedSettings | None = None,
         *,
         if_etag: str | None = None,
         if_missing: bool = False,
@@ -140,7 +140,9 @@ class BlobStore(ContainerConnection):
         """
         settings = settings or BlobSettings()
         options: dict[str, Any] = {}
-        if settings.content_type is not None:
+        if isinstance(settings, CopiedSettings):
+            options["content_settings"] = settings.content
+        elif settings.content_type is not None:
             options["content_settings"] = ContentSettings(content_type=settings.content_type)
         if settings.metadata:
             options["metadata"] = dict(settings.metadata)
@@ -243,7 +245,7 @@ class BlobStore(ContainerConnection):
         """Copy Blob From URL: make the blob `path` of another one, of at most 256 MiB, replacing what was there.
 
         https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url. Returns the CRC64-NVME of what was
-        copied, if the service tells.
+        copied, if the service tells. Content-Type and the like are the source's; its tags are not copied.
 
         Args:
             metadata: stored with the blob in place of the source's.
@@ -408,6 +410,15 @@ class BlobStore(ContainerConnection):
         with self._translated("look at", path):
             properties = self._blob(path, moment).get_blob_properties(cancel=cancel, **_if(if_etag))
         return blobinfo.of_properties(path, properties)
+
+    def tags(self, path: str) -> dict[str, str]:
+        """Get Blob Tags. It takes a permission of its own, which reading the blob does not include.
+
+        Raises:
+            BlobNotFoundError: there is no such blob.
+        """
+        with self._translated("read the tags of", path):
+            return dict(self._blob(path).get_blob_tags())
 
     def list(self, prefix: str, *, limit: int | None = None) -> Iterator[BlobInfo]:
         """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.

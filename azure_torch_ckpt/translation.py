@@ -27,12 +27,12 @@ __all__ = ["translate"]
 _ADVICE = {
     "Lease": "Somebody holds a lease on it. Wait until the lease ends, or break it (az storage blob lease break)",
     "BlobImmutable": (
-        "An immutability policy or a legal hold protects it. Write to another name, or wait until the policy ends or an "
-        "administrator lifts it"
+        "An immutability policy or a legal hold protects it. Write to another name, or wait until the policy ends or "
+        "an administrator lifts it"
     ),
     "BlobArchived": (
-        "It is in the archive tier. Move it to an online tier (az storage blob set-tier --tier Hot), which takes hours, "
-        "and try again"
+        "It is in the archive tier. Move it to an online tier (az storage blob set-tier --tier Hot), which takes "
+        "hours, and try again"
     ),
     "BlobBeingRehydrated": "It is on its way out of the archive tier, which takes hours. Try again later",
     "BlobUsesCustomerSpecifiedEncryption": (
@@ -44,8 +44,8 @@ _ADVICE = {
         "or take another name"
     ),
     "InvalidBlobType": (
-        "There is an append blob or a page blob of this name, and this works with block blobs only. Delete it first, or "
-        "take another name"
+        "There is an append blob or a page blob of this name, and this works with block blobs only. Delete it first, "
+        "or take another name"
     ),
     "DirectoryIsNotEmpty": "It is a directory of a hierarchical namespace. Delete what lies in it first",
     "OperationNotSupportedOnDirectory": "It is a directory of a hierarchical namespace. Take the name of a blob",
@@ -56,6 +56,10 @@ _ADVICE = {
         "blob, or take another name"
     ),
     "InvalidBlockList": "Blocks of this write are gone: somebody else wrote the blob meanwhile. Write it again",
+    "ContainerBeingDeleted": (
+        "The container was deleted a moment ago, which takes the service half a minute or more. Create it after that, "
+        "or take another one"
+    ),
     "InvalidResourceName": "Correct the container's name: 3 to 63 lower-case letters, digits and single hyphens",
     "InvalidRange": "The blob is shorter than expected",
     COPY_SOURCE: (
@@ -63,7 +67,6 @@ _ADVICE = {
         "source a credential that the service can use (a SAS), or copy the data through this machine"
     ),
 }
-_GONE = ("ContainerBeingDeleted", "ContainerDisabled")
 
 
 def translate(error: AzureError, failed: str, location: BlobLocation, *, anonymous: bool = False) -> StoreError:
@@ -109,7 +112,7 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
         return RequestRefusedError(f"{said}. {_ADVICE[code]}")
     if status in (401, 403) or code in ("InvalidAuthenticationInfo", "PublicAccessNotPermitted"):  # 400 and 409
         return AccessDeniedError(f"{said}. {_access_advice(code, location, anonymous)}")
-    if status == 404 or code in _GONE:
+    if status == 404:
         return _not_there(code, said, location, anonymous)
     if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
         return BlobChangedError(said)
@@ -128,7 +131,7 @@ def _access_advice(code: str, location: BlobLocation, anonymous: bool) -> str:
     if anonymous or code == "PublicAccessNotPermitted":
         return f"The account {location.account!r} wants to know who asks. Pass a credential= instead of False"
     if code == "KeyBasedAuthenticationNotPermitted":
-        return f"The account {location.account!r} takes no keys and no SAS made with one. Log in (az login) and pass None"
+        return f"The account {location.account!r} takes no keys, nor a SAS made with one. Log in (az login), pass None"
     return (
         f"Check that the credential is meant for account {location.account!r}, has not expired and allows this (role "
         "Storage Blob Data Contributor, or a SAS with read, write, delete and list), and that the account's firewall "
@@ -137,11 +140,6 @@ def _access_advice(code: str, location: BlobLocation, anonymous: bool) -> str:
 
 
 def _not_there(code: str, said: str, location: BlobLocation, anonymous: bool) -> StoreError:
-    if code == "ContainerBeingDeleted":
-        return ContainerNotFoundError(
-            f"{said}. It was deleted a moment ago, which takes the service half a minute or more. Create it after that, "
-            "or take another one"
-        )
     # A container that is not public looks to a stranger as if it were not there.
     hint = ", or pass a credential= instead of False: a private container answers so as well" if anonymous else ""
     if code.startswith("Container") or code == "ResourceNotFound":
