@@ -5,19 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import uuid
+import threading
 from dataclasses import dataclass
 
 from azure_torch_ckpt.blobinfo import BLOCK_BLOB
 from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.checksums import crc64
-from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, ServiceUnavailableError, StoreError
+from azure_torch_ckpt.errors import (
+    AccessDeniedError,
+    BlobChangedError,
+    BlobNotFoundError,
+    ServiceUnavailableError,
+    StoreError,
+)
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import MAX_BLOCKS
 from azure_torch_ckpt.settings import CopiedSettings
+from azure_torch_ckpt.staging import Staging
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["MARK", "MAX_BLOCKS", "SERVICE_PART", "BlobSink", "Fetched", "ServiceFetch", "copied_settings", "copy_blob"]
+__all__ = ["MARK", "SERVICE_PART", "BlobSink", "Fetched", "ServiceFetch", "copied_settings", "copy_blob"]
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +34,6 @@ MARK = "copy_of"
 SERVICE_PART = 64 << 20
 """Bytes that the service fetches for one request. It could be 4,000 MiB (Put Block From URL); smaller parts are fetched
 in parallel, and end before the idle connection is taken for dead."""
-MAX_BLOCKS = 50_000
-"""Of a blob: https://learn.microsoft.com/azure/storage/blobs/scalability-targets."""
 # Of Copy Blob From URL: https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url
 _LARGEST_WHOLE = 256 << 20
 
@@ -38,13 +44,14 @@ class BlobSink:
     def __init__(self, store: BlobStore, path: str) -> None:
         self._store = store
         self._path = path
-        self._id = uuid.uuid4().hex
-        self._blocks: dict[int, str] = {}  # ids by the blocks' offsets
+        self._staging = Staging(store, path)
+        self._lock = threading.Lock()
+        self._blocks: dict[int, int] = {}  # numbers by the blocks' offsets
         self._made = False
 
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
         """Stage the part that starts at `offset`."""
-        self._store.stage_block(self._path, self._block_id(offset), Gather([part]), crc64, cancel=cancel)
+        self._staging.stage(self._number(offset), Gather([part]), crc64, cancel)
 
     def fetch(
         self,
@@ -64,9 +71,7 @@ class BlobSink:
         access = fetch.store.copy_source(source.path, source.etag)
         # Copy Blob From URL takes block blobs only, and with tags a refusal would not tell what is refused.
         if settings is None or settings.tags or source.kind != BLOCK_BLOB:
-            return self._store.stage_block_from(
-                self._path, self._block_id(offset), access, offset, length, cancel=cancel
-            )
+            return self._staging.stage_from(self._number(offset), access, offset, length, cancel)
         # Without any metadata, the service would take that of the source, which is the same.
         told = self._store.copy(self._path, access, settings.metadata or None, cancel=cancel)
         self._made = True
@@ -81,7 +86,7 @@ class BlobSink:
         """
         if self._made:
             return
-        ids = [block_id for _, block_id in sorted(self._blocks.items())]
+        ids = self._staging.ids(number for _, number in sorted(self._blocks.items()))
         try:
             self._store.commit_blocks(self._path, ids, settings)
         except AccessDeniedError as error:
@@ -93,9 +98,9 @@ class BlobSink:
     def abandon(self) -> None:
         """Nothing is left: blocks that nobody commits vanish after a week."""
 
-    def _block_id(self, offset: int) -> str:
-        block_id = self._blocks[offset] = f"{self._id}-{offset:016x}"
-        return block_id
+    def _number(self, offset: int) -> int:
+        with self._lock:
+            return self._blocks.setdefault(offset, len(self._blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +145,10 @@ class ServiceFetch:
             raise
         except StoreError as error:
             # It cannot get at the source (a firewall, another cloud), or does not know the request (the emulator). If
-            # it is neither, the way through here will meet the same error, and say so better.
-            if self.possible:
+            # it is neither, the way through here will meet the same error, and say so better; then it is a matter of
+            # this one blob.
+            of_this_blob = isinstance(error, BlobNotFoundError) or error.status in (409, 412)
+            if self.possible and not of_this_blob:
                 self.possible = False
                 where = self.store.location
                 _log.info("the service cannot fetch from %s (%s); the data goes through here", where, error)

@@ -8,7 +8,7 @@ __all__ = ["TransferOptions"]
 
 _MIB = 1024 * 1024
 # https://learn.microsoft.com/azure/storage/blobs/scalability-targets
-_MAX_BLOCKS = 50_000
+MAX_BLOCKS = 50_000
 _MAX_BLOCK = 4_000 * _MIB
 _BLOCK = 32 * _MIB
 _SMALL_BLOCK = 8 * _MIB
@@ -60,7 +60,7 @@ class TransferOptions:
             rounds = max(-(-total // (largest * self.concurrency)), 2)
             size = min(max(-(-total // (rounds * self.concurrency)), _SMALL_BLOCK), largest)
         # Fewer than 50,000, for what the estimate missed and for copies that leave up to a quarter of a block empty.
-        return min(max(size, -(-total // (_MAX_BLOCKS * 7 // 10))), _MAX_BLOCK)
+        return min(max(size, -(-total // (MAX_BLOCKS * 7 // 10))), _MAX_BLOCK)
 
     def block_size_at(self, offset: int) -> int:
         """Bytes of the block at `offset` of a blob whose length nobody knows yet.

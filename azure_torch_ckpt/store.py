@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import datetime
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 __all__ = ["BlobInfo", "BlobStore", "CopySource"]
 
 _log = logging.getLogger(__name__)
+
+_BLOCK_NAME = re.compile(rb"<Name>([A-Za-z0-9+/]+=*)</Name>")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -157,6 +160,19 @@ class BlobStore(ListedContainer):
         """
         with self._translated("look at the blocks of", path):
             return [str(block.id) for block in self._blob(path).get_block_list("committed")[0]]
+
+    def uncommitted_blocks(self, path: str) -> list[str]:
+        """Get Block List: the ids, in base64, of the blocks that anybody has staged for the blob and nobody committed.
+
+        Raises:
+            BlobNotFoundError: there are neither such blocks nor a blob.
+        """
+        responses: list[Any] = []
+        with self._translated("look at the blocks of", path):
+            # What the client makes of ids that are no text has lost their length.
+            self._blob(path).get_block_list("uncommitted", raw_response_hook=responses.append)
+        told: bytes = responses[-1].http_response.content
+        return [name.decode() for name in _BLOCK_NAME.findall(told.partition(b"<UncommittedBlocks>")[2])]
 
     def put(self, path: str, data: bytes, *, if_etag: str | None = None, if_missing: bool = False) -> str:
         """Put Blob: write a whole blob with one request, and return its ETag.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import operator
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.checksums import combine, crc64
 from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.staging import Staging
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.workers import Workers
 
@@ -81,8 +81,7 @@ class Upload:
         self._cancel = Cancel()
         self._workers = Workers(store.options.concurrency, "blob-upload", self._cancel.cancel)
         self._blocks = 0
-        # Ids differ between two uploads to one name, so that neither commits a block of the other.
-        self._id = uuid.uuid4().hex[:16]
+        self._staging = Staging(store, path)
         self._block: list[Segment] = []
         self._room = self.block_size
         self._flushed = 0
@@ -156,7 +155,7 @@ class Upload:
         if self._room < self.block_size:
             self._flush()
         self._workers.finish()
-        return [self._block_id(number) for number in range(self._blocks)]
+        return self._staging.ids(range(self._blocks))
 
     def settle(self) -> None:
         """Let the memory that was given to `add` so far go: wait for the full blocks, copy the unfinished one.
@@ -178,19 +177,16 @@ class Upload:
         self._block.append(segment)
         return segment
 
-    def _block_id(self, number: int) -> str:
-        return f"{self._id}-{number:05d}"
-
     def _flush(self) -> None:
         block, self._block = self._block, []
-        self._workers.submit(functools.partial(self._stage, self._block_id(self._blocks), block))
+        self._workers.submit(functools.partial(self._stage, self._blocks, block))
         self._blocks += 1
         self._flushed += sum(segment.length for segment in block)
         if self._grows:
             self.block_size = self._store.options.block_size_at(self._flushed)
         self._room = self.block_size
 
-    def _stage(self, block_id: str, block: list[Segment]) -> None:
+    def _stage(self, number: int, block: list[Segment]) -> None:
         crc = None
         if self._checksums:
             crc = 0
@@ -200,7 +196,7 @@ class Upload:
                 crc = combine(crc, segment.crc64, segment.length)
         views = [view for segment in block for view in segment.views]
         body = Gather(views)
-        self._store.stage_block(self._path, block_id, body, crc, cancel=self._cancel)
+        self._staging.stage(number, body, crc, self._cancel)
         for segment in block:
             segment.views = []  # the item lives on for its checksum; its memory need not
         if self._moved is not None:

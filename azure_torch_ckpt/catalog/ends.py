@@ -118,10 +118,7 @@ class BlobEnd:
 
     def listing(self) -> list[BlobInfo]:
         cut = len(self._prefix)
-        return [
-            dataclasses.replace(blob, path=blob.path[cut:])
-            for blob in self.store.list(self._prefix)
-        ]
+        return [dataclasses.replace(blob, path=blob.path[cut:]) for blob in self.store.list(self._prefix)]
 
     def sweep(self) -> None:
         pass  # blocks that nobody commits vanish by themselves

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobcopy import MARK, MAX_BLOCKS, SERVICE_PART, BlobSink, ServiceFetch, copied_settings
+from azure_torch_ckpt.blobcopy import MARK, SERVICE_PART, BlobSink, ServiceFetch, copied_settings
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.catalog.copyplan import FilePlan
 from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd
 from azure_torch_ckpt.checksums import combine, crc64, md5
 from azure_torch_ckpt.dcp.metadata import StoredItem
 from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, CorruptCheckpointError
+from azure_torch_ckpt.options import MAX_BLOCKS
 from azure_torch_ckpt.progress import Meter
 from azure_torch_ckpt.settings import METADATA_LIMIT, CopiedSettings
 from azure_torch_ckpt.store import BlobInfo

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.checksums import combine, crc64
+from azure_torch_ckpt.staging import block_id
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transfer import Item, Segment
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["Block", "Runs", "block_id"]
+__all__ = ["Block", "Runs", "run_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,9 @@ class Block:
     id: str
 
 
-def block_id(save_id: str, rank: int, number: int) -> str:
-    """Ids of a blob's blocks have the same length, and differ between ranks."""
-    return f"{save_id}-{rank:06d}-{number:06d}"
+def run_id(save_id: str, rank: int, number: int) -> str:
+    """The id of a rank's block; those of one file differ between its ranks."""
+    return block_id(save_id, rank * 10**6 + number)
 
 
 class Runs:
@@ -107,7 +108,7 @@ class Runs:
 
     def _flush(self) -> None:
         if self._length:
-            block = Block(self._path, self._start, self._length, block_id(self._save_id, self._rank, len(self.blocks)))
+            block = Block(self._path, self._start, self._length, run_id(self._save_id, self._rank, len(self.blocks)))
             self.blocks.append(block)
             self._workers.submit(functools.partial(self._stage, block, self._segments))
         self._path, self._start, self._length, self._segments = "", 0, 0, []

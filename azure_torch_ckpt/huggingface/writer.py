@@ -35,7 +35,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, SINGLE, dump_header, dump_index, parse_index
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, Arrangement, Place, arrange, file_prefix
-from azure_torch_ckpt.huggingface.runs import Block, Runs, block_id
+from azure_torch_ckpt.huggingface.runs import Block, Runs, run_id
 from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -306,7 +306,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         path = self._location.join(name).path
         ids = [block.id for block in sorted(blocks.get(path, ()), key=lambda one: one.offset)]
         if header is not None:
-            ids.insert(0, block_id(self._save_id, _HEADER_RANK, 0))
+            ids.insert(0, run_id(self._save_id, _HEADER_RANK, 0))
             self._store.stage_block(path, ids[0], Gather([memoryview(header)]))
         self._store.commit_blocks(path, ids)
 
