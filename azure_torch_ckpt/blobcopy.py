@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import uuid
 from dataclasses import dataclass
 
+from azure_torch_ckpt.blobinfo import BLOCK_BLOB
 from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.checksums import crc64
-from azure_torch_ckpt.errors import BlobChangedError, ServiceUnavailableError, StoreError
+from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, ServiceUnavailableError, StoreError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.settings import CopiedSettings
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["MARK", "MAX_BLOCKS", "SERVICE_PART", "BlobSink", "Fetched", "ServiceFetch", "copy_blob"]
+__all__ = ["MARK", "MAX_BLOCKS", "SERVICE_PART", "BlobSink", "Fetched", "ServiceFetch", "copied_settings", "copy_blob"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,33 +47,48 @@ class BlobSink:
         self._store.stage_block(self._path, self._block_id(offset), Gather([part]), crc64, cancel=cancel)
 
     def fetch(
-        self, fetch: ServiceFetch, source: BlobInfo, offset: int, length: int, mark: str | None, cancel: Cancel
+        self,
+        fetch: ServiceFetch,
+        source: BlobInfo,
+        offset: int,
+        length: int,
+        settings: CopiedSettings | None,
+        cancel: Cancel,
     ) -> int | None:
         """Have the service fetch a part, or the whole, which is visible at once; return its CRC64 if the service tells.
 
         Args:
             source: its path is that in the container of `fetch`.
-            mark: as for `commit`.
+            settings: of the whole, which becomes a blob at once if it can; None stages a part.
         """
         access = fetch.store.copy_source(source.path, source.etag)
-        if length < source.size:
+        # Copy Blob From URL takes block blobs only, and with tags a refusal would not tell what is refused.
+        if settings is None or settings.tags or source.kind != BLOCK_BLOB:
             return self._store.stage_block_from(
                 self._path, self._block_id(offset), access, offset, length, cancel=cancel
             )
-        told = self._store.copy(self._path, access, None if mark is None else {MARK: mark}, cancel=cancel)
+        # Without any metadata, the service would take that of the source, which is the same.
+        told = self._store.copy(self._path, access, settings.metadata or None, cancel=cancel)
         self._made = True
         return told
 
-    def commit(self, source: BlobInfo, mark: str | None) -> None:
+    def commit(self, source: BlobInfo, settings: CopiedSettings, *, strict: bool = False) -> None:
         """All parts are there: make the blob visible.
 
         Args:
-            mark: what the blob is marked with, in place of the metadata of `source`. None: it keeps that metadata.
+            strict: raise `AccessDeniedError` where this credential may write blobs, but no tags. Otherwise the blob has
+                none, and a warning says so.
         """
-        if not self._made:
-            ids = [block_id for _, block_id in sorted(self._blocks.items())]
-            metadata = source.metadata if mark is None else {MARK: mark}
-            self._store.commit_blocks(self._path, ids, BlobSettings(metadata=metadata or {}))
+        if self._made:
+            return
+        ids = [block_id for _, block_id in sorted(self._blocks.items())]
+        try:
+            self._store.commit_blocks(self._path, ids, settings)
+        except AccessDeniedError as error:
+            if strict or not settings.tags:
+                raise
+            self._store.commit_blocks(self._path, ids, dataclasses.replace(settings, tags={}))
+            _log.warning("%s/%s is without the index tags of its source: %s", self._store.location, self._path, error)
 
     def abandon(self) -> None:
         """Nothing is left: blocks that nobody commits vanish after a week."""
@@ -101,7 +118,13 @@ class ServiceFetch:
         self.possible = True
 
     def try_to(
-        self, sink: BlobSink, source: BlobInfo, offset: int, length: int, mark: str | None, cancel: Cancel
+        self,
+        sink: BlobSink,
+        source: BlobInfo,
+        offset: int,
+        length: int,
+        settings: CopiedSettings | None,
+        cancel: Cancel,
     ) -> Fetched | None:
         """`BlobSink.fetch`, or None: then the bytes have to go through this machine.
 
@@ -109,10 +132,10 @@ class ServiceFetch:
             BlobChangedError: the source has another ETag.
             ServiceUnavailableError: the service cannot be reached.
         """
-        if not self.possible:
+        if not self.possible or not length:  # there is no range in an empty blob
             return None
         try:
-            return Fetched(sink.fetch(self, source, offset, length, mark, cancel))
+            return Fetched(sink.fetch(self, source, offset, length, settings, cancel))
         except (BlobChangedError, ServiceUnavailableError):
             raise
         except StoreError as error:
@@ -125,19 +148,60 @@ class ServiceFetch:
             return None
 
 
+def copied_settings(store: BlobStore, blob: BlobInfo, *, strict: bool) -> CopiedSettings:
+    """What a copy of a blob carries beside its bytes: its content settings, metadata and index tags.
+
+    Args:
+        store: of the blob.
+        strict: the blob goes once it is copied, so nothing may be left behind. Otherwise tags that this credential may
+            not read are, with a warning.
+
+    Raises:
+        BlobNotFoundError, BlobChangedError: the blob was removed or replaced.
+        AccessDeniedError: `strict`, and its tags may not be read.
+    """
+    if blob.content is None or blob.tag_count is None:  # it comes from a listing that told less
+        blob = dataclasses.replace(store.stat(blob.path, if_etag=blob.etag), path=blob.path)
+    tags: dict[str, str] = {}
+    if blob.tag_count:
+        try:
+            tags = store.tags(blob.path)
+        except AccessDeniedError as error:
+            if strict:
+                raise AccessDeniedError(
+                    f"{store.location}/{blob.path} was not moved: it has {blob.tag_count} index tags, which this "
+                    "credential may not read (a SAS needs the permission t, an identity the role Storage Blob Data "
+                    "Owner), and they would be lost. Copy it and remove the source if they may be"
+                ) from error
+            _log.warning("the copy of %s/%s is without its index tags: %s", store.location, blob.path, error)
+    return CopiedSettings(blob.content, dict(blob.metadata or {}), tags)
+
+
 def copy_blob(
-    source: BlobStore, source_location: BlobLocation, target: BlobStore, target_location: BlobLocation
+    source: BlobStore,
+    source_location: BlobLocation,
+    target: BlobStore,
+    target_location: BlobLocation,
+    *,
+    strict: bool = False,
 ) -> BlobInfo:
     """Copy one blob over another, or to where there is none. The copy appears when it is complete, and not before.
 
-    Its metadata goes along. Returns what was copied: the source, with its ETag.
+    Its content settings, metadata and tags go along (`copied_settings`). What it costs to keep does not (the access
+    tier is the target account's default), nor do leases, snapshots and policies; the copy is a block blob. Returns what
+    was copied: the source, with its ETag.
+
+    Args:
+        strict: nothing that belongs to the blob may be left behind.
 
     Raises:
         BlobNotFoundError: there is no source.
         BlobChangedError: the source was replaced meanwhile; the target was left alone.
+        AccessDeniedError: `strict`, and the tags may not be read, or not be written.
         StoreError: the service could not be asked, or refused.
     """
     info = source.stat(source_location.path)
+    settings = copied_settings(source, info, strict=strict)
     fetch, sink, cancel = ServiceFetch(source), BlobSink(target, target_location.path), Cancel()
     least = -(-info.size // MAX_BLOCKS)
     piece = max(target.options.part_size(info.size), least)
@@ -150,11 +214,11 @@ def copy_blob(
             source.read_into(info.path, start, [part], if_etag=info.etag, cancel=cancel)
             sink.write(start, part, crc64(part), cancel)
 
-    if info.size > _LARGEST_WHOLE or fetch.try_to(sink, info, 0, info.size, None, cancel) is None:
+    if info.size > _LARGEST_WHOLE or fetch.try_to(sink, info, 0, info.size, settings, cancel) is None:
         step = max(SERVICE_PART, least) if fetch.possible else piece
         with Workers(target.options.concurrency, "blob-copy", cancel.cancel) as workers:
             for start in range(0, info.size, step):
                 workers.submit(functools.partial(move, start, min(step, info.size - start)))
             workers.finish()
-    sink.commit(info, None)
+    sink.commit(info, settings, strict=strict)
     return info

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from azure.core.rest import HttpResponse
-from azure.storage.blob import BlobProperties
+from azure.storage.blob import BlobProperties, ContentSettings
 
-__all__ = ["BlobInfo", "of_properties", "of_response", "whole_size"]
+__all__ = ["BLOCK_BLOB", "BlobInfo", "of_properties", "of_response", "quoted_etag", "whole_size"]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
 # Metadata of the empty blobs that are the directories of accounts with a hierarchical namespace; azcopy, blobfuse and
 # others write such blobs elsewhere, too: https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
 _FOLDER_MARK: Final = "hdi_isfolder"
+
+BLOCK_BLOB = "BlockBlob"
+"""The kind of blob that everything here writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class BlobInfo:
         metadata: names and values that were stored with the blob; None where there are none,
             or where a listing was not asked for them.
         created: with time zone; None where the service does not tell.
+        content: Content-Type and the like, by attribute and by name (``content["content_type"]``); None where whoever
+            asked did not need it.
+        tag_count: of its index tags; None where whoever asked did not need it.
+        kind: ``"BlockBlob"``, ``"AppendBlob"`` or ``"PageBlob"``.
         resource_type: ``"directory"`` or ``"file"`` where an account with a hierarchical namespace tells, else None.
     """
 
@@ -44,6 +51,9 @@ class BlobInfo:
     md5: bytes | None = None
     metadata: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
     created: datetime.datetime | None = None
+    content: ContentSettings | None = dataclasses.field(default=None, compare=False)
+    tag_count: int | None = dataclasses.field(default=None, compare=False)
+    kind: str = dataclasses.field(default=BLOCK_BLOB, compare=False)
     resource_type: str | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -61,20 +71,24 @@ class BlobInfo:
         )
 
 
+def quoted_etag(etag: str) -> str:
+    """A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition."""
+    return etag if etag.startswith('"') else f'"{etag}"'
+
+
 def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
-    # A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition.
-    etag = str(properties.etag)
-    if not etag.startswith('"'):
-        etag = f'"{etag}"'
     stored_md5 = properties.content_settings.content_md5
     return BlobInfo(
         path,
         int(properties.size),
-        etag,
+        quoted_etag(str(properties.etag)),
         properties.last_modified,
         None if stored_md5 is None else bytes(stored_md5),
         dict(properties.metadata) if properties.metadata else None,
         properties.creation_time,
+        properties.content_settings,
+        int(properties.tag_count or 0),
+        str(getattr(properties.blob_type, "value", properties.blob_type) or BLOCK_BLOB),
     )
 
 
@@ -94,7 +108,8 @@ def of_response(path: str, response: HttpResponse) -> BlobInfo:
         None if stored_md5 is None else base64.b64decode(stored_md5),
         named or None,
         None if created is None else email.utils.parsedate_to_datetime(created),
-        headers.get("x-ms-resource-type"),
+        kind=headers.get("x-ms-blob-type", BLOCK_BLOB),
+        resource_type=headers.get("x-ms-resource-type"),
     )
 
 

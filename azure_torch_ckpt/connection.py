@@ -117,4 +117,5 @@ class ContainerConnection:
             yield
         except AzureError as error:
             where = f"{self.location}/{path}" if path else str(self.location)
-            raise translate(error, f"could not {doing} {where}", self.location) from error
+            anonymous = resolve(self.location, self._credential) is None
+            raise translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous) from error

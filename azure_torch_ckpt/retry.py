@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import logging
 import random
+import re
 import ssl
 import time
 
@@ -21,7 +22,7 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.pressure import Pressure
 
-__all__ = ["DAMAGED", "HEALING_STATUS", "NOT_SUPPORTED", "RetryPolicy"]
+__all__ = ["COPY_SOURCE", "DAMAGED", "HEALING_STATUS", "NOT_SUPPORTED", "RetryPolicy", "error_code"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ DAMAGED = frozenset({"Crc64Mismatch", "Md5Mismatch"})
 (https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes). Sent again, it most likely does."""
 NOT_SUPPORTED = "FeatureNotSupported"
 """Error code of Azurite without ``--loose`` for what it does not know. Its status is 500, and it does not heal."""
+COPY_SOURCE = "CannotVerifyCopySource"
+"""Error code for a source that the service cannot read; its status is that of the service's own request, or 500 for one
+without an answer, which has waited for long already."""
+# The header is missing in answers to old versions of the protocol and in those of gateways in front of the service.
+_CODE = re.compile(rb"<Code>\s*(\w{1,100})\s*</Code>|\"code\"\s*:\s*\"(\w{1,100})\"", re.ASCII | re.IGNORECASE)
+_CODE_WITHIN = 4096
 _FIRST_DELAY = 0.2
 _LONGEST_DELAY = 20.0
 # A name that does not resolve, a port where nobody listens, and a body that keeps arriving damaged (its memory changed
@@ -71,10 +78,12 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                     slot.busy = status in _BUSY_STATUS
                     slot.good = status < 400
                 reason = f"status {status}"
-                code = response.http_response.headers.get("x-ms-error-code")
-                if code in DAMAGED:
+                if status < 400:
+                    return response
+                code = error_code(response.http_response)
+                if code in DAMAGED or (code == COPY_SOURCE and status in _BUSY_STATUS):
                     limit = min(limit, _SELDOM_HEALS_SECONDS)
-                elif status not in HEALING_STATUS or code == NOT_SUPPORTED:
+                elif status not in HEALING_STATUS or code in (NOT_SUPPORTED, COPY_SOURCE):
                     return response
             except (ServiceRequestError, ServiceResponseError, IncompleteReadError) as error:
                 if _is_certificate_error(error):
@@ -98,6 +107,15 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
             )
             self._pressure.try_again()
             cancel.wait(delay)
+
+
+def error_code(response: HttpResponse) -> str | None:
+    """The service's name for what went wrong, from the header or else from the body (XML, or JSON), or None."""
+    told = response.headers.get("x-ms-error-code")
+    if told:
+        return str(told)
+    found = _CODE.search(response.content[:_CODE_WITHIN])
+    return None if found is None else (found[1] or found[2]).decode()
 
 
 def _is_certificate_error(error: AzureError) -> bool:

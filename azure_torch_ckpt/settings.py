@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["BlobSettings"]
+from azure.storage.blob import ContentSettings
+
+__all__ = ["METADATA_LIMIT", "BlobSettings", "CopiedSettings"]
+
+METADATA_LIMIT = 8 * 1024
+"""Characters of all names and values of a blob's metadata."""
 
 _PRINTABLE = re.compile(r"[ -~]+")
 _METADATA_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -45,7 +50,7 @@ class BlobSettings:
                     f"metadata {name!r}: {value!r}: a name is an identifier of ASCII letters, digits and _, "
                     "and a value printable ASCII"
                 )
-        if sum(len(name) + len(value) for name, value in metadata.items()) > 8 * 1024:
+        if sum(len(name) + len(value) for name, value in metadata.items()) > METADATA_LIMIT:
             raise ValueError("metadata must not be larger than 8 KiB altogether")
         if len(tags) > 10:
             raise ValueError(f"a blob has at most 10 tags, not {len(tags)}")
@@ -55,3 +60,18 @@ class BlobSettings:
                     f"tag {key!r}: {value!r}: 1 to 128 characters and up to 256, which are ASCII letters, digits, "
                     "spaces and + - . / : = _"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedSettings:
+    """What a copy carries beside its bytes: what its source does, as the service told it and unchecked.
+
+    Attributes:
+        content: Content-Type and the like; None for the service's defaults.
+        metadata: names and values.
+        tags: keys and values.
+    """
+
+    content: ContentSettings | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)

@@ -5,33 +5,25 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime
-import email.utils
-import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from azure.core import MatchConditions
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
-from azure.storage.blob import (
-    BlobBlock,
-    BlobPrefix,
-    BlobSasPermissions,
-    ContentSettings,
-    generate_blob_sas,
-)
+from azure.storage.blob import BlobBlock, BlobSasPermissions, ContentSettings, generate_blob_sas
 
 from azure_torch_ckpt import blobinfo
 from azure_torch_ckpt.blobinfo import BlobInfo
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.checksums import header_value, md5, parse_header_value
-from azure_torch_ckpt.connection import ContainerConnection
 from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
 from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
+from azure_torch_ckpt.listedcontainer import ListedContainer
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.retry import NOT_SUPPORTED
-from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 
 __all__ = ["BlobInfo", "BlobStore", "CopySource"]
 
@@ -53,7 +45,7 @@ class CopySource:
     authorization: str | None = None
 
 
-class BlobStore(ContainerConnection):
+class BlobStore(ListedContainer):
     """One container: small verbs on blobs, with this package's errors and retries.
 
     Thread-safe; usable after a fork; picklable (the connections are made lazily, in each process). A pickle holds the
@@ -124,7 +116,7 @@ class BlobStore(ContainerConnection):
         self,
         path: str,
         block_ids: Sequence[str],
-        settings: BlobSettings | None = None,
+        settings: BlobSettings | CopiedSettings | None = None,
         *,
         if_etag: str | None = None,
         if_missing: bool = False,
@@ -144,7 +136,9 @@ class BlobStore(ContainerConnection):
         """
         settings = settings or BlobSettings()
         options: dict[str, Any] = {}
-        if settings.content_type is not None:
+        if isinstance(settings, CopiedSettings):
+            options["content_settings"] = settings.content
+        elif settings.content_type is not None:
             options["content_settings"] = ContentSettings(content_type=settings.content_type)
         if settings.metadata:
             options["metadata"] = dict(settings.metadata)
@@ -247,7 +241,7 @@ class BlobStore(ContainerConnection):
         """Copy Blob From URL: make the blob `path` of another one, of at most 256 MiB, replacing what was there.
 
         https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url. Returns the CRC64-NVME of what was
-        copied, if the service tells.
+        copied, if the service tells. Content-Type and the like are the source's; its tags are not copied.
 
         Args:
             metadata: stored with the blob in place of the source's.
@@ -413,37 +407,14 @@ class BlobStore(ContainerConnection):
             properties = self._blob(path, moment).get_blob_properties(cancel=cancel, **_if(if_etag))
         return blobinfo.of_properties(path, properties)
 
-    def list(self, prefix: str, *, limit: int | None = None) -> Iterator[BlobInfo]:
-        """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.
+    def tags(self, path: str) -> dict[str, str]:
+        """Get Blob Tags. It takes a permission of its own, which reading the blob does not include.
 
-        Folders are among them where they are blobs: `BlobInfo.is_folder`.
-
-        Args:
-            limit: end after so many.
+        Raises:
+            BlobNotFoundError: there is no such blob.
         """
-        with self._translated("list", prefix):
-            found = self._container().list_blobs(name_starts_with=prefix, include="metadata", results_per_page=limit)
-            for properties in itertools.islice(found, limit):
-                yield blobinfo.of_properties(properties.name, properties)
-
-    def list_folder(self, prefix: str) -> Iterator[BlobInfo | str]:
-        """List Blobs with the delimiter "/": blobs right under `prefix`, and sub-prefixes (str, ending in "/")."""
-        with self._translated("list", prefix):
-            for entry in self._container().walk_blobs(name_starts_with=prefix, include="metadata", delimiter="/"):
-                yield entry.name if isinstance(entry, BlobPrefix) else blobinfo.of_properties(entry.name, entry)
-
-    def now(self) -> datetime.datetime:
-        """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by."""
-        dates: list[str | None] = []  # of failed attempts, too, which somebody on the way may have answered
-        with self._translated("list", ""):
-            pages = self._container().list_blobs(
-                results_per_page=1,
-                raw_response_hook=lambda response: dates.append(response.http_response.headers.get("Date")),
-            )
-            next(pages.by_page(), None)
-        if dates[-1] is None:
-            raise RequestRefusedError(f"could not learn the time: {self.location.endpoint} sends no Date header")
-        return email.utils.parsedate_to_datetime(dates[-1])
+        with self._translated("read the tags of", path):
+            return dict(self._blob(path).get_blob_tags())
 
     def create_container(self) -> None:
         """Create the container, unless it exists."""

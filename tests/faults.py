@@ -128,12 +128,14 @@ class Answer:
     Attributes:
         code: ``x-ms-error-code``; also in the XML body.
         read_body: receive the request's body first. False answers at once and hangs up.
+        body: sent as it is, and no header is added but its length. It comes in chunks if `headers` say so.
     """
 
     status: int
-    code: str
+    code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     read_body: bool = True
+    body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ https://learn.microsoft.com/rest/api/storageservices/put-block-from-url has it.
 from __future__ import annotations
 
 import base64
+import http.client
 import threading
 import urllib.error
 import urllib.request
@@ -37,6 +38,7 @@ class FromUrlServer:
         read: paths of the blobs whose content was asked for.
         tells: whether the answer has the CRC64.
         damage: whether the first byte of every range is changed.
+        refuses_empty: whether Copy Blob From URL of an empty blob is refused.
     """
 
     def __init__(self, azurite: Azurite) -> None:
@@ -44,6 +46,7 @@ class FromUrlServer:
         self.read: list[str] = []
         self.tells = True
         self.damage = False
+        self.refuses_empty = False
         self._azurite = azurite
         upstream = urlsplit(azurite.endpoint)
         outer = self
@@ -58,20 +61,22 @@ class FromUrlServer:
                 ]:
                     self.answer(*outer._fetch(self.path, {k.lower(): v for k, v in self.headers.items()}))
                     return
+                if self.headers.get("x-ms-copy-source") and outer.refuses_empty:
+                    with urllib.request.urlopen(self.headers["x-ms-copy-source"]) as source:
+                        if not source.read():
+                            self.answer(400, {"x-ms-error-code": "InvalidHeaderValue"}, b"")
+                            return
                 if self.command == "GET" and "comp=" not in self.path:
                     outer.read.append(self.path)
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-                request = urllib.request.Request(
-                    f"{upstream.scheme}://{upstream.netloc}{self.path}",
-                    data=body if self.command == "PUT" else None,
-                    headers=headers,
-                    method=self.command,
-                )
+                # Not urllib, which writes the names of headers, and so those of metadata, in a case of its own.
+                connection = http.client.HTTPConnection(upstream.netloc)
                 try:
-                    with urllib.request.urlopen(request) as response:
+                    connection.request(self.command, self.path, body if self.command == "PUT" else None, headers)
+                    with connection.getresponse() as response:
                         self.answer(response.status, dict(response.headers), response.read())
-                except urllib.error.HTTPError as error:
-                    self.answer(error.code, dict(error.headers), error.read())
+                finally:
+                    connection.close()
 
             do_GET = do_PUT = do_HEAD = do_DELETE = handle_one
 
@@ -80,7 +85,8 @@ class FromUrlServer:
                 for name, value in headers.items():
                     if name.lower() not in _HOP:
                         self.send_header(name, value)
-                length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
+                told = {name.lower(): value for name, value in headers.items()}
+                length = told.get("content-length", "0") if self.command == "HEAD" else str(len(body))
                 self.send_header("Content-Length", length)
                 self.end_headers()
                 if self.command != "HEAD":

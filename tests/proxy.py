@@ -371,15 +371,22 @@ class _Connection:
         if answer.read_body:
             async for piece in self._client.read_body(exchange.headers):
                 exchange.body_length += len(piece)
-        body = f'<?xml version="1.0"?><Error><Code>{answer.code}</Code><Message>As told.</Message></Error>'.encode()
-        headers = [("x-ms-error-code", answer.code), ("Content-Type", "application/xml"), *answer.headers.items()]
-        headers += [("Content-Length", str(len(body)))] + ([] if answer.read_body else [("Connection", "close")])
+        body, headers = answer.body, list(answer.headers.items())
+        if body is None:
+            body = f'<?xml version="1.0"?><Error><Code>{answer.code}</Code><Message>As told.</Message></Error>'.encode()
+            headers = [("x-ms-error-code", str(answer.code)), ("Content-Type", "application/xml"), *headers]
+        chunked = is_chunked(lowered(headers))
+        if not chunked and "content-length" not in lowered(headers):
+            headers.append(("Content-Length", str(len(body))))
+        if not answer.read_body:
+            headers.append(("Connection", "close"))
         exchange.status, exchange.answered_at = answer.status, time.monotonic()
         await self._client.send_head(f"HTTP/1.1 {answer.status} As told", headers)
         if exchange.method != "HEAD":
             exchange.sent = len(body)
-            await self._client.send(body)
-        return answer.read_body
+            await self._client.send_piece(body, chunked)
+            await self._client.end_body(chunked)
+        return answer.read_body and lowered(headers).get("connection") != "close"
 
 
 async def _reach(point: At, actions: Sequence[Action]) -> None:

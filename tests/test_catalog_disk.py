@@ -187,6 +187,20 @@ def test_a_part_that_another_copy_is_writing_is_left_alone(container: str, tmp_p
     assert not busy.exists()
 
 
+def test_a_source_is_not_changed(container: str, tmp_path: Path) -> None:
+    """Not even what a copy to there left behind; nor is it copied on."""
+    save(f"{container}/a", 1)
+    copy(f"{container}/a", tmp_path, credential=KEY)
+    part = tmp_path / ".x.0123456789abcdef.part"
+    part.write_bytes(b"1")
+    before = files_below(tmp_path)
+    copy(tmp_path, f"{container}/b", credential=KEY)
+    assert files_below(tmp_path) == before and part.read_bytes() == b"1"
+    assert sorted(blobs_below(f"{container}/b")) == sorted(
+        path.replace("a/", "b/") for path in blobs_below(f"{container}/a")
+    )
+
+
 def test_another_checkpoint_in_the_folder_is_replaced_only_on_request(container: str, tmp_path: Path) -> None:
     save(f"{container}/a", 1)
     save(f"{container}/b", 2)

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "azure_torch_ckpt"
 
 # Who may import azure.*: the door to the SDK and what it stands on.
-SDK_MODULES = {"blobinfo", "connection", "credentials", "direct", "retry", "store", "translation", "transport"}
+SDK_MODULES = {
+    *("blobinfo", "connection", "credentials", "direct", "listedcontainer", "listpage", "retry", "settings", "store"),
+    *("translation", "transport"),
+}
 
 TOP_LEVEL = {
     "CHANGELOG.md",

@@ -69,6 +69,10 @@ def copy(
 
     Incomplete saves are left out, with a warning in the log, and so is data that the metadata does not name.
 
+    A blob's content settings (its type, encoding and so on), metadata and index tags go along to another container,
+    tags only where the credentials may read and write them: else a warning says so. A file on a disk has none. The
+    access tier is the target account's default.
+
     Args:
         overwrite: replace other checkpoints that stand at the target, and then remove their data. False refuses before
             anything is copied.
@@ -99,6 +103,7 @@ def copy(
         plans = plan_copy(source, target, options, overwrite=overwrite)
         files = [file for plan in plans for file in plan.files]
         total = sum(file.source.size for file in files)
+        target.sweep()
         with byte_meter("copy", source.where, total, progress) as meter:
             run = CopyRun(
                 source=source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import os
@@ -29,12 +30,13 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.settings import CopiedSettings
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 
 __all__ = ["BlobEnd", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
-_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
 
 
 class Sink(Protocol):
@@ -43,8 +45,8 @@ class Sink(Protocol):
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
         """Write the part that starts at `offset`."""
 
-    def commit(self, source: BlobInfo, mark: str) -> None:
-        """All parts are there: make it visible as the copy of `source`, which `mark` says as well."""
+    def commit(self, source: BlobInfo, settings: CopiedSettings) -> None:
+        """All parts are there: make it visible as the copy of `source`."""
 
     def abandon(self) -> None:
         """Leave nothing behind."""
@@ -56,6 +58,9 @@ class End(Protocol):
     where: str
 
     def listing(self) -> list[BlobInfo]: ...
+
+    def sweep(self) -> None:
+        """Remove what copies to here left behind that were killed, as far as `listing` met it."""
 
     def mark_of(self, info: BlobInfo) -> str | None:
         """What the blob was marked with when it was written by a copy."""
@@ -114,9 +119,12 @@ class BlobEnd:
     def listing(self) -> list[BlobInfo]:
         cut = len(self._prefix)
         return [
-            BlobInfo(blob.path[cut:], blob.size, blob.etag, blob.last_modified, blob.md5, blob.metadata)
+            dataclasses.replace(blob, path=blob.path[cut:])
             for blob in self.store.list(self._prefix)
         ]
+
+    def sweep(self) -> None:
+        pass  # blocks that nobody commits vanish by themselves
 
     def mark_of(self, info: BlobInfo) -> str | None:
         return None if info.metadata is None else info.metadata.get(MARK)
@@ -170,21 +178,27 @@ class FolderEnd:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.where = str(root)
+        self._parts: list[Path] = []
 
     def listing(self) -> list[BlobInfo]:
-        """All files below the folder. Parts that a copy left which was killed are removed."""
+        """All files below the folder, without the parts of copies that are running or were killed."""
         found = []
+        self._parts = []
         with local_file_errors(f"could not list {self.root}"):
             for folder, _, files in os.walk(self.root, onerror=_raise_unless_missing):
                 for file in files:
                     path = Path(folder, file)
                     if _PART.fullmatch(file):
-                        _remove_if_abandoned(path)
+                        self._parts.append(path)
                         continue
                     status = path.stat()
                     name = path.relative_to(self.root).as_posix()
                     found.append(BlobInfo(name, status.st_size, str(status.st_mtime_ns), _time(status)))
         return sorted(found, key=lambda info: info.path)
+
+    def sweep(self) -> None:
+        for part in self._parts:
+            _remove_if_abandoned(part)
 
     def mark_of(self, info: BlobInfo) -> str | None:
         return None
@@ -283,7 +297,7 @@ class FileSink:
             while written < part.nbytes:
                 written += os.pwrite(descriptor, part[written:], offset + written)
 
-    def commit(self, source: BlobInfo, mark: str) -> None:
+    def commit(self, source: BlobInfo, settings: CopiedSettings) -> None:
         with local_file_errors(f"could not write {self._path}"):
             descriptor = self._open()  # of an empty file, nothing was written
             # By its time and its size the copy is known again, as rsync does it.

@@ -9,14 +9,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobcopy import MAX_BLOCKS, SERVICE_PART, BlobSink, ServiceFetch
+from azure_torch_ckpt.blobcopy import MARK, MAX_BLOCKS, SERVICE_PART, BlobSink, ServiceFetch, copied_settings
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.catalog.copyplan import FilePlan
 from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd
 from azure_torch_ckpt.checksums import combine, crc64, md5
 from azure_torch_ckpt.dcp.metadata import StoredItem
-from azure_torch_ckpt.errors import BlobChangedError, CorruptCheckpointError
+from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, CorruptCheckpointError
 from azure_torch_ckpt.progress import Meter
+from azure_torch_ckpt.settings import METADATA_LIMIT, CopiedSettings
 from azure_torch_ckpt.store import BlobInfo
 from azure_torch_ckpt.transfer import Check
 
@@ -147,7 +148,7 @@ class FileCopy:
             if self._left:
                 return
         self._raise_if_damaged()
-        self._sink.commit(self.plan.source, self._mark())
+        self._sink.commit(self.plan.source, self._settings())
 
     def _move_through_here(self, offset: int, length: int) -> None:
         part = memoryview(bytearray(length))
@@ -162,12 +163,13 @@ class FileCopy:
 
     def _fetched_by_the_service(self, offset: int, length: int) -> bool:
         run, source = self._run, self.plan.source
-        if run.service is None:
+        if run.service is None or not run.service.possible:
             return False
         assert isinstance(run.source, BlobEnd) and isinstance(self._sink, BlobSink)
         there = dataclasses.replace(source, path=run.source.path(source.path))
         try:
-            fetched = run.service.try_to(self._sink, there, offset, length, self._mark(), run.cancel)
+            settings = self._settings() if length == self.size else None
+            fetched = run.service.try_to(self._sink, there, offset, length, settings, run.cancel)
         except BlobChangedError as error:
             raise run.source.changed() from error
         if fetched is None:
@@ -204,6 +206,23 @@ class FileCopy:
             return f"etag {self.plan.source.etag.strip(chr(34))}"
         crc = self.plan.crc64
         return f"crc64 {self._crc64() if crc is None else crc:016x}"
+
+    def _settings(self) -> CopiedSettings:
+        """What the target's blob carries beside its bytes: what the source's does, and the mark."""
+        run, source = self._run, self.plan.source
+        if not isinstance(run.target, BlobEnd):
+            return CopiedSettings()
+        carried = CopiedSettings()
+        if isinstance(run.source, BlobEnd):
+            there = dataclasses.replace(source, path=run.source.path(source.path))
+            try:
+                carried = copied_settings(run.source.store, there, strict=False)
+            except (BlobNotFoundError, BlobChangedError) as error:
+                raise run.source.changed() from error
+        marked = {**carried.metadata, MARK: self._mark()}
+        if sum(len(name) + len(value) for name, value in marked.items()) > METADATA_LIMIT:
+            return carried  # a copy that is broken off would not know this blob again
+        return dataclasses.replace(carried, metadata=marked)
 
     def _raise_if_damaged(self) -> None:
         if self._checks.damaged:

@@ -315,7 +315,7 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
         """Copy a blob, on the service's side within an account, through this machine to another one."""
-        self._copy(path1, path2)
+        self._copy(path1, path2, strict=False)
 
     def copy(
         self,
@@ -333,7 +333,8 @@ class AzureBlobFileSystem(LookingFileSystem):
                 ``"raise"`` raises `BlobNotFoundError`.
         """
         ignore = recursive if on_error is None else on_error == "ignore"
-        self._copy_all(self._pairs(path1, path2, recursive, maxdepth), ignore)
+        pairs = self._pairs(path1, path2, recursive, maxdepth)
+        self._copy_all(pairs, ignore_missing=ignore, strict=False)
 
     def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
         """Copy blobs, wait for the copies, then remove the sources.
@@ -342,13 +343,14 @@ class AzureBlobFileSystem(LookingFileSystem):
         is whole at one of its two places, or at both.
 
         Raises:
+            AccessDeniedError: a blob has index tags, and they may not be read or written. Nothing of it was moved.
             BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
         """
         pairs = self._pairs(path1, path2, recursive, maxdepth)
         if not pairs:
             raise BlobNotFoundError(f"there is no blob {path1!r} to move. To move a folder, pass recursive=True")
         pairs = [pair for pair in pairs if pair[0] != pair[1]]
-        copied = self._copy_all(pairs, ignore_missing=False)
+        copied = self._copy_all(pairs, ignore_missing=False, strict=True)
         for group in reversed(commit_last(pairs, lambda pair: pair[0])):
             each([functools.partial(self._delete_copied, pair[0], copied[pair]) for pair in group], self._threads)
 
@@ -362,20 +364,22 @@ class AzureBlobFileSystem(LookingFileSystem):
                 "and what it is now was left"
             ) from error
 
-    def _copy(self, source: str, target: str) -> str:
+    def _copy(self, source: str, target: str, *, strict: bool) -> str:
         source_location, source_store, _ = self._at(source)
         target_location, target_store, parts = self._at(target)
         if not parts.name:
             raise LocationError(f"{target_location} is a container. Append the name of a blob")
-        return copy_blob(source_store, source_location, target_store, target_location).etag
+        return copy_blob(source_store, source_location, target_store, target_location, strict=strict).etag
 
-    def _copy_all(self, pairs: list[tuple[str, str]], ignore_missing: bool) -> dict[tuple[str, str], str]:
-        """Copy; return the ETags of the sources."""
+    def _copy_all(
+        self, pairs: list[tuple[str, str]], *, ignore_missing: bool, strict: bool
+    ) -> dict[tuple[str, str], str]:
+        """Copy, with everything that belongs to a blob if `strict`; return the ETags of the sources."""
         copied: dict[tuple[str, str], str] = {}
 
         def copy(pair: tuple[str, str]) -> None:
             try:
-                copied[pair] = self._copy(*pair)
+                copied[pair] = self._copy(*pair, strict=strict)
             except BlobNotFoundError:
                 if not ignore_missing:
                     raise
