@@ -46,6 +46,7 @@ from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
     CheckpointExistsError,
+    CommitConflictError,
     CorruptCheckpointError,
     IncompleteSaveError,
 )
@@ -232,6 +233,8 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         Raises:
             IncompleteSaveError: something of the plan was not written. Nothing was committed.
             CommitConflictError: another save committed at this URL meanwhile. Its checkpoint stands.
+            CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
+                or this one, whole, and nothing was deleted.
         """
         metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
         metadata.version = CURRENT_DCP_VERSION
@@ -245,15 +248,18 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
                     _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
                     raise
                 data = dump_metadata(metadata)
-            # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
-            self._unfinished = None
-            etag = commit(self._store, self._location, data, self._replaces, rank)
         except CheckpointError:
-            # Not after a StoreError: it leaves open whether the new metadata names them.
             self._unfinished = None
             remove_blobs(self._store, self._location, data_paths(metadata))
             raise
         names = data_paths(metadata)
+        # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
+        self._unfinished = None
+        try:
+            etag = commit(self._store, self._location, data, self._replaces, rank)
+        except CommitConflictError:  # nothing else proves that no metadata names them
+            remove_blobs(self._store, self._location, names)
+            raise
         if self._replaces is not None:
             self._remove_replaced(self._replaces, names)
         self._committed = (self.checkpoint_id, etag, names)

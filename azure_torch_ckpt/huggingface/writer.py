@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from azure_torch_ckpt import outcome
 from azure_torch_ckpt.bodies import Gather
+from azure_torch_ckpt.checksums import crc64
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.figures import Figures, failures_told
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
@@ -26,7 +28,6 @@ from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import CheckpointPlace
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
-    BlobChangedError,
     BlobNotFoundError,
     CheckpointError,
     CheckpointExistsError,
@@ -39,6 +40,7 @@ from azure_torch_ckpt.huggingface.runs import Block, Runs, block_id
 from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.outcome import Outcome
 from azure_torch_ckpt.progress import ProgressOption
 from azure_torch_ckpt.transfer import Item
 from azure_torch_ckpt.workers import Workers
@@ -248,6 +250,8 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         Raises:
             IncompleteSaveError: something of the plan was not written. Nothing was committed.
             CommitConflictError: another save committed at this URL meanwhile. Its model stands.
+            CommitUnknownError: whether the index was written is unknown. The model at the URL is whole, the old one or
+                the new one, and nothing was deleted.
             StoreError: the service could not be asked. The model at the URL is whole, the old one or the new one.
         """
         written = [result.storage_data for rank in results for result in rank]
@@ -307,26 +311,26 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         ids = [block.id for block in sorted(blocks.get(path, ()), key=lambda one: one.offset)]
         if header is not None:
             ids.insert(0, block_id(self._save_id, _HEADER_RANK, 0))
-            self._store.stage_block(path, ids[0], Gather([memoryview(header)]))
+            crc = crc64(header) if self._store.options.checksums else None
+            self._store.stage_block(path, ids[0], Gather([memoryview(header)]), crc)
         self._store.commit_blocks(path, ids)
 
     def _commit(self, index: bytes) -> None:
-        path = self._location.join(INDEX).path
-        try:
-            if self._standing.index_etag is None:
-                self._store.put(path, index, if_missing=True)
-            else:
-                self._store.put(path, index, if_etag=self._standing.index_etag)
-        except BlobChangedError as error:
-            # The first attempt may have been carried out and only its answer lost; then the second finds its own work.
-            now = self._read(INDEX)
-            if now is not None and now[0] == index:
-                return
+        etag = self._standing.index_etag
+        # The index holds the save's id, so that no other save's is the same.
+        result = outcome.put(self._store, self._location.join(INDEX).path, index, if_etag=etag, if_missing=etag is None)
+        if result.outcome is Outcome.LOST:
             remove_blobs(self._store, self._location, [file.name for file in self._plan.files])
             raise CommitConflictError(
-                f"Another save {'removed' if now is None else 'committed'} the model at {self.checkpoint_id} since "
+                f"Another save {'removed' if result.removed else 'committed'} the model at {self.checkpoint_id} since "
                 "this one began, so this one was dropped. Give each job a URL of its own, or save again to replace it"
-            ) from error
+            ) from result.error
+        if result.outcome is Outcome.UNKNOWN:
+            raise result.unknown(
+                f"Whether this save was committed at {self.checkpoint_id} is unknown. Its model is there, or what was "
+                "there before, whole either way; nothing was deleted. Load it or save again; prune removes what is "
+                "left over"
+            )
 
     def _look_at_url(self) -> _Standing:
         index = self._read(INDEX)
@@ -351,13 +355,18 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         standing = self._standing
         if standing.single_etag is not None:
             # Not merely storage: of the two, transformers loads this one.
-            try:
-                self._store.delete(self._location.join(SINGLE).path, if_etag=standing.single_etag)
-            except BlobChangedError as error:
+            path = self._location.join(SINGLE).path
+            result = outcome.delete(self._store, path, if_etag=standing.single_etag)
+            if result.outcome is Outcome.LOST:
                 raise CommitConflictError(
                     f"Somebody wrote {SINGLE} at {self.checkpoint_id} since this save began, and transformers loads "
                     "that one. The new model stands beside it; remove the one that is not wanted"
-                ) from error
+                ) from result.error
+            if result.outcome is Outcome.UNKNOWN:
+                raise result.unknown(
+                    f"The new model is at {self.checkpoint_id}, but whether the old {SINGLE} beside it was removed is "
+                    "unknown, and transformers loads that one where it is. Remove it"
+                )
         if standing.index is None:
             return
         try:
