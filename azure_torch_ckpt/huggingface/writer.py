@@ -21,11 +21,11 @@ from azure_torch_ckpt import outcome
 from azure_torch_ckpt.bodies import Gather
 from azure_torch_ckpt.checksums import crc64
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.figures import Figures, failures_told
+from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.pieces import pieces
-from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.dcp.place import SavingPlace, step
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobNotFoundError,
@@ -61,6 +61,7 @@ class _Ticket:
     rank: int = 0
     block_size: int = 0
     places: Mapping[MetadataIndex, Place] = dataclasses.field(default_factory=dict)
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class _Standing:
     single_etag: str | None
 
 
-class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
+class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
     """Save a model's state dict under a URL as safetensors files with ``model.safetensors.index.json``.
 
         dcp.save(model.state_dict(), storage_writer=AzureBlobHuggingFaceWriter(url))
@@ -115,8 +116,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file)
-        self._figures = Figures("save", progress)
+        super().__init__(url, credential, options, ca_file, Figures("save", progress))
         if max_file_size < 1:
             raise ValueError(f"max_file_size must be positive, not {max_file_size}")
         self._overwrite = overwrite
@@ -128,8 +128,6 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         self._plan = Arrangement([], [], {}, [])
         self._joined_block_size = 0
         self._save_id = ""
-        # The save whose files may be there without an index that names them.
-        self._unfinished: tuple[BlobLocation, str] | None = None
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
@@ -139,11 +137,12 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             raise CheckpointError(
                 "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
             )
-        self._is_coordinator = is_coordinator
-        self._nonce = new_save_id()
-        self._figures.begin(self.checkpoint_id, self._store, leads=is_coordinator)
+        save = self._begin_save()
+        save._is_coordinator = is_coordinator
+        save._nonce = new_save_id()
+        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
 
-    @failures_told
+    @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look at what stands at the URL.
 
@@ -158,11 +157,11 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
                 "model.state_dict(), and the rest with AzureBlobWriter"
             )
         if self._is_coordinator:
-            self._remove_unfinished()
+            self._remove_abandoned()
             self._standing = self._look_at_url()
-        return dataclasses.replace(plan, storage_data=_Ticket(self._nonce))
+        return dataclasses.replace(plan, storage_data=_Ticket(self._nonce, where=self._within_account()))
 
-    @failures_told
+    @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Decide which tensor lies in which file, and which rank writes which bytes.
 
@@ -174,6 +173,8 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
                 "A rank's plan is from an earlier save (enable_plan_caching), or the planner has replaced its "
                 "storage_data. Use a planner without either"
             )
+        for rank, plan in enumerate(plans):
+            self._check_same_place(rank, plan.storage_data.where)
         # Enough for the rank with most to write, and such that the largest tensor fits into one file.
         sizes = [_size_of(plan) for plan in plans]
         least = -(-_largest(plans) // LARGEST_IN_BLOCKS)
@@ -196,7 +197,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             for rank, (plan, places) in enumerate(zip(plans, self._plan.places, strict=True))
         ]
 
-    @failures_told
+    @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Stage this rank's bytes of all files.
 
@@ -243,7 +244,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         future.set_result(results)
         return future
 
-    @failures_told
+    @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the files, then the index that names them, then remove what was replaced.
 
@@ -376,13 +377,8 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             return
         remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._plan.files}))
 
-    def _remove_unfinished(self) -> None:
-        """Remove the files that this writer's previous save has made without an index."""
-        if self._unfinished is None:
-            return
-        (location, save_id), self._unfinished = self._unfinished, None
-        if location.container_root() != self._store.location:
-            return
+    def _remove_save(self, location: BlobLocation, save_id: str) -> None:
+        """Remove the files that an earlier save has made without an index."""
         prefix = location.path + "/" if location.path else ""
         try:
             found = [blob.path for blob in self._store.list(prefix + file_prefix(save_id))]
