@@ -33,9 +33,7 @@ class ShardedCheckpoints:
     def __init__(self) -> None:
         self._writer: AzureBlobWriter | None = None
 
-    def save(
-        self, plugin: CheckpointIO, checkpoint: Any, path: str | Path, live: Iterable[torch.Tensor], options: Any
-    ) -> None:
+    def save(self, plugin: CheckpointIO, checkpoint: Any, path: str | Path, options: Any) -> None:
         """Save a share on each rank; return when the checkpoint is complete, with ``async_save`` as well.
 
         Raises:
@@ -54,7 +52,7 @@ class ShardedCheckpoints:
             return writer
 
         self._writer = together(prepare)
-        save_sharded(checkpoint, self._writer, live)
+        save_sharded(checkpoint, self._writer)
 
     def save_on_rank_0(self, plugin: CheckpointIO, checkpoint: Any, path: str | Path, options: Any) -> None:
         """Save what rank 0 holds, by the plugin; what it raises all ranks raise."""
