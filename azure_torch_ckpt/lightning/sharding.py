@@ -46,7 +46,7 @@ class ShardedCheckpoints:
             raise TypeError("Saves to Blob Storage take no storage_options. Give them to AzureBlobCheckpointIO")
 
         def prepare() -> AzureBlobWriter:
-            ours.wait()
+            ours.wait_for(path)
             writer = self._writer or ours.writer(path)
             writer.reset(path)
             return writer
@@ -80,7 +80,7 @@ class ShardedCheckpoints:
         ours = _ours(plugin)
 
         def prepare() -> AzureBlobReader:
-            ours.wait()
+            ours.wait_for(path)
             return ours.reader(path)
 
         reader = together(prepare)
