@@ -6,7 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobExistsError, StoreError
+from azure_torch_ckpt import outcome
+from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError
+from azure_torch_ckpt.outcome import Outcome
 from azure_torch_ckpt.settings import BlobSettings
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transfer import Upload
@@ -89,25 +91,37 @@ class BlockWriter:
         Raises:
             BlobExistsError: `if_missing`, and somebody made the blob meanwhile.
             BlobChangedError: `if_etag`, and the blob has another one.
+            CommitUnknownError: `if_missing` or `if_etag`, and nobody knows whether the blob was written.
         """
         with self._failing():
             self._hand_over()
             block_ids = self._upload.stage()
-            try:
-                return self._store.commit_blocks(
-                    self._path, block_ids, self._settings, if_etag=self._if_etag, if_missing=self._if_missing
+            if self._if_etag is None and not self._if_missing:
+                return self._store.commit_blocks(self._path, block_ids, self._settings)
+            result = outcome.commit_blocks(
+                self._store,
+                self._path,
+                block_ids,
+                self._settings,
+                if_etag=self._if_etag,
+                if_missing=self._if_missing,
+            )
+            if result.outcome is Outcome.DONE:
+                return result.etag
+            where = f"{self._store.location}/{self._path}"
+            error = result.error
+            # Where the credential is for writing only, the answer has to do.
+            refused = isinstance(error, BlobChangedError) and not error.may_be_done
+            if result.outcome is Outcome.UNKNOWN and not refused:
+                raise result.unknown(
+                    f"Whether {where} was written is unknown. It is what it was before or what was written here, whole "
+                    "either way; read it to see which"
                 )
-            except BlobChangedError as error:
-                where = f"{self._store.location}/{self._path}"
-                # The ids of an upload are its own: with them, the first attempt went well and only its answer got lost.
-                with contextlib.suppress(AccessDeniedError):  # a credential for writing only
-                    if block_ids and self._store.committed_blocks(self._path) == block_ids:
-                        return self._store.stat(self._path).etag
-                if self._if_missing:
-                    raise BlobExistsError(f"{where} exists; somebody wrote it meanwhile. It was left alone") from error
-                raise BlobChangedError(
-                    f"{where} has another ETag than if_etag={self._if_etag}; it was left alone. Read it again"
-                ) from error
+            if self._if_missing:
+                raise BlobExistsError(f"{where} exists; somebody wrote it meanwhile. It was left alone") from error
+            raise BlobChangedError(
+                f"{where} has another ETag than if_etag={self._if_etag}; it was left alone. Read it again"
+            ) from error
 
     def abort(self, *, wait: bool = True) -> None:
         """Break off what is under way. The blocks that are staged vanish by themselves, after a week."""

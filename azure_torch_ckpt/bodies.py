@@ -1,4 +1,4 @@
-"""What a request carries besides its headers: memory to send, memory to receive into, a way to break it off."""
+"""What a request carries besides its headers: memory to send or to receive into, a way to break it off, a doubt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 
-__all__ = ["SEND_SLICE", "Cancel", "Gather", "Scatter"]
+__all__ = ["SEND_SLICE", "Cancel", "Doubt", "Gather", "Scatter"]
 
 # Pieces below this are joined before they are sent: a system call each would cost more than the copy.
 _JOIN_BELOW = 96 * 1024
@@ -70,6 +70,19 @@ class Scatter:
         self.views = views
         self.size = sum(view.nbytes for view in views)
         self.received = False
+
+
+class Doubt:
+    """Whether an attempt of the requests that carry it (``doubt=``) may have been carried out unheard.
+
+    Attributes:
+        exists: an attempt had no answer, or one that leaves it open (408, 5xx).
+    """
+
+    __slots__ = ("exists",)
+
+    def __init__(self) -> None:
+        self.exists = False
 
 
 class Cancel:

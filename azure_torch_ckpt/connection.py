@@ -9,6 +9,7 @@ from typing import Any
 from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobClient, ContainerClient
 
+from azure_torch_ckpt.bodies import Doubt
 from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
 from azure_torch_ckpt.direct import USER_AGENT, DirectRequests
 from azure_torch_ckpt.location import BlobLocation
@@ -112,10 +113,13 @@ class ContainerConnection:
         return self._pressure.counts
 
     @contextlib.contextmanager
-    def _translated(self, doing: str, path: str) -> Iterator[None]:
+    def _translated(self, doing: str, path: str, doubt: Doubt | None = None) -> Iterator[None]:
         try:
             yield
         except AzureError as error:
             where = f"{self.location}/{path}" if path else str(self.location)
             anonymous = resolve(self.location, self._credential) is None
-            raise translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous) from error
+            translated = translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous)
+            if doubt is not None:
+                translated.may_be_done = doubt.exists
+            raise translated from error

@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointReplacedError",
     "CommitConflictError",
+    "CommitUnknownError",
     "ConfigurationError",
     "ContainerNotFoundError",
     "CorruptCheckpointError",
@@ -107,10 +108,13 @@ class StoreError(AzureCheckpointError):
     Attributes:
         status: HTTP status, or None where no response came.
         error_code: the service's ``x-ms-error-code``, or None.
+        may_be_done: whether the request may have been carried out all the same: no answer came to one of its attempts,
+            or one that leaves it open. False only where it certainly was not.
     """
 
     status: int | None = None
     error_code: str | None = None
+    may_be_done: bool = True
 
 
 class BlobNotFoundError(StoreError, FileNotFoundError):
@@ -155,6 +159,13 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
 
 class CommitConflictError(CheckpointError):
     """Another save committed at this URL since this one began. That one's checkpoint stands."""
+
+
+class CommitUnknownError(CheckpointError, ServiceUnavailableError):
+    """A commit or a removal was sent, and whether it was carried out is unknown. Nothing was deleted after it.
+
+    At the URL is what was there before or what was to be there, whole either way.
+    """
 
 
 class IncompleteSaveError(CheckpointError):

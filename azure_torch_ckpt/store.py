@@ -17,7 +17,7 @@ from azure.storage.blob import BlobBlock, BlobSasPermissions, ContentSettings, g
 
 from azure_torch_ckpt import blobinfo
 from azure_torch_ckpt.blobinfo import BlobInfo
-from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
+from azure_torch_ckpt.bodies import Cancel, Doubt, Gather, Scatter
 from azure_torch_ckpt.checksums import header_value, md5, parse_header_value
 from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
 from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
@@ -127,7 +127,7 @@ class BlobStore(ListedContainer):
         """Put Block List: make the blob `path` of staged blocks, replacing what was there, and return its ETag.
 
         Safe to repeat without a condition. With one, a retry may find what the first attempt did, whose answer got
-        lost: `committed_blocks` tells.
+        lost: `outcome.commit_blocks` tells.
 
         Args:
             block_ids: without any, the blob is empty.
@@ -148,8 +148,10 @@ class BlobStore(ListedContainer):
         if settings.tags:
             options["tags"] = dict(settings.tags)
         options |= {"match_condition": MatchConditions.IfMissing} if if_missing else _if(if_etag)
-        with self._translated("commit", path):
-            result = self._blob(path).commit_block_list([BlobBlock(block_id) for block_id in block_ids], **options)
+        doubt = Doubt()
+        with self._translated("commit", path, doubt):
+            blocks = [BlobBlock(block_id) for block_id in block_ids]
+            result = self._blob(path).commit_block_list(blocks, doubt=doubt, **options)
             return str(result["etag"])
 
     def committed_blocks(self, path: str) -> list[str]:
@@ -178,7 +180,8 @@ class BlobStore(ListedContainer):
         """Put Blob: write a whole blob with one request, and return its ETag.
 
         The service checks the content's MD5 on arrival and keeps it (`BlobInfo.md5`):
-        https://learn.microsoft.com/rest/api/storageservices/put-blob.
+        https://learn.microsoft.com/rest/api/storageservices/put-blob. With a condition, a retry may find what the first
+        attempt did, whose answer got lost: `outcome.put` tells.
 
         Args:
             if_etag: write only over the blob with this ETag.
@@ -187,7 +190,8 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the condition does not hold.
         """
-        with self._translated("write", path):
+        doubt = Doubt()
+        with self._translated("write", path, doubt):
             result = self._blob(path).upload_blob(
                 data,
                 length=len(data),
@@ -195,6 +199,7 @@ class BlobStore(ListedContainer):
                 content_settings=ContentSettings(content_type="application/octet-stream"),
                 headers={"Content-MD5": base64.b64encode(md5(data)).decode()},
                 overwrite=not if_missing,
+                doubt=doubt,
                 **_if(if_etag),
             )
             return str(result["etag"])
@@ -209,10 +214,13 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
+        doubt = Doubt()
         try:
-            with self._translated("delete", path):
-                self._blob(path).delete_blob(delete_snapshots="include", cancel=cancel, **_if(if_etag))
-        except BlobNotFoundError:
+            with self._translated("delete", path, doubt):
+                self._blob(path).delete_blob(delete_snapshots="include", cancel=cancel, doubt=doubt, **_if(if_etag))
+        except BlobNotFoundError as error:
+            if error.error_code != "BlobNotFound":  # somebody on the way may answer 404, too
+                raise
             return False
         return True
 

@@ -29,7 +29,7 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure.core.utils import case_insensitive_dict
 
 from azure_torch_ckpt import pool, receive
-from azure_torch_ckpt.bodies import SEND_SLICE, Cancel, Gather, Scatter
+from azure_torch_ckpt.bodies import SEND_SLICE, Cancel, Doubt, Gather, Scatter
 
 __all__ = ["GatherTransport"]
 
@@ -163,7 +163,13 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         pass
 
     def send(
-        self, request: HttpRequest, *, dest: Scatter | None = None, cancel: Cancel | None = None, **kwargs: Any
+        self,
+        request: HttpRequest,
+        *,
+        dest: Scatter | None = None,
+        cancel: Cancel | None = None,
+        doubt: Doubt | None = None,
+        **kwargs: Any,
     ) -> HttpResponse:
         """Send `request` and receive the whole response.
 
@@ -171,6 +177,7 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
             dest: where the body of a successful response goes if its Content-Length is the views' size. Otherwise
                 the body is kept in the response, and the views are untouched.
             cancel: breaks the request off.
+            doubt: learns whether the service may have carried the request out although no answer says so.
 
         Raises:
             ServiceRequestError: no connection.
@@ -185,15 +192,23 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
                 with contextlib.nullcontext() if cancel is None else cancel.holding(connection.sock):
                     response = self._exchange(connection, target, request)
                     body = receive.body(connection, response, dest)
+                if doubt is not None and (response.status >= 500 or response.status == 408):
+                    doubt.exists = True
                 break
             except TimeoutError as error:
                 connection.close()
+                if doubt is not None:
+                    doubt.exists = True
                 raise ServiceResponseTimeoutError(_describe(error, target), error=error) from error
             except http.client.IncompleteRead as error:
                 connection.close()
+                if doubt is not None:
+                    doubt.exists = True
                 raise IncompleteReadError(_describe(error, target), error=error) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
+                if doubt is not None:
+                    doubt.exists = True
                 if not reused or response is not None or (cancel is not None and cancel.cancelled):
                     raise ServiceResponseError(_describe(error, target), error=error) from error
                 # The server closed a connection that lay idle. That is no fault, so it does not count as an attempt.

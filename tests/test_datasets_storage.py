@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import stat
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from azure_torch_ckpt import BlobIO
 from azure_torch_ckpt.datasets import BlobCache, BlobDataset, BlobListing, IterableBlobDataset
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.newfile import NewFile
 from tests.datasets_support import fill, number_of, numbered
 from tests.proxy import FaultProxy
 
@@ -183,12 +185,29 @@ def test_what_crashed_processes_left_behind_is_removed(tmp_path: Path):
     cache = BlobCache(tmp_path, 16_000)
     cache.put("0", "etag", bytes(100))
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    for name, age in ((".new-old", 7200), (".new-young", 0)):
+    # The second name is one of earlier versions.
+    for name in (".abandoned.0123456789abcdef.part", ".new-abandoned"):
         (folder / name).write_bytes(bytes(100))
-        os.utime(folder / name, (folder.stat().st_mtime - age,) * 2)
-    for number in range(20):
-        cache.put(str(number), "etag", bytes(900))
-    assert [path.name for path in folder.glob(".new-*")] == [".new-young"]
+    with NewFile(folder / "being written") as new:
+        new.file.write(bytes(100))
+        for number in range(20):
+            cache.put(str(number), "etag", bytes(900))
+        (left,) = folder.glob(".*")
+        assert left.name.startswith(".being written")
+        new.publish()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_for_others_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int, mode: int):
+    before = os.umask(umask)
+    try:
+        BlobListing.from_blob_urls(["https://account.blob.core.windows.net/data/1"]).save(tmp_path / "listing")
+        BlobCache(tmp_path / "cache", 1_000_000).put("url", "etag", b"content")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode] * 3
 
 
 def fill_cache(folder: Path, start: Any, first: int) -> None:

@@ -208,7 +208,7 @@ def test_a_state_inside_of_the_buffer_is_not_one_for_several_workers(
     next(iter(dataset))
     resumed.load_state_dict(dataset.state_dict())
     # Not in real workers: a DataLoader waits for 5 seconds for each whose dataset has failed.
-    worker = SimpleNamespace(id=1, num_workers=2)
+    worker = SimpleNamespace(id=1, num_workers=2, seed=8)
     monkeypatch.setattr(azure_torch_ckpt.datasets.progress, "get_worker_info", lambda: worker)
     with pytest.raises(ValueError, match="num_workers=0 or 1"):
         iter(resumed)

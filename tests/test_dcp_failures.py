@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from azure_torch_ckpt import AccessDeniedError, AzureBlobWriter, CommitConflictError, IncompleteSaveError
+from azure_torch_ckpt import (
+    AccessDeniedError,
+    AzureBlobWriter,
+    CheckpointError,
+    CommitConflictError,
+    IncompleteSaveError,
+)
 
 if TYPE_CHECKING:
     from tests import sharded
@@ -172,3 +180,21 @@ def test_another_save_that_commits_first(ranks: Ranks, container: str, version: 
     for heard in ranks(2).run(lose_the_race, f"{container}/run", version):
         assert list(heard) == [0]
         assert isinstance(heard[0], CommitConflictError)
+
+
+def save_apart(container: str) -> str:
+    """Each rank to a URL of its own, as two overlapping saves whose collectives get mixed up would have it."""
+    url = f"{container}/of-rank-{dist.get_rank()}"
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save(sharded.rows(1), storage_writer=sharded.writer(url))
+    assert not sharded.blobs(url)
+    error = caught.value.failures[0][0]
+    assert isinstance(error, CheckpointError)
+    return str(error)
+
+
+def test_ranks_that_save_to_different_places(ranks: Ranks, container: str) -> None:
+    for said in ranks(2).run(save_apart, container):
+        assert re.match(
+            r"Rank 1 saves to [\w/-]+/of-rank-1, and the coordinator to [\w/-]+/of-rank-0. Give all ranks", said
+        )

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from azure_torch_ckpt import CheckpointError, CheckpointNotFoundError, RequestRefusedError
+from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.objects import Packed
 from azure_torch_ckpt.objects.background import BackgroundSaves
 from azure_torch_ckpt.objects.snapshot import Snapshot
@@ -145,6 +146,131 @@ def test_no_thread_remains_when_there_is_nothing_to_do(plugin: Any, container: s
     plugin.save_checkpoint(state(2), f"{container}/a")
     plugin.wait()
     assert value_at(f"{container}/a") == 2
+
+
+# ---- Other ways to the same place --------------------------------------------------------------------------------
+
+WAYS: dict[str, Callable[[str, Path], Any]] = {
+    "another plugin": lambda url, tmp: SPACE.plugin().load_checkpoint(url)["hyper_parameters"]["lr"],
+    "one that saves in the background, too": lambda url, tmp: SPACE.plugin(async_save=True).load_checkpoint(url)[
+        "hyper_parameters"
+    ]["lr"],
+    "load_from_checkpoint": lambda url, tmp: SPACE.ours.load_from_checkpoint(
+        type(SPACE.model()), url, credential=KEY
+    ).hparams["lr"],
+    "Fabric": lambda url, tmp: SPACE.fabric.Fabric(accelerator="cpu", devices=1, plugins=[SPACE.plugin()]).load(url)[
+        "hyper_parameters"
+    ]["lr"],
+    "export_checkpoint": lambda url, tmp: exported(url, tmp)["hyper_parameters"]["lr"],
+    "another Trainer": lambda url, tmp: restored(url, tmp),
+}
+
+
+def exported(url: str, folder: Path) -> Any:
+    SPACE.ours.export_checkpoint(url, folder / "exported.ckpt", credential=KEY)
+    return torch.load(folder / "exported.ckpt", weights_only=True)
+
+
+def restored(url: str, folder: Path) -> float:
+    trainer = SPACE.trainer(folder, plugins=[SPACE.plugin()])
+    seen: list[float] = []
+    model = SPACE.model()
+    model.on_load_checkpoint = lambda checkpoint: seen.append(checkpoint["hyper_parameters"]["lr"])
+    trainer.validate(model, ckpt_path=url, verbose=False)
+    return seen[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_loads_in_this_process_gets_what_was_saved_last(
+    proxy: FaultProxy, proxied_container: str, tmp_path: Path, way: str
+) -> None:
+    plugin = SPACE.plugin(async_save=True)
+    url = f"{proxied_container}/a"
+    for lr in (0.25, 0.5):
+        trainer = SPACE.trainer(tmp_path, max_epochs=1, plugins=[plugin])
+        trainer.fit(SPACE.model(lr=lr))
+        if lr == 0.5:
+            proxy.when(data_of("a")).do(Hold(gate := Gate()))
+        trainer.save_checkpoint(url)
+        if lr == 0.25:
+            plugin.wait()
+    gate.wait_for(1)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(WAYS[way], url, tmp_path)
+        with pytest.raises(TimeoutError):
+            found.result(timeout=0.3)
+        gate.open()
+        assert found.result(timeout=60) == 0.5
+    plugin.teardown()
+
+
+def test_another_plugins_save_lands_after_the_one_that_was_asked_for_before(
+    plugin: Any, proxy: FaultProxy, proxied_container: str
+) -> None:
+    url = f"{proxied_container}/a"
+    proxy.when(data_of("a")).do(Hold(gate := Gate()))
+    plugin.save_checkpoint(state(1), url)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(SPACE.plugin().save_checkpoint, state(2), f"{url}/")
+        gate.wait_for(1)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        gate.open()
+        second.result(timeout=60)
+    plugin.wait()
+    assert value_at(url) == 2
+
+
+def test_a_load_by_another_plugin_hears_of_the_failure_and_so_does_the_first(
+    plugin: Any, proxy: FaultProxy, proxied_container: str
+) -> None:
+    plugin.save_checkpoint(state(1), f"{proxied_container}/a")
+    plugin.wait()
+    proxy.when(data_of("a"), times=None).do(REFUSAL)
+    plugin.save_checkpoint(state(2), f"{proxied_container}/a")
+    other = SPACE.plugin()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="in the background failed"):
+            other.load_checkpoint(f"{proxied_container}/a")
+    with pytest.raises(CheckpointError, match="in the background failed"):
+        plugin.wait()
+    assert other.load_checkpoint(f"{proxied_container}/a")["step"] == 1
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Answer(403, "AuthorizationPermissionMismatch"),
+        Answer(409, "BlobImmutableDueToPolicy"),
+        Answer(412, "LeaseIdMissing"),
+    ],
+    ids=lambda refusal: refusal.code,
+)
+def test_a_fit_goes_on_where_nothing_may_be_deleted(
+    proxy: FaultProxy,
+    proxied_container: str,
+    container: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    async_save: bool,
+    refusal: Answer,
+) -> None:
+    proxy.when("Delete", times=None).do(refusal)
+    trainer = SPACE.trainer(
+        tmp_path,
+        max_epochs=3,
+        enable_checkpointing=True,
+        plugins=[SPACE.plugin(async_save=async_save)],
+        callbacks=[SPACE.ours.AzureBlobModelCheckpoint(f"{proxied_container}/run")],
+    )
+    trainer.fit(SPACE.model())
+    assert trainer.current_epoch == 3
+    names = {f"epoch={epoch}-step={4 * (epoch + 1)}.ckpt" for epoch in range(3)}
+    assert {entry.name for entry in list_checkpoints(f"{container}/run", credential=KEY)} == names
+    said = [record for record in caplog.records if "does not let it be removed" in record.message]
+    assert [record.levelname for record in said] == ["WARNING"] * 2
+    assert all(KEY not in record.message for record in said)
 
 
 # ---- Failures ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import base64
 import datetime
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,30 @@ def test_two_callbacks_share_a_folder(space: Namespace, container: str, folder: 
         assert callbacks[0].best_model_path == f"{url}/best-epoch={max(best, key=lambda n: -SCORES[n])}.ckpt"
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_two_callbacks_that_make_the_same_names_do_not_take_them_from_each_other(
+    container: str, folder: Path, async_save: bool
+) -> None:
+    """The second one's name is taken from the moment that the first one's save is asked for."""
+    space = Namespace(NAMESPACES[async_save])
+    url, local = f"{container}/run", folder / "stock"
+    scores = (0.9, 0.5, 0.4)  # the first is the best, and the second callback has no use for it afterwards
+    plugin = space.ours.AzureBlobCheckpointIO(async_save=async_save)
+    for root, make, io in ((url, space.checkpoint, plugin), (local, space.stock, None)):
+        best = make(root, monitor="val_loss", mode="max", save_last=True)
+        newest = make(root, save_last=True)
+        trainer = space.trainer(folder, best, newest, max_epochs=3, plugin=io)
+        trainer.fit(space.model(scores))
+        assert Path(best.best_model_path).name == "epoch=0-step=4.ckpt"
+        trainer.test(space.model(), ckpt_path="best", verbose=False)
+    assert names(url) == local_names(local)
+    assert state_of(best_of(url))["epoch"] == 0
+
+
+def best_of(url: str) -> str:
+    return f"{url}/epoch=0-step=4.ckpt"
+
+
 # ---- Who owns a checkpoint -----------------------------------------------------------------------------------------
 
 
@@ -240,7 +265,7 @@ def test_last_is_the_newest_that_is_complete(space: Namespace, container: str, f
     assert names(url) == {"last.ckpt", "last-v1.ckpt", "last-v2.ckpt"}
     store = BlobStore(BlobLocation.parse(url))
     store.put("run/last-v3.ckpt/0123456789abcdef0123456789abcdef/__0_0.distcp", b"of a save that died")
-    store.put("run/lasting-value.ckpt/.metadata", b"of something else")
+    store.put("run/at-last.ckpt/.metadata", b"of something else")
     model = space.model()
     space.trainer(folder, space.checkpoint(url), max_epochs=4).fit(model, ckpt_path="last")
     assert model.trained == list(range(12, 16))
@@ -256,6 +281,47 @@ def test_last_may_be_named_after_the_epoch(space: Namespace, container: str, fol
         assert len(model.trained) == 4
         # The one that was resumed from stays.
         assert names(url) == {f"epoch={number}-end.ckpt" for number in range(1, epochs + 1)}
+
+
+LAST_NAMES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "a name that begins with last": ({}, {"filename": "last-{epoch}"}),
+    "no separator": ({}, {"filename": "lastepoch{epoch}"}),
+    "another join character": ({"CHECKPOINT_JOIN_CHAR": "_"}, {"save_last": True, "save_top_k": 0}),
+    "another word": ({"CHECKPOINT_NAME_LAST": "newest"}, {"save_last": True, "save_top_k": 0}),
+    "a word with a dot": ({"CHECKPOINT_NAME_LAST": "last.one"}, {"save_last": True, "save_top_k": 0}),
+    "a word that is a pattern": ({"CHECKPOINT_NAME_LAST": "las[t"}, {"save_last": True, "save_top_k": 0}),
+    "another equals sign": (
+        {"CHECKPOINT_EQUALS_CHAR": ":", "CHECKPOINT_NAME_LAST": "{epoch}_last", "CHECKPOINT_JOIN_CHAR": "+"},
+        {"save_last": True, "save_top_k": 0},
+    ),
+    "another extension": ({"FILE_EXTENSION": ".model"}, {"save_last": True, "save_top_k": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", LAST_NAMES)
+def test_last_is_what_begins_with_last_whatever_the_names_are_made_of(
+    space: Namespace, container: str, folder: Path, kind: str
+) -> None:
+    attributes, arguments = LAST_NAMES[kind]
+    trained: dict[str, list[int]] = {}
+    for root, make, plugin in ((f"{container}/run", space.checkpoint, "ours"), (folder / "stock", space.stock, None)):
+        begins = []
+        for epochs, ckpt_path in ((1, None), (2, None), (3, "last")):
+            checkpoint = make(root, **arguments)
+            for name, value in attributes.items():
+                setattr(checkpoint, name, value)
+            model = space.model()
+            try:
+                trainer = space.trainer(folder, checkpoint, max_epochs=epochs, plugin=plugin)
+                trainer.fit(model, ckpt_path=ckpt_path)
+            except re.error:
+                assert plugin is None
+            begins.append(model.trained[0] if model.trained else -1)
+        trained["ours" if plugin else "stock"] = begins
+    # The second run has made a name of its own beside the first one's.
+    assert trained["ours"] == [0, 0, 8]
+    # Stock Lightning takes its word for a pattern, and so does not find all that it has saved.
+    assert trained["stock"] == ([0, 0, 8] if "pattern" not in kind and "equals" not in kind else trained["stock"])
 
 
 def test_last_of_an_empty_folder_starts_anew_and_says_so(space: Namespace, container: str, folder: Path) -> None:
@@ -402,7 +468,7 @@ def test_to_yaml_goes_to_the_folder_or_where_it_is_told(space: Namespace, contai
 def test_every_method_of_lightning_that_is_replaced_exists(space: Namespace) -> None:
     """One that a version of Lightning has under another name would be called by nobody, and nobody would notice."""
     ours = vars(space.ours.AzureBlobModelCheckpoint)
-    own = {"_dirpath", "_sas", "_plugin", "_folder", "_within", "_is_there", "_plugin_of", "dirpath"}
+    own = {"_dirpath", "_sas", "_plugin", "_folder", "_within", "_is_last", "_plugin_of", "dirpath"}
     replaced = {name for name in ours if not name.startswith("__")} - own
-    assert len(replaced) == 12
+    assert len(replaced) == 10
     assert all(callable(getattr(space.pl.callbacks.ModelCheckpoint, name, None)) for name in replaced - {"state_key"})

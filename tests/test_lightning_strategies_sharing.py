@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import signal
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,7 +23,7 @@ from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
 from azure_torch_ckpt.objects.shares import share_out
-from azure_torch_ckpt.objects.states import States, gathered, live_tensors
+from azure_torch_ckpt.objects.states import States, gathered
 from azure_torch_ckpt.store import BlobStore
 from tests import jobs
 from tests.alike import assert_alike
@@ -46,29 +47,42 @@ def plan(**sizes: int) -> SavePlan:
     return create_default_local_save_plan(tensors, is_coordinator=True)
 
 
-def shares(plans: list[SavePlan], replicated: set[str]) -> list[set[str]]:
-    return [{item.index.fqn for item in shared.items} for shared in share_out(plans, replicated)]
+def shares(*plans: SavePlan, checksums: dict[int, dict[str, int]] | None = None) -> list[set[str]]:
+    """What each rank is left with. The checksums are equal on all ranks, but for those that are given of a rank."""
+    told = [
+        dataclasses.replace(
+            plan, planner_data=[(checksums or {}).get(rank, {}).get(item.index.fqn, 7) for item in plan.items]
+        )
+        for rank, plan in enumerate(plans)
+    ]
+    return [{item.index.fqn for item in shared.items} for shared in share_out(told)]
 
 
 def test_the_largest_go_first_each_to_the_rank_with_least() -> None:
     plans = [plan(a=1, b=5, c=4, d=3, e=3, f=2)] * 3
-    assert shares(plans, set("abcdef")) == [{"b", "a"}, {"c", "f"}, {"d", "e"}]
-    assert shares(plans, set("abcdef")) == shares(plans, set("abcdef"))
+    assert shares(*plans) == [{"b", "a"}, {"c", "f"}, {"d", "e"}]
+    assert shares(*plans) == shares(*plans)
 
 
 def test_what_rank_0_alone_has_counts_before_anything_is_shared() -> None:
-    plans = [plan(skeleton=4, a=3, b=1), plan(a=3, b=1)]
-    assert shares(plans, {"a", "b"}) == [{"skeleton"}, {"a", "b"}]
+    assert shares(plan(skeleton=4, a=3, b=1), plan(a=3, b=1)) == [{"skeleton"}, {"a", "b"}]
 
 
-def test_rank_0_keeps_what_is_not_replicated_or_differs() -> None:
+def test_rank_0_keeps_what_differs_in_its_bytes_or_its_shape() -> None:
     plans = [plan(buffer=8, a=3, b=4), plan(buffer=8, a=3, b=5, strange=2)]
-    assert shares(plans, {"a", "b"}) == [{"buffer", "b"}, {"a"}]
+    assert shares(*plans, checksums={1: {"buffer": 8}}) == [{"buffer", "b"}, {"a"}]
+
+
+def test_of_three_ranks_two_may_agree() -> None:
+    plans = [plan(a=4, b=3)] * 3
+    assert shares(*plans, checksums={1: {"a": 8, "b": 8}}) == [{"a"}, set(), {"b"}]
 
 
 def test_a_rank_that_offers_nothing_gets_nothing() -> None:
-    assert shares([plan(a=3), plan()], {"a"}) == [{"a"}, set()]
-    assert shares([plan(), plan()], set()) == [set(), set()]
+    assert shares(plan(a=3), plan()) == [{"a"}, set()]
+    assert shares(plan(), plan()) == [set(), set()]
+    unchecked = [plan(a=3), plan(a=3)]
+    assert [len(shared.items) for shared in share_out(unchecked)] == [1, 0]
 
 
 # ---- On real ranks -------------------------------------------------------------------------------------------------
@@ -80,24 +94,22 @@ def layers(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return net, torch.optim.Adam(net.parameters())
 
 
-def trained(width: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def trained(width: int) -> dict[str, Any]:
     net, optimizer = layers(width)
     net(torch.ones(2, width)).sum().backward()
     optimizer.step()
     norm = net.get_submodule("4")
     assert isinstance(norm.running_mean, torch.Tensor)
     norm.running_mean.fill_(dist.get_rank() if dist.is_initialized() else 0.0)
-    value = {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()], "rank": (1, None)}
-    return value, list(live_tensors([net], [optimizer]))
+    return {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()], "rank": (1, None)}
 
 
 def save_trained(url: str, width: int) -> None:
-    value, live = trained(width)
-    save_sharded(value, AzureBlobWriter(url, credential=KEY), live)
+    save_sharded(trained(width), AzureBlobWriter(url, credential=KEY))
 
 
 def load_trained(url: str, width: int) -> None:
-    wanted, _ = trained(width)
+    wanted = trained(width)
     wanted["state_dict"]["4.running_mean"].fill_(0.0)
     loaded = load_sharded(AzureBlobReader(url, credential=KEY), CPU, weights_only=False)
     assert_alike(loaded, wanted)
@@ -119,16 +131,16 @@ def test_ranks_write_equal_shares_and_read_large_tensors_once(
     ranks(2).run(load_trained, url, width)
     read = sum(seen.sent for seen in proxy.log[before:] if seen.kind == "Get Blob")
     assert whole < read < 1.2 * whole
-    wanted, _ = trained(width)
+    wanted = trained(width)
     assert_alike(load_object(AzureBlobReader(url, credential=KEY), weights_only=False), wanted)
 
 
 def refused_on_rank_1(url: str, width: int) -> tuple[str, str]:
-    value, live = trained(width)
+    value = trained(width)
     credential = base64.b64encode(bytes(64)).decode() if dist.get_rank() == 1 else KEY
     errors = []
     for attempt in (
-        lambda: save_sharded(value, AzureBlobWriter(url, credential=credential), live),
+        lambda: save_sharded(value, AzureBlobWriter(url, credential=credential)),
         lambda: load_sharded(AzureBlobReader(url.replace("new", "old"), credential=credential), CPU),
     ):
         with pytest.raises(AccessDeniedError) as caught:
@@ -145,13 +157,12 @@ def test_one_rank_without_access_is_the_same_error_on_all(ranks: Ranks, containe
 
 
 def save_version(url: str, version: int) -> None:
-    value, live = versioned(version)
-    save_sharded(value, AzureBlobWriter(url, credential=KEY), live)
+    save_sharded(versioned(version), AzureBlobWriter(url, credential=KEY))
 
 
-def versioned(version: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def versioned(version: int) -> dict[str, Any]:
     tensors = [torch.full((50, 40), float(version + number)) for number in range(4)]
-    return {"state_dict": dict(enumerate(tensors)), "version": version}, tensors
+    return {"state_dict": dict(enumerate(tensors)), "version": version}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -175,11 +186,10 @@ def test_a_rank_killed_between_the_data_and_the_metadata_leaves_the_old_checkpoi
         job.go()
         assert job.end(rank).exitcode == -signal.SIGKILL
         assert job.end(1 - rank).exitcode != 0
-    wanted, _ = versioned(1)
-    assert_alike(load_object(AzureBlobReader(url, credential=KEY)), wanted)
+    assert_alike(load_object(AzureBlobReader(url, credential=KEY)), versioned(1))
     ends = jobs.run(save_version, (url, 3), (url, 3))
     assert [end.exitcode for end in ends] == [0, 0]
-    assert_alike(load_object(AzureBlobReader(url, credential=KEY)), versioned(3)[0])
+    assert_alike(load_object(AzureBlobReader(url, credential=KEY)), versioned(3))
 
 
 # ---- Two dimensions ------------------------------------------------------------------------------------------------
@@ -201,7 +211,7 @@ def save_two_dimensional(url: str) -> Any:
     optimizer.step()
     states = States()
     value = {"net": states.of_module(net), "optimizer": states.of_optimizer(net, optimizer)}
-    save_sharded(value, AzureBlobWriter(url, credential=KEY), live_tensors([net], [optimizer]))
+    save_sharded(value, AzureBlobWriter(url, credential=KEY))
     return cloned(gathered(value, True))
 
 
@@ -269,8 +279,7 @@ def odd() -> dict[Any, Any]:
 
 
 def save_odd(url: str) -> None:
-    value = odd()
-    save_sharded(value, AzureBlobWriter(url, credential=KEY), [value["whole"], value["repeated"]])
+    save_sharded(odd(), AzureBlobWriter(url, credential=KEY))
 
 
 def load_odd(url: str) -> None:

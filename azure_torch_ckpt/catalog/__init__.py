@@ -7,7 +7,7 @@ from azure_torch_ckpt.catalog.contents import CheckpointContents, ObjectEntry, S
 from azure_torch_ckpt.catalog.copying import CopyReport, copy
 from azure_torch_ckpt.catalog.difference import Change, CheckpointDiff, diff
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, latest, list_checkpoints
-from azure_torch_ckpt.catalog.retention import PruneReport, prune
+from azure_torch_ckpt.catalog.retention import PruneReport, Undeleted, prune
 from azure_torch_ckpt.dcp.prune import Remains, remove_checkpoint
 from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, verify
 
@@ -24,6 +24,7 @@ __all__ = [
     "Remains",
     "ShardEntry",
     "TensorEntry",
+    "Undeleted",
     "VerifyReport",
     "consolidate",
     "copy",

@@ -17,7 +17,7 @@ from typing import Protocol
 from azure_torch_ckpt.blobcopy import MARK, BlobSink
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import Stored, commit, metadata_name, read_metadata_blob, remove_blobs
+from azure_torch_ckpt.dcp.layout import Stored, commit, delete_metadata, metadata_name, read_metadata_blob, remove_blobs
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobNotFoundError,
@@ -148,13 +148,11 @@ class BlobEnd:
 
     def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
         place = self._at(folder)
-        try:
-            self.store.delete(place.join(metadata_name(rank)).path, if_etag=stored.etag)
-        except BlobChangedError as error:
+        if not delete_metadata(self.store, place, rank, stored.etag):
             raise CommitConflictError(
                 f"Another save committed at {place} since this copy began; its checkpoint stands. Copy again to "
                 "replace it"
-            ) from error
+            )
 
     def remove(self, names: Iterable[str]) -> None:
         remove_blobs(self.store, self.location, names)

@@ -6,26 +6,43 @@ import datetime
 import functools
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import metadata_name, remove_blobs
+from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
 from azure_torch_ckpt.dcp.prune import Remains, find_remains, place_location, remove_remains
 from azure_torch_ckpt.dcp.standing import read_standing
 from azure_torch_ckpt.dcp.survey import Place
-from azure_torch_ckpt.errors import BlobChangedError
+from azure_torch_ckpt.errors import AzureCheckpointError, ServiceUnavailableError
 from azure_torch_ckpt.huggingface.remains import find_model_remains, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["PruneReport", "prune"]
+__all__ = ["PruneReport", "Undeleted", "prune"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Undeleted:
+    """Blobs that could not be deleted: they are leased or immutable, or the credential does not allow it.
+
+    Attributes:
+        url: of the checkpoint that they belong to, or belonged to.
+        blobs: paths in the container.
+        size: bytes of all of them.
+        error: that the first of them met.
+    """
+
+    url: str
+    blobs: list[str]
+    size: int
+    error: AzureCheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +53,16 @@ class PruneReport:
         removed: complete checkpoints, in the order of `list_checkpoints`.
         kept: all other complete checkpoints, and the incomplete ones of which something stays.
         remains: data blobs of failed saves, removed as well.
+        undeleted: what was to be removed and could not be deleted. If it is a checkpoint's metadata, the checkpoint is
+            whole and in `kept`. If it is data, the next `prune` finds it among the `remains`.
+        freed: bytes of all that was removed.
     """
 
     removed: list[CheckpointEntry]
     kept: list[CheckpointEntry]
     remains: list[Remains]
+    undeleted: list[Undeleted] = field(default_factory=list)
+    freed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +115,8 @@ def prune(
     checkpoints of a run, and no rule removes them.
 
     Of each checkpoint ``.metadata`` goes first, with a condition on its ETag. A crash in the middle leaves remains,
-    which the next call finds. It costs a listing (5,000 blobs a request), a request for the time, one for the metadata
+    which the next call finds. What cannot be deleted (leased, immutable) stops nothing else: it is in the report's
+    `undeleted`. It costs a listing (5,000 blobs a request), a request for the time, one for the metadata
     (or the index) of each checkpoint that is removed or in doubt, and one for each blob that is deleted, all but the
     listing in parallel.
 
@@ -107,7 +130,7 @@ def prune(
     Raises:
         ValueError: a rule makes no sense.
         CheckpointError: some metadata cannot be read, so nobody can tell what it names. Nothing was removed.
-        StoreError: the service could not be asked.
+        StoreError: the service could not be asked; from then on nothing was removed.
     """
     _check_rules(keep_last, keep_every, older_than, grace)
     location = BlobLocation.parse(url)
@@ -130,9 +153,15 @@ def prune(
     remains = find_remains(store, location, (place for _, place in found), now - grace)
     remains += find_model_remains(store, location, listed, now - grace)
     removed = {entry.url for entry, _ in doomed}
+    kept: list[Undeleted] = []  # metadata, and with it the checkpoint
+    data: list[Undeleted] = []
     if not dry_run:
-        removed = _remove(store, location, doomed)
-        remove_remains(store, remains)
+        sizes = {blob.path: blob.size for blob in listed}
+        removed, kept, data = _remove(store, location, doomed, sizes)
+        errors = remove_remains(store, remains)
+        for one in remains:
+            data += _undeleted(one.url, one.blobs, errors, sizes)
+    freed = sum(entry.size for entry, _ in found if entry.url in removed) + sum(one.size for one in remains)
     gone = {path for one in remains for path in one.blobs}
     return PruneReport(
         removed=[entry for entry, _ in found if entry.url in removed],
@@ -142,6 +171,8 @@ def prune(
             if entry.url not in removed and (entry.complete or any(blob.path not in gone for blob in place.blobs))
         ],
         remains=remains,
+        undeleted=kept + data,
+        freed=freed - sum(one.size for one in data),
     )
 
 
@@ -166,14 +197,16 @@ def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
     )
 
 
-def _remove(store: BlobStore, location: BlobLocation, doomed: list[tuple[CheckpointEntry, Place]]) -> set[str]:
-    """Remove checkpoints; return the URLs of those that were. One that was replaced since the listing stays.
+def _remove(
+    store: BlobStore, location: BlobLocation, doomed: list[tuple[CheckpointEntry, Place]], sizes: Mapping[str, int]
+) -> tuple[set[str], list[Undeleted], list[Undeleted]]:
+    """Remove checkpoints; return the URLs of those that were, and metadata and data that could not be deleted.
 
-    All metadata is read before the first blob is deleted.
+    One that was replaced since the listing stays. All metadata is read before the first blob is deleted.
     """
     cancel = Cancel()
     names: dict[str, list[str]] = {}  # paths of data blobs by the checkpoint's URL
-    etags: dict[str, list[tuple[str, str]]] = {}
+    etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
     def look(entry: CheckpointEntry, place: Place) -> None:
         where = place_location(location, place)
@@ -183,23 +216,46 @@ def _remove(store: BlobStore, location: BlobLocation, doomed: list[tuple[Checkpo
             _log.info("%s stays: it was replaced or removed a moment ago", entry.url)
             return
         names[entry.url] = sorted({where.join(name).path for part in parts for name in part.names})
-        etags[entry.url] = [(where.join(metadata_name(part.rank)).path, part.stored.etag) for part in parts]
+        etags[entry.url] = where, [(part.rank, part.stored.etag) for part in parts]
 
     removed: set[str] = set()
+    failed: dict[str, Undeleted] = {}
+    down: list[ServiceUnavailableError] = []
 
     def hide(url: str) -> None:
-        try:
-            for path, etag in etags[url]:
-                store.delete(path, if_etag=etag, cancel=cancel)
-        except BlobChangedError:
-            _log.info("%s stays: it was replaced a moment ago", url)
+        if down:
             return
+        where, parts = etags[url]
+        for rank, etag in parts:
+            try:
+                if not delete_metadata(store, where, rank, etag, cancel):
+                    _log.info("%s stays: it was replaced a moment ago", url)
+                    return
+            except AzureCheckpointError as error:
+                path = where.join(metadata_name(rank)).path
+                _log.warning("%s stays, for its metadata could not be deleted: %s", url, error)
+                failed[url] = Undeleted(url, [path], sizes.get(path, 0), error)
+                if isinstance(error, ServiceUnavailableError):
+                    down.append(error)
+                return
         removed.add(url)
 
     _in_parallel(store, cancel, [functools.partial(look, entry, place) for entry, place in doomed])
     _in_parallel(store, cancel, [functools.partial(hide, url) for url in names])
-    remove_blobs(store, location.container_root(), [path for url in sorted(removed) for path in names[url]])
-    return removed
+    order = sorted(removed)
+    errors = remove_blobs(store, location.container_root(), [path for url in order for path in names[url]])
+    if down:
+        raise down[0]
+    stays = [one for url in order for one in _undeleted(url, names[url], errors, sizes)]
+    return removed, [failed[url] for url in sorted(failed)], stays
+
+
+def _undeleted(
+    url: str, paths: Iterable[str], errors: Mapping[str, AzureCheckpointError], sizes: Mapping[str, int]
+) -> list[Undeleted]:
+    """Those of a checkpoint's blobs that could not be deleted, as one entry if there are any."""
+    blobs = [path for path in paths if path in errors]
+    return [Undeleted(url, blobs, sum(sizes.get(path, 0) for path in blobs), errors[blobs[0]])] if blobs else []
 
 
 def _in_parallel(store: BlobStore, cancel: Cancel, tasks: list[functools.partial[None]]) -> None:

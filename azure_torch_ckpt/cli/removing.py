@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 from typing import TYPE_CHECKING
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
+from azure_torch_ckpt.cli.failures import exit_code
 from azure_torch_ckpt.cli.looking import plural, print_entries
 from azure_torch_ckpt.cli.output import age, local_time, printable, table, zone
 from azure_torch_ckpt.cli.session import Session, confirm_removal, session_options
 from azure_torch_ckpt.cli.values import duration
+from azure_torch_ckpt.errors import AzureCheckpointError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.units import format_bytes
 
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
     from azure_torch_ckpt.catalog import PruneReport
 
 __all__ = ["prune", "rm"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Failure:
+    """A checkpoint that was not removed; or it was, and data of it could not be deleted."""
+
+    url: str
+    removed: bool
+    error: AzureCheckpointError
 
 
 @click.command(short_help="Remove checkpoints by their URLs.")
@@ -31,7 +43,7 @@ def rm(session: Session, urls: tuple[str, ...], yes: bool) -> None:
 
     Shows what there is and asks. First the metadata goes, so that nobody finds half of a checkpoint; a crash in the
     middle leaves data that prune removes. Checkpoints below URL, and blobs that are not the checkpoint's, stay. For
-    what failed saves left, use prune.
+    what failed saves left, use prune. If one cannot be removed (it is leased or immutable), the others are.
 
     \b
     Examples:
@@ -51,16 +63,28 @@ def rm(session: Session, urls: tuple[str, ...], yes: bool) -> None:
             listed.add_row(Text(printable(contents.url)), size, tensors, when)
         output.print(listed)
     confirm_removal(output, yes)
-    removed = []
+    removed: list[str] = []
+    failed: list[_Failure] = []
     try:
         for url, contents in zip(urls, found, strict=True):
-            remove_checkpoint(url, **session.access)
-            removed.append(contents.url)
+            try:
+                left = remove_checkpoint(url, **session.access)
+                removed.append(contents.url)
+            except AzureCheckpointError as error:
+                failed.append(_Failure(contents.url, False, error))
+                continue
+            if left:
+                failed.append(_Failure(contents.url, True, next(iter(left.values()))))
     finally:
         if output.as_json:
-            output.json(removed=removed)
+            output.json(removed=removed, failed=failed)
         else:
+            for failure in failed:
+                what = "is gone, but not all of its data" if failure.removed else "was not removed"
+                output.note(f"{failure.url} {what}: {failure.error}")
             output.note(f"removed {plural(len(removed), 'checkpoint')}")
+    if failed:
+        raise click.exceptions.Exit(exit_code(failed[0].error))
 
 
 @click.command(short_help="Remove old checkpoints, and what failed saves left.")
@@ -94,7 +118,7 @@ def prune(
     Shows what would go, and does nothing more without --delete or --yes. The checkpoints of one folder are a run, and
     the rules are for each run. Without --keep-last, --keep-every and --older-than, only the remains of failed saves go.
     With several rules, a checkpoint goes only if none of them keeps it. The newest complete checkpoint of a run always
-    stays.
+    stays. What cannot be deleted (leased, immutable) stays too; the rest goes, and the exit code is that of the error.
 
     \b
     Examples:
@@ -139,14 +163,27 @@ def prune(
     if something and wanted:
         confirm_removal(output, yes)
         report = do(dry_run=False)
-    freed = sum(entry.size for entry in report.removed) + sum(remains.size for remains in report.remains)
     if output.as_json:
-        output.json(dry_run=not wanted, removed=report.removed, remains=report.remains, kept=report.kept, freed=freed)
+        output.json(
+            dry_run=not wanted,
+            removed=report.removed,
+            remains=report.remains,
+            kept=report.kept,
+            undeleted=report.undeleted,
+            freed=report.freed,
+        )
     elif something and wanted:
         parts = [plural(len(report.removed), "checkpoint")] if report.removed else []
         if report.remains:
             parts.append(f"the remains of {plural(len(report.remains), 'failed save')}")
-        output.note(f"removed {' and '.join(parts) or 'nothing'}, {format_bytes(freed)}; {_stay(report)}")
+        output.note(f"removed {' and '.join(parts) or 'nothing'}, {format_bytes(report.freed)}; {_stay(report)}")
+        for undeleted in report.undeleted:
+            output.note(
+                f"{plural(len(undeleted.blobs), 'blob')} of {undeleted.url} could not be deleted "
+                f"({format_bytes(undeleted.size)}): {undeleted.error}"
+            )
+    if report.undeleted:
+        raise click.exceptions.Exit(exit_code(report.undeleted[0].error))
 
 
 def _stay(report: PruneReport) -> str:

@@ -6,18 +6,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from azure_torch_ckpt.checksums import crc64
+from azure_torch_ckpt.newfile import NewFile, remove_abandoned
 
 __all__ = ["BlobCache"]
 
-_TEMPORARY = ".new-"
-_ABANDONED_SECONDS = 3600.0
+_HIDDEN = "."  # how the name of a file begins that is not complete
 _LARGEST_PART = 16
 _HEAD = 8
 # What eviction makes room for beside the blob that comes, so that it does not look through the folder each time.
@@ -71,16 +69,12 @@ class BlobCache:
         path = self._path(url, etag)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_TEMPORARY, delete=False) as file:
-                try:
-                    file.write(_head(data))
-                    file.write(data)
-                    file.flush()
-                    with self._counted(len(data) + _HEAD, path):
-                        os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            with NewFile(path) as new:
+                new.file.write(_head(data))
+                new.file.write(data)
+                new.file.flush()
+                with self._counted(len(data) + _HEAD, path):
+                    new.publish(sync=False)  # a damaged file is known by its checksum
 
     def _path(self, url: str, etag: str) -> Path:
         name = hashlib.sha256(f"{url}\n{etag}".encode()).hexdigest()
@@ -111,10 +105,10 @@ class BlobCache:
             for entry in os.scandir(folder) if folder.is_dir() else ():
                 with contextlib.suppress(OSError):
                     status = entry.stat()
-                    if not entry.name.startswith(_TEMPORARY):
+                    if not entry.name.startswith(_HIDDEN):
                         files.append((status.st_mtime, status.st_size, entry.path))
-                    elif time.time() - status.st_mtime > _ABANDONED_SECONDS:
-                        os.unlink(entry.path)
+                    else:
+                        remove_abandoned(entry.path)
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= target:

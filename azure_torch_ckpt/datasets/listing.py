@@ -8,17 +8,16 @@ import json
 import mmap
 import os
 import re
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from azure_torch_ckpt.checksums import crc64
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.newfile import NewFile
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
 
@@ -165,7 +164,6 @@ class BlobListing:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file, which appears when it is complete. SAS are left out: give a credential when you load it."""
-        path = Path(path)
         columns = self._columns
         sections = columns.sections()
         header = {
@@ -175,19 +173,13 @@ class BlobListing:
             "etags": {str(index): etag for index, etag in columns.other_etags.items()},
             "sections": [section.nbytes for section in sections],
         }
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                head = json.dumps(header).encode()
-                file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
-                for section in sections:
-                    file.write(bytes(-file.tell() % _ALIGNMENT))
-                    file.write(section)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with NewFile(path) as new:
+            head = json.dumps(header).encode()
+            new.file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
+            for section in sections:
+                new.file.write(bytes(-new.file.tell() % _ALIGNMENT))
+                new.file.write(section)
+            new.publish()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlobListing:

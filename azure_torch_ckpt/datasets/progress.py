@@ -6,6 +6,8 @@ shared memory; what belongs to one of them, does not.
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -15,11 +17,17 @@ from torch.utils.data import get_worker_info
 
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.datasets.order import Permutation, Share, Uneven, this_rank
+from azure_torch_ckpt.errors import ConfigurationError
 
 __all__ = ["Cursor", "OrderSettings", "Place", "Plan", "Progress", "Tally", "split_settings"]
 
-_SLOTS = 1024  # the process itself and 1,023 workers
-_EPOCH, _LOADS, _BASE, _OFFSET, _DRAWN, _BLOCK, _BY_WORKERS, _USED = range(8)
+_WORKERS = 1024  # slots: of the process itself and of 1,023 workers
+# What lies in the shared memory: a `_Start`, and from which version on workers read, and later passes than the first
+# have begun; the marks of the first passes from the last few versions; the version that each worker has begun with.
+_VERSION, _EPOCH, _BASE, _OFFSET, _DRAWN, _BLOCK, _BY_WORKERS, _LATER, _MARKS = range(9)
+_VERSIONS = 16
+_SLOTS = _MARKS + _VERSIONS
+_NONE = -1  # no version
 
 
 class OrderSettings(TypedDict, total=False):
@@ -107,25 +115,53 @@ class Cursor:
         return self.order[self.share.position(position)]
 
 
+class _Start(NamedTuple):
+    """Where passes begin: the first one at `base` and `place`, those after it at the beginning of the epoch.
+
+    Attributes:
+        version: counts what `set_epoch` and `load_state_dict` have changed.
+        base: samples of the epoch's order that all ranks together have read before.
+        place: where the first worker goes on behind those.
+    """
+
+    version: int
+    epoch: int
+    base: int = 0
+    place: Place = Place(0)
+
+
 class Progress:
-    """What the iterable datasets and `BlobSampler` have in common: epochs, and how far this one has got."""
+    """What the iterable datasets and `BlobSampler` have in common: epochs, and how far this one has got.
+
+    `set_epoch` and `load_state_dict` make a new `_Start`, in the process that made the dataset. A worker gets it with
+    its copy of the dataset, when it is started, and later ones, if it persists, from the shared memory.
+
+    A loaded state is for one pass, which may consist of many processes that begin at any time. So the first of them
+    leaves the mark of its pass (see `_Here.mark`) in the shared memory. A process that finds another mark there belongs
+    to a later pass, and begins at the beginning. So does one that has begun a pass from this `_Start` before.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._shared = torch.zeros(_USED + _SLOTS, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(_SLOTS + _WORKERS, dtype=torch.int64).share_memory_()
+        self._start = _Start(0, 0)
+        self._pid = os.getpid()
+        self._taken = -1  # the version from which this process has begun a pass
         self._loaded: Cursor | None = None  # in a worker, by torchdata
         self._cursor: Cursor | None = None
+        self._begin_from(_Start(1, 0))
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch: each has an order of its own if `shuffle` is set. A running pass is not disturbed.
 
         The epoch that was loaded goes on where the state was taken; any other begins at its beginning.
         """
-        if epoch != int(self._shared[_EPOCH]):
-            self._shared[_EPOCH] = epoch
-            self._resume_at(0, Place(0))
-        self._shared[_BY_WORKERS] = 0
-        self._cursor = None
+        start = self._known()
+        if get_worker_info() is not None:  # the workers of a pass may come here at different times
+            if epoch != start.epoch:
+                self._start = _Start(start.version, epoch)
+        elif epoch != start.epoch or self._shared[_marks(start.version)]:
+            self._begin_from(_Start(start.version + 1, epoch))
 
     def begin(self) -> Cursor:
         """A new pass: where the loaded state was taken, the first time; else at the beginning of the epoch.
@@ -133,15 +169,17 @@ class Progress:
         Raises:
             ValueError: the loaded state is not one for several workers.
         """
-        slot, worker, workers = _place()
-        fresh = int(self._shared[_USED + slot]) != int(self._shared[_LOADS])
-        self._shared[_USED + slot] = self._shared[_LOADS]
-        if slot:
-            self._shared[_BY_WORKERS] = 1
+        here, start = _here(), self._known()
         cursor, self._loaded = self._loaded, None
         if cursor is None:
-            base, place = self._resumed(worker, workers) if fresh else (0, Place(0))
-            cursor = self._new(int(self._shared[_EPOCH]), base, worker, workers, place)
+            cursor = self._next(here, start)
+        if self._is_first(here, start):
+            self._shared[_marks(start.version)] = here.mark(start.version)
+            self._shared[_SLOTS + here.slot] = start.version
+        else:
+            self._shared[_LATER] = start.version
+        self._taken = start.version
+        self._shared[_BY_WORKERS] = start.version if here.slot else _NONE
         self._cursor = cursor
         return cursor
 
@@ -151,27 +189,29 @@ class Progress:
         Raises:
             ValueError: workers read, and how far the training has got with what they sent, nobody here knows.
         """
-        cursor = self._cursor
-        if cursor is None:
-            if get_worker_info() is None and self._shared[_BY_WORKERS]:
-                raise ValueError(
-                    "A DataLoader's workers read this dataset, ahead of the training. Take state_at(samples) with the "
-                    "number of samples that this rank was trained with, or use torchdata's StatefulDataLoader"
-                )
-            _, worker, workers = _place()
-            base, place = self._resumed(worker, workers)
-            cursor = self._new(int(self._shared[_EPOCH]), base, worker, workers, place)
-        return self._state(cursor)
+        here, start = _here(), self._known()
+        if not here.slot and int(self._shared[_BY_WORKERS]) == start.version:
+            raise ValueError(
+                "A DataLoader's workers read this dataset, ahead of the training. Take state_at(samples) with the "
+                "number of samples that this rank was trained with, or use torchdata's StatefulDataLoader"
+            )
+        return self._state(self._cursor or self._next(here, start))
 
     def state_at(self, samples: int) -> dict[str, Any]:
         """What `state_dict` is when this rank has got `samples` samples since the epoch began or was resumed.
 
         Raises:
-            ValueError: `samples` is negative.
+            ValueError: `samples` is negative, or more than this rank gets.
         """
-        if samples < 0:
-            raise ValueError(f"samples must not be negative, not {samples}")
-        return self._state(self._new(int(self._shared[_EPOCH]), int(self._shared[_BASE]), 0, 1, Place(samples)))
+        start = self._known()
+        base = 0 if int(self._shared[_LATER]) == start.version else start.base
+        most = len(self.plan.share(base))
+        if not 0 <= samples <= most:
+            raise ConfigurationError(
+                f"samples must be from 0 to {most}, the number that this rank gets in this pass, not {samples}. Count "
+                "the samples of this rank since the pass began"
+            )
+        return self._state(self._new(start.epoch, base, 0, 1, Place(samples)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on where `state` was taken: of all workers, or, in a worker, of this one.
@@ -180,29 +220,36 @@ class Progress:
             ValueError: the state does not fit: it is of another dataset, order, or share.
         """
         plan = self.plan
-        share = Share(**state["share"])
-        if share.count != plan.count or state["fingerprint"] != plan.fingerprint:
+        try:
+            share = Share(**state["share"])
+            epoch, place = int(state["epoch"]), Place(*(int(state[name]) for name in Place._fields))
+            listing, order = (share.count, state["fingerprint"]), (state["seed"], state["shuffle"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"This is not the state of a dataset or a sampler ({type(error).__name__}: {error}). Load what its "
+                "state_dict() or state_at() returned. The state of a StatefulDataLoader is for the loader"
+            ) from error
+        if listing != (plan.count, plan.fingerprint):
             raise ValueError(
                 f"This state is of another dataset: of {share.count} blobs, while this one has {plan.count}, or of "
                 "other names. Load the BlobListing that was saved with it, and make the dataset of that"
             )
-        if (state["seed"], state["shuffle"]) != (plan.seed, plan.shuffle):
+        if order != (plan.seed, plan.shuffle):
             raise ValueError(
                 f"This state is of another order: seed={state['seed']}, shuffle={state['shuffle']}, while this dataset "
                 f"has seed={plan.seed}, shuffle={plan.shuffle}"
             )
-        place = Place(*(int(state[name]) for name in Place._fields))
-        _, worker, workers = _place()
         if any(place[1:]) and (share.rank, share.world_size) != (plan.rank, plan.world_size):
             raise ValueError(
                 f"This state is of rank {share.rank} of {share.world_size}, in the middle of a shard, and this is rank "
                 f"{plan.rank} of {plan.world_size}. Save the state of each rank under a key of its own"
             )
-        if get_worker_info() is not None:
-            mine = plan.share(share.base, worker, workers)
+        here, start = _here(), self._known()
+        if here.slot:
+            mine = plan.share(share.base, here.worker, here.workers)
             if share != mine:
                 raise ValueError(f"This state is of {share}, and this is {mine}. Use the same numbers of both")
-            self._loaded = self._new(int(state["epoch"]), share.base, worker, workers, place)
+            self._loaded = self._new(epoch, share.base, here.worker, here.workers, place)
             self._cursor = self._loaded
             return
         if share.workers != 1:
@@ -210,26 +257,42 @@ class Progress:
                 f"This is the state of one of {share.workers} workers. torchdata's StatefulDataLoader loads it, with "
                 f"num_workers={share.workers}"
             )
-        self._shared[_EPOCH] = int(state["epoch"])
-        self._resume_at(share.base + place.position * share.world_size, place)
-        self._shared[_LOADS] += 1
-        self._shared[_BY_WORKERS] = 0
-        self._cursor = None
+        base = share.base + place.position * share.world_size
+        self._begin_from(_Start(start.version + 1, epoch, base, place._replace(position=0)))
 
-    def _resume_at(self, base: int, place: Place) -> None:
-        for slot, value in ((_BASE, base), (_OFFSET, place.offset), (_DRAWN, place.drawn), (_BLOCK, place.block)):
+    def _begin_from(self, start: _Start) -> None:
+        self._start, self._cursor = start, None
+        self._shared[_marks(start.version)] = 0
+        for slot, value in enumerate((*start[:3], *start.place)):
             self._shared[slot] = value
 
-    def _resumed(self, worker: int, workers: int) -> tuple[int, Place]:
-        """The base of the share, and where a worker's pass begins."""
-        base, offset, drawn, block = (int(self._shared[slot]) for slot in (_BASE, _OFFSET, _DRAWN, _BLOCK))
-        if drawn and workers > 1:
+    def _known(self) -> _Start:
+        """The latest start. A worker that was just started takes the one of the moment at which that was done."""
+        if self._pid != os.getpid():
+            self._pid, self._cursor = os.getpid(), None
+        elif int(self._shared[_VERSION]) != self._start.version:
+            version, epoch, base, *place = (int(value) for value in self._shared[:_BY_WORKERS])
+            self._start = _Start(version, epoch, base, Place(*place))
+        return self._start
+
+    def _is_first(self, here: _Here, start: _Start) -> bool:
+        """Whether a pass that this process begins is the first one from `start`."""
+        mark = int(self._shared[_marks(start.version)])
+        # After manual_seed, a later pass has the same mark; but then another process has been this worker already.
+        again = here.slot and int(self._shared[_SLOTS + here.slot]) == start.version
+        return self._taken != start.version and (not mark or (mark == here.mark(start.version) and not again))
+
+    def _next(self, here: _Here, start: _Start) -> Cursor:
+        if not self._is_first(here, start):
+            return self._new(start.epoch, 0, here.worker, here.workers, Place(0))
+        if start.place.drawn and here.workers > 1:
             raise ValueError(
-                f"This state was taken without workers, in the middle of what shuffle_buffer holds, and {workers} "
+                f"This state was taken without workers, in the middle of what shuffle_buffer holds, and {here.workers} "
                 "workers would share that differently. Load it with num_workers=0 or 1, or use torchdata's "
                 "StatefulDataLoader, with one number of workers for both"
             )
-        return base, Place(0, offset, drawn, block) if worker == 0 else Place(0)
+        place = start.place if here.worker == 0 else Place(0)
+        return self._new(start.epoch, start.base, here.worker, here.workers, place)
 
     def _new(self, epoch: int, base: int, worker: int, workers: int, place: Place) -> Cursor:
         plan = self.plan
@@ -248,9 +311,9 @@ class Progress:
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Progress:
-        copy = Progress(self.plan)
-        copy._shared.copy_(self._shared)
-        return copy
+        copied = copy.copy(self)
+        copied._shared = self._shared.clone().share_memory_()
+        return copied
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -263,16 +326,39 @@ class Tally:
     """A number that all workers add to."""
 
     def __init__(self) -> None:
-        self._counts = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(_WORKERS, dtype=torch.int64).share_memory_()
 
     def add(self) -> None:
-        self._counts[_place()[0]] += 1
+        self._counts[_here().slot] += 1
 
     def __int__(self) -> int:
         return int(self._counts.sum())
 
 
-def _place() -> tuple[int, int, int]:
-    """Slot in the shared memory, number of this worker, number of workers."""
+class _Here(NamedTuple):
+    """Which process this is.
+
+    Attributes:
+        slot: in the shared memory; 0 if this is no worker.
+        seed: what all workers of a pass, and hardly those of another one, have in common: their DataLoader draws it.
+    """
+
+    slot: int
+    worker: int
+    workers: int
+    seed: int
+
+    def mark(self, version: int) -> int:
+        """The same for all workers of a pass, and another one for another pass from the same version; never 0 or -1."""
+        return hash((version, bool(self.slot), self.workers, self.seed)) or 1
+
+
+def _here() -> _Here:
     info = get_worker_info()
-    return (0, 0, 1) if info is None else (1 + info.id % (_SLOTS - 1), info.id, info.num_workers)
+    if info is None:
+        return _Here(0, 0, 1, 0)
+    return _Here(1 + info.id % (_WORKERS - 1), info.id, info.num_workers, info.seed - info.id)
+
+
+def _marks(version: int) -> int:
+    return _MARKS + version % _VERSIONS

@@ -13,16 +13,18 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from azure_torch_ckpt import outcome
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.checksums import md5
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
-    BlobChangedError,
     BlobNotFoundError,
     CommitConflictError,
     CorruptCheckpointError,
+    ServiceUnavailableError,
 )
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.outcome import Outcome
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.workers import Workers
 
@@ -30,6 +32,7 @@ __all__ = [
     "Stored",
     "commit",
     "data_name",
+    "delete_metadata",
     "metadata_name",
     "new_save_id",
     "read_metadata_blob",
@@ -89,39 +92,75 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
     Returns the metadata's ETag.
 
     Args:
+        data: holds the save's id, so that no other save's is the same.
         replaces: what stood there when the save began; None if nothing did.
 
     Raises:
-        CommitConflictError: another save committed meanwhile; its checkpoint stands.
-        StoreError: the service could not be asked. Whether the commit was carried out is then unknown; the checkpoint
-            at the URL is whole either way.
+        CommitConflictError: another save committed meanwhile, or the checkpoint was removed: that is proven, and the
+            data of this one belongs to no checkpoint.
+        CommitUnknownError: whether the commit was carried out is unknown, so nothing of either may be deleted.
+        StoreError: the service refused; the commit was not carried out.
     """
     path = location.join(metadata_name(rank)).path
-    try:
-        if replaces is None:
-            return store.put(path, data, if_missing=True)
-        return store.put(path, data, if_etag=replaces.etag)
-    except BlobChangedError as error:
-        # The first attempt may have been carried out and only its answer lost; then the second finds its own work.
-        now = read_metadata_blob(store, location, rank)
-        if now is not None and now.data == data:
-            return now.etag
+    etag = None if replaces is None else replaces.etag
+    result = outcome.put(store, path, data, if_etag=etag, if_missing=replaces is None)
+    if result.outcome is Outcome.DONE:
+        return result.etag
+    if result.outcome is Outcome.LOST:
         raise CommitConflictError(
-            f"Another save {'removed' if now is None else 'committed'} the checkpoint at {location} since this one "
+            f"Another save {'removed' if result.removed else 'committed'} the checkpoint at {location} since this one "
             "began, so this one was dropped. Give each job a URL of its own, or save again to replace what stands there"
-        ) from error
+        ) from result.error
+    before = "there is none" if replaces is None else "the old one is there"
+    raise result.unknown(
+        f"Whether this save was committed at {location} is unknown. Either its checkpoint is there, whole, or {before} "
+        "as before; nothing was deleted. Load it or save again; prune removes what is left over"
+    )
 
 
-def remove_blobs(store: BlobStore, location: BlobLocation, names: Iterable[str]) -> None:
-    """Delete data blobs that no metadata names any more. A failure is logged: it costs storage, not correctness."""
+def delete_metadata(
+    store: BlobStore, location: BlobLocation, rank: int | None, etag: str, cancel: Cancel | None = None
+) -> bool:
+    """Take a checkpoint's metadata away. False: it was replaced since it had this ETag, and stays.
+
+    Once it returns True, the data that the metadata named belongs to no checkpoint.
+
+    Raises:
+        CommitUnknownError: whether it was carried out is unknown, so no data may be deleted.
+        StoreError: the service refused; the metadata stands.
+    """
+    result = outcome.delete(store, location.join(metadata_name(rank)).path, if_etag=etag, cancel=cancel)
+    if result.outcome is Outcome.UNKNOWN:
+        raise result.unknown(
+            f"Whether the checkpoint at {location} was removed is unknown. It is whole, or only its data is left, "
+            "which prune removes. Remove it again"
+        )
+    return result.outcome is Outcome.DONE
+
+
+def remove_blobs(store: BlobStore, location: BlobLocation, names: Iterable[str]) -> dict[str, AzureCheckpointError]:
+    """Delete data blobs that no metadata names any more.
+
+    A failure is logged, and costs storage, not correctness. Once the service is down, no more is tried. Returns those
+    that were not deleted, by name.
+    """
     cancel = Cancel()
+    failed: dict[str, AzureCheckpointError] = {}
+    down: list[ServiceUnavailableError] = []
 
     def remove(name: str) -> None:
+        if down:
+            failed[name] = down[0]
+            return
         try:
             store.delete(location.join(name).path, cancel=cancel)
         except AzureCheckpointError as error:
+            failed[name] = error
+            if isinstance(error, ServiceUnavailableError):
+                down.append(error)
             _log.warning("could not remove %s, which is no longer needed: %s", location.join(name), error)
 
     with Workers(store.options.concurrency, "blob-remove", cancel.cancel) as workers:
         for name in names:
             workers.submit(functools.partial(remove, name))
+    return failed

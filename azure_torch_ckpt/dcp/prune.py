@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import metadata_name, remove_blobs
+from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
 from azure_torch_ckpt.dcp.standing import metadata_ranks, read_standing
 from azure_torch_ckpt.dcp.survey import Place
-from azure_torch_ckpt.errors import BlobChangedError, CheckpointNotFoundError, CheckpointReplacedError
+from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointNotFoundError, CheckpointReplacedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobInfo, BlobStore
@@ -86,13 +86,13 @@ def find_remains(
     return found
 
 
-def remove_remains(store: BlobStore, found: Iterable[Remains]) -> None:
-    """Delete what `find_remains` found. A blob that cannot be deleted is logged."""
+def remove_remains(store: BlobStore, found: Iterable[Remains]) -> dict[str, AzureCheckpointError]:
+    """Delete what `find_remains` found. Returns what could not be deleted, by its path in the container."""
     paths = []
     for remains in found:
         _log.info("removing %d blobs of the unfinished save %s at %s", len(remains.blobs), remains.save_id, remains.url)
         paths += remains.blobs
-    remove_blobs(store, store.location, paths)
+    return remove_blobs(store, store.location, paths)
 
 
 def remove_checkpoint(
@@ -101,17 +101,21 @@ def remove_checkpoint(
     credential: Credential = None,
     options: TransferOptions | None = None,
     ca_file: str | None = None,
-) -> None:
+) -> dict[str, AzureCheckpointError]:
     """Remove the checkpoint at a URL: ``.metadata`` first, so that it is gone before its data begins to go.
 
     What a crash in the middle leaves is for `prune`.
 
+    Returns the data blobs that could not be deleted (leased, immutable), by their names below the URL, each with its
+    error. The checkpoint is gone all the same, and `prune` finds them.
+
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint.
         CheckpointReplacedError: another save committed meanwhile; its checkpoint stands.
+        CommitUnknownError: whether the metadata was deleted is unknown; no data was.
         UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read, so nobody
             can tell which blobs are its own. Nothing was removed.
-        StoreError: the service could not be asked.
+        StoreError: the service could not be asked, or refused to delete the metadata. The checkpoint is whole.
     """
     location = BlobLocation.parse(url)
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
@@ -119,14 +123,12 @@ def remove_checkpoint(
     if not found:
         raise CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
     for part in found:
-        try:
-            store.delete(location.join(metadata_name(part.rank)).path, if_etag=part.stored.etag)
-        except BlobChangedError as error:
+        if not delete_metadata(store, location, part.rank, part.stored.etag):
             raise CheckpointReplacedError(
                 f"The checkpoint at {location} was replaced while it was being removed; the new one stands. Remove it "
                 "again if that is meant too"
-            ) from error
-    remove_blobs(store, location, sorted({name for part in found for name in part.names}))
+            )
+    return remove_blobs(store, location, sorted({name for part in found for name in part.names}))
 
 
 def place_location(location: BlobLocation, place: Place) -> BlobLocation:

@@ -16,11 +16,11 @@ from torch.futures import Future
 
 from azure_torch_ckpt.collector import CollectorPause, without_collector
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.figures import Figures, failures_told
+from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.payload import own_bytes
-from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.dcp.place import CheckpointPlace, step
 from azure_torch_ckpt.dcp.standing import nothing_at
 from azure_torch_ckpt.dcp.tensors import region_reads
 from azure_torch_ckpt.dcp.whole import load_tensor, open_item
@@ -94,8 +94,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file)
-        self._figures = Figures("load", progress)
+        super().__init__(url, credential, options, ca_file, Figures("load", progress))
         self._metadata = Metadata({}, storage_data={})
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._paths: dict[str, str] = {}  # of data blobs in the container, by their names below the URL
@@ -112,25 +111,26 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             StoreError: the service could not be asked.
         """
         rank: int | None = kwargs.get("rank")
-        if rank is None or self._why_no_metadata is None:
-            self._why_no_metadata = None
-            self._figures.begin(self.checkpoint_id, self._store)
+        load = self._begun_here()
+        if rank is None or load is None or load._why_no_metadata is None:
+            load = self._begin()
+            load._figures.begin(load.checkpoint_id, load._store)
             try:
-                return self._read_metadata(rank)
+                return load._read_metadata(rank)
             except AzureCheckpointError as error:
-                self._why_no_metadata = error if rank is None else None
+                load._why_no_metadata = error if rank is None else None
                 raise
         # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
         # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
-        first, self._why_no_metadata = self._why_no_metadata, None
+        first, load._why_no_metadata = load._why_no_metadata, None
         if not isinstance(first, CheckpointNotFoundError):
-            return self._unreadable(first)
+            return load._unreadable(first)
         try:
-            return self._read_metadata(rank)
+            return load._read_metadata(rank)
         except CheckpointNotFoundError:
-            return self._unreadable(first)
+            return load._unreadable(first)
         except AzureCheckpointError as error:
-            return self._unreadable(error)
+            return load._unreadable(error)
 
     def _unreadable(self, error: AzureCheckpointError) -> _Unreadable:
         self._figures.end(error)
@@ -139,16 +139,19 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if isinstance(metadata, _Unreadable):
             raise metadata.error
-        self._figures.lead(is_coordinator)
-        self._metadata = metadata
-        self._chunks = {}
-        self._paths = {}
-        self._sizes = {}
+        # Where another thread has read the metadata, this one goes on with a copy of what that one knows.
+        load = self._begun_here() or self._begin(self._current())
+        load._figures.lead(is_coordinator)
+        load._metadata = metadata
+        load._chunks = {}
+        load._paths = {}
+        load._sizes = {}
 
+    @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return dataclasses.replace(plan, storage_data=self._seen)
 
-    @failures_told
+    @step
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See that all ranks have read the same metadata.
 
@@ -161,7 +164,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             raise self._replaced()
         return plans
 
-    @failures_told
+    @step
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fetch what the plan names into the planner's tensors, and hand it the pickled objects.
 

@@ -21,7 +21,7 @@ from azure_torch_ckpt._torch_private import CURRENT_DCP_VERSION
 from azure_torch_ckpt.collector import CollectorPause, without_collector
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.envelope import envelope, serialize
-from azure_torch_ckpt.dcp.figures import Figures, failures_told
+from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import (
     Stored,
     commit,
@@ -41,11 +41,12 @@ from azure_torch_ckpt.dcp.metadata import (
 )
 from azure_torch_ckpt.dcp.payload import is_plain, own_bytes
 from azure_torch_ckpt.dcp.pieces import pieces
-from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.dcp.place import SavingPlace, step
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
     CheckpointExistsError,
+    CommitConflictError,
     CorruptCheckpointError,
     IncompleteSaveError,
 )
@@ -69,20 +70,23 @@ class _Ticket:
         nonce: of this rank in this save. A ticket that comes back with another nonce is from a cached plan
             (``enable_plan_caching``), and so is its save id.
         rank: what the rank calls itself; None lets the coordinator number the plans.
+        where: container and path, so that ranks that save to different places are noticed.
     """
 
     nonce: str
     save_id: str | None = None
     rank: int | None = None
+    where: str = ""
 
 
-class AzureBlobWriter(CheckpointPlace, StorageWriter):
+class AzureBlobWriter(SavingPlace, StorageWriter):
     """Save a checkpoint under a URL in Blob Storage, every rank its own shard.
 
     A save that raised left what stood at the URL before untouched, and a save that returned can be loaded, with
     `AzureBlobReader` or, once the prefix is copied to a disk, with torch's ``FileSystemReader``.
 
-    One writer does one save at a time, and any number of them one after the other.
+    One writer does any number of saves, one after the other or at the same time in several threads (as a second
+    ``async_save`` does before the first is done): give each its place as ``checkpoint_id=``.
 
     Args:
         url: the checkpoint's place, ``https://account.blob.core.windows.net/container/run/step-1000`` or
@@ -116,31 +120,28 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file)
-        self._figures = Figures("save", progress)
+        super().__init__(url, credential, options, ca_file, Figures("save", progress))
         self._overwrite = overwrite
         self._is_coordinator = True
         self._rank: int | None = None
         self._use_collectives = True
         self._nonce = new_save_id()
         self._replaces: Stored | None = None
-        # URL and ETag of the metadata of the last save, and the names of its data blobs.
-        self._committed: tuple[str, str, set[str]] | None = None
-        # The coordinator's last save, for as long as it is not known to have been committed.
-        self._unfinished: tuple[BlobLocation, str] | None = None
+        # By its URL: the ETag of the metadata of the last save, and the names of its data blobs. For all threads.
+        self._committed: dict[str, tuple[str, set[str]]] = {}
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self._is_coordinator = is_coordinator
-        self._rank = kwargs.get("rank")
-        self._use_collectives = kwargs.get("use_collectives", True)
-        self._nonce = new_save_id()
-        self._replaces = None
-        self._figures.begin(self.checkpoint_id, self._store, leads=is_coordinator)
+        save = self._begin_save()
+        save._is_coordinator = is_coordinator
+        save._rank = kwargs.get("rank")
+        save._use_collectives = kwargs.get("use_collectives", True)
+        save._nonce = new_save_id()
+        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
 
-    @failures_told
+    @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look at what stands at the URL.
 
@@ -149,12 +150,13 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
                 (saved with collectives where this save goes without).
         """
         if self._is_coordinator or not self._use_collectives:
-            self._remove_unfinished()
+            self._remove_abandoned()
             self._replaces = self._look_at_url()
-        ticket = _Ticket(self._nonce, rank=None if self._use_collectives else self._rank)
+        rank = None if self._use_collectives else self._rank
+        ticket = _Ticket(self._nonce, rank=rank, where=self._within_account())
         return dataclasses.replace(plan, storage_data=ticket)
 
-    @failures_told
+    @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give the save its id, and every rank a number for its blob."""
         save_id = new_save_id()
@@ -170,13 +172,14 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
                     f"The planner replaced SavePlan.storage_data of rank {rank} with {type(ticket).__name__}; that "
                     "field belongs to the storage writer. Put the planner's own data into planner_data"
                 )
+            self._check_same_place(rank, ticket.where)
             number = rank if ticket.rank is None else ticket.rank
             planned.append(
                 dataclasses.replace(plan, storage_data=dataclasses.replace(ticket, save_id=save_id, rank=number))
             )
         return planned
 
-    @failures_told
+    @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload this rank's items as one blob; return where each of them lies.
 
@@ -225,13 +228,15 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         future.set_result(results)
         return future
 
-    @failures_told
+    @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check that the results cover the plan, make the checkpoint visible, and remove the one that it replaced.
 
         Raises:
             IncompleteSaveError: something of the plan was not written. Nothing was committed.
             CommitConflictError: another save committed at this URL meanwhile. Its checkpoint stands.
+            CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
+                or this one, whole, and nothing was deleted.
         """
         metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
         metadata.version = CURRENT_DCP_VERSION
@@ -245,18 +250,22 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
                     _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
                     raise
                 data = dump_metadata(metadata)
-            # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
-            self._unfinished = None
-            etag = commit(self._store, self._location, data, self._replaces, rank)
         except CheckpointError:
-            # Not after a StoreError: it leaves open whether the new metadata names them.
             self._unfinished = None
             remove_blobs(self._store, self._location, data_paths(metadata))
             raise
         names = data_paths(metadata)
+        # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
+        self._unfinished = None
+        try:
+            etag = commit(self._store, self._location, data, self._replaces, rank)
+        except CommitConflictError:  # nothing else proves that no metadata names them
+            remove_blobs(self._store, self._location, names)
+            raise
         if self._replaces is not None:
             self._remove_replaced(self._replaces, names)
-        self._committed = (self.checkpoint_id, etag, names)
+        self._committed.clear()
+        self._committed[self.checkpoint_id] = (etag, names)
         self._figures.end(
             checkpoint_bytes=sum(result.size_in_bytes for rank_results in results for result in rank_results)
         )
@@ -281,8 +290,9 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
         return stored
 
     def _remove_replaced(self, replaced: Stored, names: set[str]) -> None:
-        if self._committed is not None and self._committed[:2] == (self.checkpoint_id, replaced.etag):
-            old_names = self._committed[2]  # of this writer's own last save; to read them again would take time
+        known = self._committed.get(self.checkpoint_id)
+        if known is not None and known[0] == replaced.etag:
+            old_names = known[1]  # of this writer's own last save; to read them again would take time
         else:
             where = f"{self.checkpoint_id}/{metadata_name()}"
             try:
@@ -294,13 +304,8 @@ class AzureBlobWriter(CheckpointPlace, StorageWriter):
             old_names = data_paths(old)
         remove_blobs(self._store, self._location, sorted(old_names - names))
 
-    def _remove_unfinished(self) -> None:
-        """Remove the blobs of this writer's previous save if some rank's error ended it before `finish`."""
-        if self._unfinished is None:
-            return
-        (location, save_id), self._unfinished = self._unfinished, None
-        if location.container_root() != self._store.location:
-            return
+    def _remove_save(self, location: BlobLocation, save_id: str) -> None:
+        """Remove the blobs of an earlier save that some rank's error ended before `finish`."""
         try:
             paths = [blob.path for blob in self._store.list(location.join(save_id).path + "/")]
         except AzureCheckpointError as error:

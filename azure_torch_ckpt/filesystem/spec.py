@@ -195,16 +195,14 @@ class AzureBlobFileSystem(LookingFileSystem):
         Args:
             mode: ``"create"`` raises `BlobExistsError` if there is one.
         """
-        location, store, parts = self._at(path)
+        _, store, parts = self._at(path)
         view = memoryview(value)
-        if self._intrans or settings or view.nbytes > _ONE_REQUEST or not parts.name:
+        if mode == "create" or self._intrans or settings or view.nbytes > _ONE_REQUEST or not parts.name:
+            # By its blocks, a new blob is known again where the answer to its commit is lost.
             with self.open(path, "xb" if mode == "create" else "wb", **settings) as file:
                 file.write(value)
             return
-        try:
-            store.put(parts.name, bytes(view), if_missing=mode == "create")
-        except BlobChangedError as error:
-            raise BlobExistsError(f"{location} exists already. Use mode='overwrite' to replace it") from error
+        store.put(parts.name, bytes(view))
 
     def pipe(self, path: Any, value: bytes | None = None, **settings: Any) -> None:
         """Write a blob, or those of a dict from paths to bytes, several at a time."""

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from azure_torch_ckpt.dcp.figures import failures_told
 from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info
+from azure_torch_ckpt.dcp.place import step
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
@@ -77,10 +77,11 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
     _opened: _Opened | None = None
     _etags: dict[str, str]
 
+    @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return dataclasses.replace(plan, storage_data=self._opened)
 
-    @failures_told
+    @step
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """See that all ranks have read the same index.
 

@@ -17,16 +17,17 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from azure_torch_ckpt import outcome
 from azure_torch_ckpt.bodies import Gather
+from azure_torch_ckpt.checksums import crc64
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.figures import Figures, failures_told
+from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.pieces import pieces
-from azure_torch_ckpt.dcp.place import CheckpointPlace
+from azure_torch_ckpt.dcp.place import SavingPlace, step
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
-    BlobChangedError,
     BlobNotFoundError,
     CheckpointError,
     CheckpointExistsError,
@@ -39,6 +40,7 @@ from azure_torch_ckpt.huggingface.runs import Block, Runs, run_id
 from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.outcome import Outcome
 from azure_torch_ckpt.progress import ProgressOption
 from azure_torch_ckpt.transfer import Item
 from azure_torch_ckpt.workers import Workers
@@ -59,6 +61,7 @@ class _Ticket:
     rank: int = 0
     block_size: int = 0
     places: Mapping[MetadataIndex, Place] = dataclasses.field(default_factory=dict)
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class _Standing:
     single_etag: str | None
 
 
-class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
+class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
     """Save a model's state dict under a URL as safetensors files with ``model.safetensors.index.json``.
 
         dcp.save(model.state_dict(), storage_writer=AzureBlobHuggingFaceWriter(url))
@@ -113,8 +116,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file)
-        self._figures = Figures("save", progress)
+        super().__init__(url, credential, options, ca_file, Figures("save", progress))
         if max_file_size < 1:
             raise ValueError(f"max_file_size must be positive, not {max_file_size}")
         self._overwrite = overwrite
@@ -126,8 +128,6 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         self._plan = Arrangement([], [], {}, [])
         self._joined_block_size = 0
         self._save_id = ""
-        # The save whose files may be there without an index that names them.
-        self._unfinished: tuple[BlobLocation, str] | None = None
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
@@ -137,11 +137,12 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             raise CheckpointError(
                 "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
             )
-        self._is_coordinator = is_coordinator
-        self._nonce = new_save_id()
-        self._figures.begin(self.checkpoint_id, self._store, leads=is_coordinator)
+        save = self._begin_save()
+        save._is_coordinator = is_coordinator
+        save._nonce = new_save_id()
+        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
 
-    @failures_told
+    @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look at what stands at the URL.
 
@@ -156,11 +157,11 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
                 "model.state_dict(), and the rest with AzureBlobWriter"
             )
         if self._is_coordinator:
-            self._remove_unfinished()
+            self._remove_abandoned()
             self._standing = self._look_at_url()
-        return dataclasses.replace(plan, storage_data=_Ticket(self._nonce))
+        return dataclasses.replace(plan, storage_data=_Ticket(self._nonce, where=self._within_account()))
 
-    @failures_told
+    @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Decide which tensor lies in which file, and which rank writes which bytes.
 
@@ -172,6 +173,8 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
                 "A rank's plan is from an earlier save (enable_plan_caching), or the planner has replaced its "
                 "storage_data. Use a planner without either"
             )
+        for rank, plan in enumerate(plans):
+            self._check_same_place(rank, plan.storage_data.where)
         # Enough for the rank with most to write, and such that the largest tensor fits into one file.
         sizes = [_size_of(plan) for plan in plans]
         least = -(-_largest(plans) // LARGEST_IN_BLOCKS)
@@ -194,7 +197,7 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             for rank, (plan, places) in enumerate(zip(plans, self._plan.places, strict=True))
         ]
 
-    @failures_told
+    @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Stage this rank's bytes of all files.
 
@@ -241,13 +244,15 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         future.set_result(results)
         return future
 
-    @failures_told
+    @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the files, then the index that names them, then remove what was replaced.
 
         Raises:
             IncompleteSaveError: something of the plan was not written. Nothing was committed.
             CommitConflictError: another save committed at this URL meanwhile. Its model stands.
+            CommitUnknownError: whether the index was written is unknown. The model at the URL is whole, the old one or
+                the new one, and nothing was deleted.
             StoreError: the service could not be asked. The model at the URL is whole, the old one or the new one.
         """
         written = [result.storage_data for rank in results for result in rank]
@@ -307,26 +312,26 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         ids = [block.id for block in sorted(blocks.get(path, ()), key=lambda one: one.offset)]
         if header is not None:
             ids.insert(0, run_id(self._save_id, _HEADER_RANK, 0))
-            self._store.stage_block(path, ids[0], Gather([memoryview(header)]))
+            crc = crc64(header) if self._store.options.checksums else None
+            self._store.stage_block(path, ids[0], Gather([memoryview(header)]), crc)
         self._store.commit_blocks(path, ids)
 
     def _commit(self, index: bytes) -> None:
-        path = self._location.join(INDEX).path
-        try:
-            if self._standing.index_etag is None:
-                self._store.put(path, index, if_missing=True)
-            else:
-                self._store.put(path, index, if_etag=self._standing.index_etag)
-        except BlobChangedError as error:
-            # The first attempt may have been carried out and only its answer lost; then the second finds its own work.
-            now = self._read(INDEX)
-            if now is not None and now[0] == index:
-                return
+        etag = self._standing.index_etag
+        # The index holds the save's id, so that no other save's is the same.
+        result = outcome.put(self._store, self._location.join(INDEX).path, index, if_etag=etag, if_missing=etag is None)
+        if result.outcome is Outcome.LOST:
             remove_blobs(self._store, self._location, [file.name for file in self._plan.files])
             raise CommitConflictError(
-                f"Another save {'removed' if now is None else 'committed'} the model at {self.checkpoint_id} since "
+                f"Another save {'removed' if result.removed else 'committed'} the model at {self.checkpoint_id} since "
                 "this one began, so this one was dropped. Give each job a URL of its own, or save again to replace it"
-            ) from error
+            ) from result.error
+        if result.outcome is Outcome.UNKNOWN:
+            raise result.unknown(
+                f"Whether this save was committed at {self.checkpoint_id} is unknown. Its model is there, or what was "
+                "there before, whole either way; nothing was deleted. Load it or save again; prune removes what is "
+                "left over"
+            )
 
     def _look_at_url(self) -> _Standing:
         index = self._read(INDEX)
@@ -351,13 +356,18 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
         standing = self._standing
         if standing.single_etag is not None:
             # Not merely storage: of the two, transformers loads this one.
-            try:
-                self._store.delete(self._location.join(SINGLE).path, if_etag=standing.single_etag)
-            except BlobChangedError as error:
+            path = self._location.join(SINGLE).path
+            result = outcome.delete(self._store, path, if_etag=standing.single_etag)
+            if result.outcome is Outcome.LOST:
                 raise CommitConflictError(
                     f"Somebody wrote {SINGLE} at {self.checkpoint_id} since this save began, and transformers loads "
                     "that one. The new model stands beside it; remove the one that is not wanted"
-                ) from error
+                ) from result.error
+            if result.outcome is Outcome.UNKNOWN:
+                raise result.unknown(
+                    f"The new model is at {self.checkpoint_id}, but whether the old {SINGLE} beside it was removed is "
+                    "unknown, and transformers loads that one where it is. Remove it"
+                )
         if standing.index is None:
             return
         try:
@@ -367,13 +377,8 @@ class AzureBlobHuggingFaceWriter(CheckpointPlace, StorageWriter):
             return
         remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._plan.files}))
 
-    def _remove_unfinished(self) -> None:
-        """Remove the files that this writer's previous save has made without an index."""
-        if self._unfinished is None:
-            return
-        (location, save_id), self._unfinished = self._unfinished, None
-        if location.container_root() != self._store.location:
-            return
+    def _remove_save(self, location: BlobLocation, save_id: str) -> None:
+        """Remove the files that an earlier save has made without an index."""
         prefix = location.path + "/" if location.path else ""
         try:
             found = [blob.path for blob in self._store.list(prefix + file_prefix(save_id))]

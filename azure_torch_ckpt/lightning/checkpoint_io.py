@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,10 +14,10 @@ from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.dcp.prune import remove_checkpoint
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
-from azure_torch_ckpt.errors import BlobNotFoundError, CheckpointNotFoundError
+from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, CheckpointNotFoundError, StoreError
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.objects.background import BackgroundSaves
+from azure_torch_ckpt.objects.background import BackgroundSaves, settle
 from azure_torch_ckpt.objects.codec import MapLocation, pack
 from azure_torch_ckpt.objects.storage import load_object, save_state_dict
 from azure_torch_ckpt.options import TransferOptions
@@ -25,6 +26,11 @@ from azure_torch_ckpt.store import BlobStore
 from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, TorchCheckpointIO, WrappingCheckpointIO
 
 __all__ = ["AzureBlobCheckpointIO", "blob_checkpoint_io", "blob_location"]
+
+# Statuses of a blob that has a lease, a snapshot, a legal hold or an immutability policy.
+_NOT_TO_BE_DELETED = (409, 412)
+
+_log = logging.getLogger(__name__)
 
 _OURS = re.compile(r"(https?|azblob):/", re.IGNORECASE)
 
@@ -120,6 +126,7 @@ class AzureBlobCheckpointIO(CheckpointIO):
                 f"{type(self).__name__} takes no storage_options. The credential, the options and the certificates of "
                 "the plugin hold for all of its saves"
             )
+        settle(str(location), besides=self._saves)
         if not self._async_save:
             save_state_dict(pack(checkpoint).state_dict(), self._writer_at(path))
             return
@@ -134,6 +141,8 @@ class AzureBlobCheckpointIO(CheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Load the checkpoint at `path`, once everything that ``async_save`` has in hand is done.
+
+        A save of another plugin of this process that is on its way to `path` is waited for, too.
 
         A blob that ``torch.save`` wrote (a checkpoint of Lightning's own plugin) is understood as well.
 
@@ -152,7 +161,7 @@ class AzureBlobCheckpointIO(CheckpointIO):
             weights_only = False
         if location is None:
             return self._load_local(path, map_location, weights_only)
-        self.wait()
+        self.wait_for(path)
         loaded: dict[str, Any]
         try:
             loaded = load_object(self.reader(path), map_location, weights_only)
@@ -166,13 +175,18 @@ class AzureBlobCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the checkpoint at `path`. If there is none, there is nothing to do.
 
+        Where the service does not allow it (a SAS without the right to delete, a lease, an immutability policy) the
+        checkpoint stays, which is logged as a warning: training is worth more than the space.
+
         Raises:
             AzureCheckpointError: it could not be removed; with ``async_save``, an earlier save failed.
         """
         location = blob_location(path)
         if location is None:
             self._local.remove_checkpoint(path)
-        elif self._async_save:
+            return
+        settle(str(location), besides=self._saves)
+        if self._async_save:
             self._background().remove(str(location), lambda: self._remove(path))
         else:
             self._remove(path)
@@ -198,6 +212,15 @@ class AzureBlobCheckpointIO(CheckpointIO):
         """
         if self._saves is not None:
             self._saves.wait()
+
+    def wait_for(self, path: str | Path) -> None:
+        """Wait until all saves of this plugin are done, and those that another one has on their way to `path`.
+
+        Raises:
+            CheckpointError: one of them failed, and no call has said so yet.
+        """
+        self.wait()
+        settle(str(BlobLocation.parse(path)))
 
     def store(self, path: str | Path) -> tuple[BlobLocation, BlobStore]:
         """The place that a remote `path` names, and the store of its container, the same for all calls."""
@@ -228,6 +251,14 @@ class AzureBlobCheckpointIO(CheckpointIO):
         return writer
 
     def _remove(self, path: str | Path) -> None:
+        try:
+            self._remove_whatever_it_is(path)
+        except StoreError as error:
+            if not isinstance(error, AccessDeniedError) and error.status not in _NOT_TO_BE_DELETED:
+                raise
+            _log.warning("%s stays, for the service does not let it be removed: %s", BlobLocation.parse(path), error)
+
+    def _remove_whatever_it_is(self, path: str | Path) -> None:
         try:
             remove_checkpoint(path, credential=self.credential, options=self.options, ca_file=self.ca_file)
         except CheckpointNotFoundError:

@@ -13,6 +13,7 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.objects.background import settle
 from azure_torch_ckpt.objects.storage import load_object, save_object
 from azure_torch_ckpt.options import TransferOptions
 
@@ -43,6 +44,7 @@ def import_checkpoint(
         Whatever ``torch.load`` raises for the file.
     """
     writer = AzureBlobWriter(url, credential=credential, overwrite=overwrite, options=options, ca_file=ca_file)
+    settle(writer.checkpoint_id)
     # Only files of the form that torch.save has written since 1.6 can be mapped.
     mapped = zipfile.is_zipfile(file)
     save_object(torch.load(file, map_location="cpu", mmap=mapped, weights_only=weights_only), writer)
@@ -70,6 +72,7 @@ def export_checkpoint(
         OSError: the file cannot be written.
     """
     reader = AzureBlobReader(url, credential=credential, options=options, ca_file=ca_file)
+    settle(reader.checkpoint_id)
     checkpoint = load_object(reader, "cpu", weights_only)
     target = Path(file)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:

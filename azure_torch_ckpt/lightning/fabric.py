@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from azure_torch_ckpt.objects.sharded import Place
-from azure_torch_ckpt.objects.states import FsdpStates, States, gathered, live_tensors
+from azure_torch_ckpt.objects.states import FsdpStates, States, gathered
 
 from .sharding import KeepsInBlobs, give_mesh, is_sharded_path
 from .stock import (
@@ -46,7 +46,7 @@ class _BlobStrategy(KeepsInBlobs, FabricParallelStrategy):
         if not is_sharded_path(path):
             super().save_checkpoint(path, state, storage_options, filter)
             return
-        modules, optimizers = _modules(state), _optimizers(state)
+        modules = _modules(state)
         checkpoint = {}
         for key, thing in state.items():
             checkpoint[key] = self._state_of(thing, modules)
@@ -55,8 +55,7 @@ class _BlobStrategy(KeepsInBlobs, FabricParallelStrategy):
                 raise TypeError(f"The filter for {key!r} has no dict to choose from")
             checkpoint[key] = {name: value for name, value in checkpoint[key].items() if is_kept(name, value)}
         if self._saves_shards:
-            live = live_tensors(modules, optimizers)
-            self._checkpoints.save(self.checkpoint_io, checkpoint, path, live, storage_options)
+            self._checkpoints.save(self.checkpoint_io, checkpoint, path, storage_options)
         else:
             whole = gathered(checkpoint, self.is_global_zero)
             self._checkpoints.save_on_rank_0(self.checkpoint_io, whole, path, storage_options)
@@ -135,9 +134,9 @@ class AzureDDPStrategy(_BlobStrategy, FabricDDPStrategy):
 
         Fabric(strategy=AzureDDPStrategy(), plugins=[AzureBlobCheckpointIO()])
 
-    Parameters and optimizer states, which are equal on all ranks, are shared out by their bytes. All else is saved as
-    rank 0 has it: buffers (the statistics of BatchNorm differ from rank to rank) and Python objects. On loading, one
-    rank reads each large tensor and sends it to the others.
+    What is saved is what rank 0 has. Tensors that have the same bytes on other ranks, as parameters and the states of
+    optimizers mostly do, are shared out among them; each rank computes a checksum of its tensors to find out. On
+    loading, one rank reads each large tensor and sends it to the others.
 
     The arguments are those of Lightning's ``DDPStrategy``.
     """
@@ -184,10 +183,6 @@ class AzureFSDPStrategy(_BlobStrategy, FabricFSDPStrategy):
 
 def _modules(state: _State) -> list[nn.Module]:
     return [_inner(thing) for thing in state.values() if isinstance(thing, nn.Module)]
-
-
-def _optimizers(state: _State) -> list[Optimizer]:
-    return [thing for thing in state.values() if isinstance(thing, Optimizer)]
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from azure_torch_ckpt.errors import AzureCheckpointError, ConfigurationError, CredentialError, LocationError
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.objects.background import is_being_saved, settle
 from azure_torch_ckpt.objects.folder import is_empty, modified_at, newest_of
 from azure_torch_ckpt.objects.found import FoundCheckpoint
 
@@ -65,8 +66,6 @@ class AzureBlobModelCheckpoint(pytorch.callbacks.ModelCheckpoint):
         remote = dirpath is not None and blob_location(dirpath) is not None
         # A URL would make an fsspec filesystem for it.
         super().__init__(None if remote else dirpath, filename, **kwargs)
-        self._saved: set[str] = set()  # by this process; with async_save they may not be there yet
-        self._removed: set[str] = set()  # the same
         self._resumed_from: set[BlobLocation] = set()
         if not remote:
             return
@@ -128,6 +127,8 @@ class AzureBlobModelCheckpoint(pytorch.callbacks.ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
             return
         plugin = self._plugin = self._plugin_of(trainer)
+        # Nobody loads a checkpoint that rank 0 has not saved yet.
+        _told_by_rank_zero(trainer, plugin.wait)
         if stage != "fit":
             return
         empty = _told_by_rank_zero(trainer, lambda: is_empty(plugin.store(str(folder))[1], folder))
@@ -183,26 +184,7 @@ class AzureBlobModelCheckpoint(pytorch.callbacks.ModelCheckpoint):
         if location is None:
             return super().file_exists(filepath, trainer)
         plugin = self._plugin_of(trainer)
-        return _told_by_rank_zero(trainer, lambda: self._is_there(plugin, location))
-
-    def _is_there(self, plugin: AzureBlobCheckpointIO, location: BlobLocation) -> bool:
-        path = str(location)
-        if path in self._saved:
-            return True
-        if path in self._removed:
-            plugin.wait()
-            self._removed.clear()
-        return modified_at(plugin.store(path)[1], location) is not None
-
-    def _save_checkpoint(self, trainer: pytorch.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        self._saved.add(filepath)
-        self._removed.discard(filepath)
-
-    def _remove_checkpoint(self, trainer: pytorch.Trainer, filepath: str) -> None:
-        super()._remove_checkpoint(trainer, filepath)
-        self._saved.discard(filepath)
-        self._removed.add(filepath)
+        return _told_by_rank_zero(trainer, lambda: _is_taken(plugin, location))
 
     def _should_remove_checkpoint(self, trainer: pytorch.Trainer, previous: str, current: str) -> bool:
         location, folder = blob_location(previous), self._folder
@@ -220,11 +202,9 @@ class AzureBlobModelCheckpoint(pytorch.callbacks.ModelCheckpoint):
         if folder is None:
             return super()._find_last_checkpoints(trainer)
         plugin = self._plugin_of(trainer)
-        plugin.wait()
-        fields = re.split(r"\{[^}]*\}", self.CHECKPOINT_NAME_LAST)
-        names = ".*".join(re.escape(text) for text in fields) + r"(-v\d+)?" + re.escape(self.FILE_EXTENSION)
+        plugin.wait_for(str(folder))
         found: set[str] = set()
-        newest = newest_of(plugin.store(str(folder))[1], folder, re.compile(names))
+        newest = newest_of(plugin.store(str(folder))[1], folder, self._is_last)
         if newest is not None:
             location, modified = newest
             found.add(FoundCheckpoint(str(location), modified))
@@ -232,6 +212,22 @@ class AzureBlobModelCheckpoint(pytorch.callbacks.ModelCheckpoint):
             if isinstance(callback, pytorch.callbacks.OnExceptionCheckpoint):
                 found |= _of_exception(plugin, callback)
         return found
+
+    def _is_last(self, name: str) -> bool:
+        """Whether a checkpoint of this name is one for ``ckpt_path="last"``.
+
+        Whatever begins with `CHECKPOINT_NAME_LAST` is, as `ModelCheckpoint` has it. Where that has fields, which
+        `ModelCheckpoint` saves by and does not find again, so are the names that it makes.
+        """
+        if not name.endswith(self.FILE_EXTENSION):
+            return False
+        stem = name.removesuffix(self.FILE_EXTENSION)
+        with contextlib.suppress(re.error):  # it is taken for a pattern
+            if re.match(self.CHECKPOINT_NAME_LAST, stem):
+                return True
+        fields = re.split(r"\{[^}]*\}", self.CHECKPOINT_NAME_LAST)
+        made = ".*".join(re.escape(text) for text in fields)
+        return re.fullmatch(rf"{made}({re.escape(self.CHECKPOINT_JOIN_CHAR)}v\d+)?", stem) is not None
 
     def to_yaml(self, filepath: str | Path | None = None) -> None:
         """Save `best_k_models` as YAML: at a local path or a URL, by default as ``best_k_models.yaml`` in `dirpath`.
@@ -300,6 +296,15 @@ def _told_by_rank_zero(trainer: pytorch.Trainer, ask: Callable[[], _Answer]) -> 
         raise told
     result: _Answer = told
     return result
+
+
+def _is_taken(plugin: AzureBlobCheckpointIO, location: BlobLocation) -> bool:
+    """Whether the name is one of a checkpoint, be it that it is only on its way: of any callback of this process."""
+    path = str(location)
+    if is_being_saved(path):
+        return True
+    settle(path)  # a removal
+    return modified_at(plugin.store(path)[1], location) is not None
 
 
 def _refuse_remote_roots(trainer: pytorch.Trainer, dirpath: str | None) -> None:

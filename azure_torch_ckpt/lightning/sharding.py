@@ -33,9 +33,7 @@ class ShardedCheckpoints:
     def __init__(self) -> None:
         self._writer: AzureBlobWriter | None = None
 
-    def save(
-        self, plugin: CheckpointIO, checkpoint: Any, path: str | Path, live: Iterable[torch.Tensor], options: Any
-    ) -> None:
+    def save(self, plugin: CheckpointIO, checkpoint: Any, path: str | Path, options: Any) -> None:
         """Save a share on each rank; return when the checkpoint is complete, with ``async_save`` as well.
 
         Raises:
@@ -48,13 +46,13 @@ class ShardedCheckpoints:
             raise TypeError("Saves to Blob Storage take no storage_options. Give them to AzureBlobCheckpointIO")
 
         def prepare() -> AzureBlobWriter:
-            ours.wait()
+            ours.wait_for(path)
             writer = self._writer or ours.writer(path)
             writer.reset(path)
             return writer
 
         self._writer = together(prepare)
-        save_sharded(checkpoint, self._writer, live)
+        save_sharded(checkpoint, self._writer)
 
     def save_on_rank_0(self, plugin: CheckpointIO, checkpoint: Any, path: str | Path, options: Any) -> None:
         """Save what rank 0 holds, by the plugin; what it raises all ranks raise."""
@@ -82,7 +80,7 @@ class ShardedCheckpoints:
         ours = _ours(plugin)
 
         def prepare() -> AzureBlobReader:
-            ours.wait()
+            ours.wait_for(path)
             return ours.reader(path)
 
         reader = together(prepare)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.objects.sharded import Place
-from azure_torch_ckpt.objects.states import FsdpStates, States, by_name, by_number, gathered, live_tensors
+from azure_torch_ckpt.objects.states import FsdpStates, States, by_name, by_number, gathered, is_by_name
 
 from .sharding import KeepsInBlobs, give_mesh, is_sharded_path
 from .stock import LOAD_TAKES_WEIGHTS_ONLY, pytorch
@@ -37,9 +37,7 @@ class _BlobStrategy(KeepsInBlobs, pytorch.strategies.ParallelStrategy):
         if not is_sharded_path(path):
             self._save_elsewhere(checkpoint, path, storage_options)
         elif self._saves_shards:
-            assert self.lightning_module is not None
-            live = live_tensors([self.lightning_module], self.optimizers)
-            self._checkpoints.save(self.checkpoint_io, checkpoint, path, live, storage_options)
+            self._checkpoints.save(self.checkpoint_io, checkpoint, path, storage_options)
         else:
             self._checkpoints.save_on_rank_0(self.checkpoint_io, checkpoint, path, storage_options)
 
@@ -85,9 +83,9 @@ class AzureDDPStrategy(_BlobStrategy, pytorch.strategies.DDPStrategy):
 
         Trainer(strategy=AzureDDPStrategy(), plugins=[AzureBlobCheckpointIO()])
 
-    Parameters and optimizer states, which are equal on all ranks, are shared out by their bytes. All else is saved as
-    rank 0 has it: buffers (the statistics of BatchNorm differ from rank to rank) and Python objects. On loading, one
-    rank reads each large tensor and sends it to the others.
+    What is saved is what rank 0 has. Tensors that have the same bytes on other ranks, as parameters and the states of
+    optimizers mostly do, are shared out among them; each rank computes a checksum of its tensors to find out. On
+    loading, one rank reads each large tensor and sends it to the others.
 
     The arguments are those of Lightning's ``DDPStrategy``.
     """
@@ -95,7 +93,7 @@ class AzureDDPStrategy(_BlobStrategy, pytorch.strategies.DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.lightning_module is not None
         states = [
-            by_number(state, self._states.names(self.lightning_module, optimizer))
+            by_number(state, self._states.names(self.lightning_module, optimizer)) if is_by_name(state) else state
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False)
         ]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.objects.codec import SKELETON, Packed
 from azure_torch_ckpt.objects.snapshot import Snapshot
 
-__all__ = ["BackgroundSaves"]
+__all__ = ["BackgroundSaves", "is_being_saved", "settle"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +33,29 @@ class _Task:
     work: Callable[[], None]
     snapshot: Snapshot | None = None
 
+    @property
+    def kind(self) -> str:
+        return "removal" if self.snapshot is None else "save"
+
+    def is_within(self, where: str) -> bool:
+        return self.where == where or self.where.startswith(f"{where}/")
+
     def __str__(self) -> str:
-        return f"The {'removal' if self.snapshot is None else 'save'} of {self.where} in the background"
+        return f"The {self.kind} of {self.where} in the background"
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
     task: _Task
     error: BaseException
+
+    def told(self) -> CheckpointError:
+        error = CheckpointError(
+            f"{self.task} failed: {self.error}. What stood there before still stands, and no checkpoint was removed "
+            "since. If the cause is gone, save again"
+        )
+        error.__cause__ = self.error
+        return error
 
 
 class BackgroundSaves:
@@ -54,6 +70,7 @@ class BackgroundSaves:
 
     def __init__(self) -> None:
         self._start_over()
+        _everybody.add(self)
 
     def save(self, packed: Packed, where: str, upload: Callable[[dict[str, torch.Tensor]], None]) -> None:
         """Copy what is to be saved and return; ``upload`` gets the copy, later and in another thread.
@@ -98,10 +115,34 @@ class BackgroundSaves:
             self._changed.wait_for(lambda: self._thread is None)
             self._raise_failure()
 
+    def last_at(self, where: str) -> str | None:
+        """What was asked for last at `where` and is not done: "save" or "removal"."""
+        self._check_process()
+        with self._changed:
+            pending = [task for task in self._pending() if task.where == where]
+        return pending[-1].kind if pending else None
+
+    def settle(self, where: str) -> None:
+        """Wait until nothing at `where`, or below it, is pending.
+
+        Raises:
+            CheckpointError: a save there failed, and no call has said so yet; the next call of the methods above will.
+        """
+        self._check_process()
+        with self._changed:
+            self._changed.wait_for(lambda: not any(task.is_within(where) for task in self._pending()))
+            failure = self._failure
+        if failure is not None and failure.task.snapshot is not None and failure.task.is_within(where):
+            raise failure.told()
+
+    def _pending(self) -> list[_Task]:
+        return [*([] if self._running is None else [self._running]), *self._tasks]
+
     def _start_over(self) -> None:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._tasks: deque[_Task] = deque()
+        self._running: _Task | None = None
         self._free = [Snapshot() for _ in range(_SNAPSHOTS)]
         self._failure: _Failure | None = None
         self._thread: threading.Thread | None = None
@@ -114,10 +155,7 @@ class BackgroundSaves:
         if self._failure is None:
             return
         failure, self._failure = self._failure, None
-        raise CheckpointError(
-            f"{failure.task} failed: {failure.error}. What stood there before still stands, and no checkpoint was "
-            "removed since. If the cause is gone, save again"
-        ) from failure.error
+        raise failure.told()
 
     def _submit(self, task: _Task) -> None:
         with self._changed:
@@ -144,16 +182,40 @@ class BackgroundSaves:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                task = self._tasks.popleft()
+                task = self._running = self._tasks.popleft()
                 skip = task.snapshot is None and self._failure is not None
+            failure = None
             if skip:
                 _log.warning("%s was not removed, for a save before that failed", task.where)
-                continue
-            failure = _carry_out(task)
+            else:
+                failure = _carry_out(task)
             with self._changed:
+                self._running = None
                 self._put_back(task)
                 self._failure = self._failure or failure
                 self._changed.notify_all()
+
+
+_everybody: weakref.WeakSet[BackgroundSaves] = weakref.WeakSet()
+
+
+def is_being_saved(where: str) -> bool:
+    """Whether a checkpoint at `where` is on its way in this process, and is not to be removed after that."""
+    return any(saves.last_at(where) == "save" for saves in list(_everybody))
+
+
+def settle(where: str, besides: BackgroundSaves | None = None) -> None:
+    """Wait until nothing in this process is pending at `where`, or below it, whoever asked for it.
+
+    Args:
+        besides: not waited for.
+
+    Raises:
+        CheckpointError: a save there failed, and nobody was told yet.
+    """
+    for saves in list(_everybody):
+        if saves is not besides:
+            saves.settle(where)
 
 
 def _carry_out(task: _Task) -> _Failure | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import re
+from collections.abc import Callable
 
 from azure_torch_ckpt.dcp.layout import metadata_name
 from azure_torch_ckpt.errors import BlobNotFoundError
@@ -44,9 +44,9 @@ def is_empty(store: BlobStore, folder: BlobLocation) -> bool:
 
 
 def newest_of(
-    store: BlobStore, folder: BlobLocation, names: re.Pattern[str]
+    store: BlobStore, folder: BlobLocation, is_one: Callable[[str], bool]
 ) -> tuple[BlobLocation, datetime.datetime] | None:
-    """The checkpoint right below `folder` that was completed last, among those with one of these names.
+    """The checkpoint right below `folder` that was completed last, among those whose names are what is asked for.
 
     Of several within the same second, which is as exact as the service's times are, it is the one with the longest
     name, and then the last in the alphabet: ``last-v10``, ``last-v2``, ``last-v1``, ``last``.
@@ -55,7 +55,7 @@ def newest_of(
         StoreError: the service could not be asked.
     """
     entries = [entry if isinstance(entry, str) else entry.path for entry in store.list_folder(_prefix(folder))]
-    found = {name for entry in entries if names.fullmatch(name := entry.rstrip("/").rpartition("/")[2])}
+    found = {name for entry in entries if is_one(name := entry.rstrip("/").rpartition("/")[2])}
     times = {name: modified_at(store, folder.join(name)) for name in found}
     complete = [(modified, len(name), name) for name, modified in times.items() if modified is not None]
     if not complete:

@@ -44,33 +44,19 @@ class Place:
     other_shapes: bool = False
 
 
-def save_sharded(value: Any, writer: AzureBlobWriter, live: Iterable[torch.Tensor] = ()) -> None:
+def save_sharded(value: Any, writer: AzureBlobWriter) -> None:
     """Save an object of which every rank has a copy. All ranks call it.
 
-    Of a DTensor each rank saves its shard. What else there is, is as rank 0 has it; but of tensors that have the
-    memory of a `live` one each rank saves a share.
-
-    Args:
-        live: tensors that are known to be equal on all ranks, such as the parameters of a model under DDP.
+    What is saved is what rank 0 has; of a DTensor each rank saves its shard. Plain tensors of other ranks that are
+    proven equal to rank 0's (see `SharingPlanner`) are shared out among them.
 
     Raises:
         Those of `AzureBlobWriter` and `pack`; on all ranks the same.
     """
     packed = together(lambda: pack(value))
-    memory = {_memory(tensor) for tensor in live if not isinstance(tensor, DTensor)}
-    replicated = {
-        name
-        for name, tensor in packed.tensors.items()
-        if not isinstance(tensor, DTensor) and tensor.nbytes and _memory(tensor) in memory
-    }
-    if dist.get_rank() == 0:
-        state_dict = packed.state_dict()
-    else:
-        state_dict = {
-            name: tensor for name, tensor in packed.tensors.items() if isinstance(tensor, DTensor) or name in replicated
-        }
+    state_dict = packed.state_dict() if dist.get_rank() == 0 else packed.tensors
     try:
-        dcp.save(state_dict, storage_writer=writer, planner=SharingPlanner(replicated))
+        dcp.save(state_dict, storage_writer=writer, planner=SharingPlanner(dist.get_world_size()))
     except CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
 
@@ -206,7 +192,3 @@ def _broadcast(tensor: torch.Tensor, owner: int, device: torch.device) -> None:
     dist.broadcast(sent.reshape(-1).view(torch.uint8), owner)
     if sent is not tensor and dist.get_rank() != owner:
         tensor.copy_(sent)
-
-
-def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from azure_torch_ckpt.errors import UnsupportedCheckpointError
 from azure_torch_ckpt.objects.sharded import Place
 
-__all__ = ["FsdpStates", "States", "by_name", "by_number", "gathered", "live_tensors"]
+__all__ = ["FsdpStates", "States", "by_name", "by_number", "gathered", "is_by_name"]
 
 _State = dict[str, Any]
 
@@ -49,10 +49,8 @@ class States:
 
     def optimizer_places(self, saved: _State, module: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
         """Where in an optimizer's loaded state there are to be DTensors."""
-        names = itertools.chain.from_iterable(self.names(module, optimizer))
-        for number, (name, parameter) in enumerate(zip(names, _parameters(optimizer), strict=True)):
-            if isinstance(parameter, DTensor):
-                yield from _places_of(saved, number, name, parameter)
+        if any(isinstance(parameter, DTensor) for parameter in _parameters(optimizer)):
+            yield from _places_of(saved, itertools.chain(*self.names(module, optimizer)), _parameters(optimizer))
 
     def load_module(self, module: nn.Module, saved: _State, strict: bool) -> None:
         state = self.of_module(module)
@@ -67,14 +65,15 @@ class States:
             UnsupportedCheckpointError: it is by name, and lacks a parameter that the optimizer has.
             ValueError: the optimizer has other groups or other numbers of parameters.
         """
-        saved = by_number(saved, self.names(module, optimizer))
-        state = dict(saved["state"])
-        for number, parameter in enumerate(_parameters(optimizer)):
-            if number in state:
-                state[number] = {
-                    key: value if key == "step" else _as(value, parameter) for key, value in state[number].items()
-                }
-        optimizer.load_state_dict({**saved, "state": state})
+        if is_by_name(saved):
+            saved = by_number(saved, self.names(module, optimizer))
+        parameters = [*_parameters(optimizer)]
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            saved = _copied(saved)
+            for holder, key, number in _parts_of(saved):
+                if isinstance(number, int) and number < len(parameters):
+                    holder[key] = _as(holder[key], parameters[number])
+        optimizer.load_state_dict(saved)
 
     def names(self, module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
         """The names of the parameters of each of an optimizer's groups; "" for one that is not the module's."""
@@ -96,9 +95,8 @@ class FsdpStates(States):
 
     def optimizer_places(self, saved: _State, module: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
         tensors = self.of_module(module)
-        for number, name in enumerate(itertools.chain.from_iterable(self.names(module, optimizer))):
-            if isinstance(tensors.get(name), DTensor):
-                yield from _places_of(saved, number, name, tensors[name])
+        names = [*itertools.chain(*self.names(module, optimizer))]
+        yield from _places_of(saved, names, [tensors.get(name) for name in names])
 
     def load_module(self, module: nn.Module, saved: _State, strict: bool) -> None:
         with _sharded(module):
@@ -106,7 +104,7 @@ class FsdpStates(States):
 
     def load_optimizer(self, module: nn.Module, optimizer: Optimizer, saved: _State) -> None:
         groups = self.names(module, optimizer)
-        state = by_name(by_number(saved, groups), groups)
+        state = by_name(by_number(saved, groups) if is_by_name(saved) else saved, groups)
         with _sharded(module):
             loaded = FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, state)
         optimizer.load_state_dict(loaded)
@@ -117,8 +115,22 @@ class FsdpStates(States):
         return [group["params"] for group in state["param_groups"]]
 
 
+def is_by_name(state: Any) -> bool:
+    """Whether an optimizer's state has its parameters by name.
+
+    The state may be of any form: an optimizer that wraps another one keeps that one's state somewhere in its own.
+    """
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return False
+    names = [name for group in groups for name in group.get("params", ())]
+    return bool(names) and all(isinstance(name, str) for name in names)
+
+
 def by_number(state: _State, groups: list[list[str]]) -> _State:
-    """An optimizer's state with its parameters by number, if it has them by name.
+    """An optimizer's state with its parameters by number, of one that has them by name.
+
+    Entries that belong to no parameter stay.
 
     Args:
         groups: the names of the parameters of each group that the optimizer has now.
@@ -126,10 +138,7 @@ def by_number(state: _State, groups: list[list[str]]) -> _State:
     Raises:
         UnsupportedCheckpointError: the state knows nothing of one of them.
     """
-    saved_groups = state["param_groups"]
-    if all(isinstance(name, int) for group in saved_groups for name in group["params"]):
-        return state
-    group_of = {name: group for group in saved_groups for name in group["params"]}
+    group_of = {name: group for group in state["param_groups"] for name in group["params"]}
     numbers: dict[str, int] = {}
     numbered_groups = []
     for group in groups:
@@ -142,16 +151,23 @@ def by_number(state: _State, groups: list[list[str]]) -> _State:
         numbers.update({name: number for number, name in enumerate(group, start=len(numbers))})
         saved = group_of[group[0]] if group else {}
         numbered_groups.append({**saved, "params": [numbers[name] for name in group]})
-    state_by_number = {numbers[name]: value for name, value in state["state"].items() if name in numbers}
-    return {**state, "state": dict(sorted(state_by_number.items())), "param_groups": numbered_groups}
+    states = state.get("state", {})
+    numbered = {numbers[name]: value for name, value in states.items() if name in numbers}
+    others = {name: value for name, value in states.items() if name not in group_of}
+    return {**state, "state": {**dict(sorted(numbered.items())), **others}, "param_groups": numbered_groups}
 
 
 def by_name(state: _State, groups: list[list[str]]) -> _State:
-    """An optimizer's state by number, with the names of its parameters instead; `groups` as for `by_number`."""
-    names = [name for group in groups for name in group]
+    """An optimizer's state by number, with the names of its parameters instead; `groups` as for `by_number`.
+
+    One of an optimizer that keeps its state in a form of its own comes back as it is.
+    """
+    if not {"state", "param_groups"} <= state.keys():
+        return state
+    names = dict(enumerate(name for group in groups for name in group))
     return {
         **state,
-        "state": {names[number]: value for number, value in state["state"].items()},
+        "state": {names.get(number, number): value for number, value in state["state"].items()},
         "param_groups": [
             {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
         ],
@@ -172,26 +188,46 @@ def gathered(state: Any, keep: bool) -> Any:
     return state
 
 
-def live_tensors(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> Iterator[torch.Tensor]:
-    """What is equal on all ranks under DDP: parameters and states of optimizers, but no buffers."""
-    for module in modules:
-        yield from module.parameters()
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
 
 
-def _places_of(saved: _State, number: int, name: str, like: DTensor) -> Iterator[Place]:
-    state = saved["state"].get(number, saved["state"].get(name))
-    for key, value in (state or {}).items():
-        # torch.optim keeps its count of steps on the CPU, whatever the parameter is.
-        if isinstance(value, torch.Tensor) and key != "step":
-            yield Place(state, key, like, other_shapes=True)
+def _places_of(saved: Any, names: Iterable[str], likes: Iterable[Any]) -> Iterator[Place]:
+    """The places for DTensors in an optimizer's state; `likes` are DTensors for those parameters that have one."""
+    by_key: dict[Any, Any] = {}
+    for number, (name, like) in enumerate(zip(names, likes, strict=True)):
+        by_key[number] = by_key[name] = like
+    for holder, key, parameter in _parts_of(saved):
+        like = by_key.get(parameter)
+        if isinstance(like, DTensor):
+            yield Place(holder, key, like, other_shapes=True)
+
+
+def _parts_of(state: Any) -> Iterator[tuple[dict[Any, Any], Any, Any]]:
+    """The tensors that an optimizer's state has of single parameters: each as a dict, a key, the parameter's key.
+
+    A parameter's entry is a dict of tensors. It may lie deeper, in the state of an optimizer within an optimizer.
+    """
+    if not isinstance(state, dict):
+        return
+    for parameter, entry in [*state.items()]:
+        if not isinstance(entry, dict):
+            continue
+        for key, value in [*entry.items()]:
+            # torch.optim keeps its count of steps on the CPU, whatever the parameter is.
+            if isinstance(value, torch.Tensor) and key != "step":
+                yield entry, key, parameter
+        yield from _parts_of(entry)
+
+
+def _copied(state: Any) -> Any:
+    """The state with dicts of its own."""
+    if not isinstance(state, dict):
+        return state
+    copied = copy.copy(state)
+    copied.update({key: _copied(value) for key, value in state.items()})
+    return copied
 
 
 def _as(value: Any, like: Any) -> Any:
