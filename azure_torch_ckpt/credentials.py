@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | str | Literal[False] | None"
 """What a user may pass as ``credential=``; see :func:`resolve`."""
 
-SdkCredential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | None"
+SdkCredential: TypeAlias = "SharedTokens | AzureSasCredential | AzureNamedKeyCredential | None"
 """What the clients of ``azure.storage.blob`` take; there, None is anonymous access."""
 
 # The same for everybody, hence no secret: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite
@@ -101,7 +101,7 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
     if credential is None:
         if location.is_emulator:
             return AzureNamedKeyCredential(EMULATOR_ACCOUNT, EMULATOR_ACCOUNT_KEY)
-        return _over_tls(location, _default_tokens)
+        return _over_tls(location, SharedTokens(_process_default, _default_cache, location.endpoint))
     if isinstance(credential, str):
         return _from_text(location, credential.strip())
     if isinstance(credential, AzureSasCredential):
@@ -112,7 +112,7 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
         _check_key(credential.named_key.key)
         return credential
     if isinstance(credential, SharedTokens):
-        return _over_tls(location, credential)
+        return _over_tls(location, credential.at(location.endpoint))
     get_token = getattr(credential, "get_token", None)
     if isinstance(credential, type) or not callable(get_token):
         raise CredentialTypeError(f"{type(credential).__name__} is no credential for Blob Storage. {_ACCEPTED}.")
@@ -121,7 +121,7 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
             f"{type(credential).__name__} is an asynchronous credential (azure.identity.aio). "
             "Pass the class of the same name from azure.identity."
         )
-    return _over_tls(location, _shared_tokens(credential))
+    return _over_tls(location, _shared_tokens(credential, location.endpoint))
 
 
 class SharedTokens:
@@ -133,17 +133,29 @@ class SharedTokens:
     A token is replaced when its ``refresh_on`` has come, or five minutes before its end. One thread fetches; the others
     go on with the old token while it is valid, and wait otherwise. If the fetch fails, an old token that is still valid
     stays in use, and else every thread that waited gets the error of this one fetch.
+
+    Args:
+        endpoint: of the account, whose tenant may be another one than the credential's: `remember_tenant`.
     """
 
-    def __init__(self, credential: TokenCredential, cache: TokenCache) -> None:
+    def __init__(self, credential: TokenCredential, cache: TokenCache, endpoint: str) -> None:
         self._credential = credential
         self._cache = cache
+        self._endpoint = endpoint
+
+    def at(self, endpoint: str) -> SharedTokens:
+        """The same tokens for another account."""
+        return SharedTokens(self._credential, self._cache, endpoint)
+
+    def remember_tenant(self, tenant: str) -> None:
+        """The account's tenant, which the service has named: from now on tokens for this account are of this one."""
+        self._cache.tenants[self._endpoint] = tenant
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self._credential).__name__})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _shared_tokens, (self._credential,)  # tokens stay in their process
+        return _shared_tokens, (self._credential, self._endpoint)  # tokens stay in their process
 
     def get_token(
         self,
@@ -167,6 +179,8 @@ class SharedTokens:
     def get_token_info(self, *scopes: str, options: TokenRequestOptions | None = None) -> AccessTokenInfo:
         """azure-core's ``SupportsTokenInfo`` protocol, which its policies prefer where a credential has it."""
         options = options or TokenRequestOptions()
+        if "tenant_id" not in options and self._endpoint in self._cache.tenants:
+            options = {**options, "tenant_id": self._cache.tenants[self._endpoint]}
         key = (scopes, tuple(sorted((name, str(value)) for name, value in options.items())))
 
         def fetch() -> AccessTokenInfo:
@@ -208,6 +222,7 @@ class TokenCache:
     """The tokens of one credential, without the credential, so that it can be kept for as long as that one lives."""
 
     def __init__(self) -> None:
+        self.tenants: dict[str, str] = {}  # by endpoints of accounts
         self._slots: dict[_TokenKey, _Slot] = {}
         _caches.add(self)
 
@@ -259,7 +274,7 @@ _registry_lock = threading.Lock()
 _cache_of: dict[int, tuple[weakref.ref[Any], TokenCache]] = {}
 
 
-def _shared_tokens(credential: TokenCredential) -> SharedTokens:
+def _shared_tokens(credential: TokenCredential, endpoint: str) -> SharedTokens:
     key = id(credential)
     with _registry_lock:
         reference, cache = _cache_of.get(key, (None, None))
@@ -269,7 +284,7 @@ def _shared_tokens(credential: TokenCredential) -> SharedTokens:
             with contextlib.suppress(TypeError):
                 # The callback takes no lock: it may run anywhere, also inside this block.
                 _cache_of[key] = weakref.ref(credential, lambda dead: _forget(key, dead)), cache
-    return SharedTokens(credential, cache)
+    return SharedTokens(credential, cache, endpoint)
 
 
 def _forget(key: int, dead: weakref.ref[Any]) -> None:
@@ -312,7 +327,7 @@ class _ProcessDefault:
 
 
 _process_default = _ProcessDefault()
-_default_tokens = _shared_tokens(_process_default)
+_default_cache = TokenCache()
 
 
 def _after_fork_in_child() -> None:

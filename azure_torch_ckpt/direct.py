@@ -11,11 +11,12 @@ from __future__ import annotations
 import base64
 import email.utils
 import hmac
+import re
 import urllib.parse
 import uuid
 from typing import Any
 
-from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential, TokenRequestOptions
 from azure.core.exceptions import (
     ClientAuthenticationError,
     HttpResponseError,
@@ -24,18 +25,18 @@ from azure.core.exceptions import (
     ResourceNotFoundError,
     map_error,
 )
-from azure.core.pipeline import Pipeline, PipelineRequest
+from azure.core.pipeline import Pipeline, PipelineRequest, PipelineResponse
 from azure.core.pipeline.policies import (
     AzureSasCredentialPolicy,
-    BearerTokenCredentialPolicy,
     HttpLoggingPolicy,
+    HTTPPolicy,
     SansIOHTTPPolicy,
 )
 from azure.core.rest import HttpRequest, HttpResponse
 from azure.core.settings import settings
 
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
-from azure_torch_ckpt.credentials import STORAGE_SCOPE, SdkCredential
+from azure_torch_ckpt.credentials import STORAGE_SCOPE, SdkCredential, SharedTokens
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.retry import RetryPolicy
 from azure_torch_ckpt.transport import GatherTransport
@@ -60,6 +61,8 @@ _SIGNED = (
     "if-unmodified-since",
     "range",
 )
+# Bearer authorization_uri=https://login.microsoftonline.com/TENANT/oauth2/authorize resource_id=...
+_TENANT = re.compile(r"\bauthorization_uri=\"?https://[^/\s\",]+/([A-Za-z0-9.-]+)/")
 _MOST_RESULTS = 5_000  # in one page
 # As the client raises them: they are the cause of ours.
 _ERRORS: dict[int, type[HttpResponseError]] = {
@@ -88,7 +91,7 @@ class DirectRequests:
         elif isinstance(credential, AzureSasCredential):
             policies.append(AzureSasCredentialPolicy(credential))
         elif credential is not None:
-            policies.append(BearerTokenCredentialPolicy(credential, STORAGE_SCOPE))
+            policies.append(_Bearer(credential))
         policies.append(HttpLoggingPolicy())
         self._pipeline: Pipeline[HttpRequest, HttpResponse] = Pipeline(transport, policies)
 
@@ -148,7 +151,7 @@ class DirectRequests:
             return None  # a span for each call is the client's
         response = self._pipeline.run(request, cancel=cancel, dest=dest).http_response
         if response.status_code == 401:
-            return None  # the client answers the service's challenge: another tenant, a token that was revoked
+            return None  # the client may know more
         if response.status_code >= 300:
             map_error(response.status_code, response, _ERRORS)
             raise HttpResponseError(response=response)
@@ -168,6 +171,38 @@ class _Headers(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
         headers["x-ms-version"] = self._api_version
         headers["x-ms-date"] = email.utils.formatdate(usegmt=True)
         headers["x-ms-client-request-id"] = str(uuid.uuid4())
+
+
+class _Bearer(HTTPPolicy[HttpRequest, HttpResponse]):
+    """Sends a token, one of the account's tenant once the service has named it.
+
+    azure-core's own policy leaves the service's challenge unanswered, and that of azure-storage-blob forgets the answer
+    when its client goes: https://learn.microsoft.com/rest/api/storageservices/authorize-with-azure-active-directory#bearer-challenge
+    """
+
+    def __init__(self, tokens: SharedTokens) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def send(self, request: PipelineRequest[HttpRequest]) -> PipelineResponse[HttpRequest, HttpResponse]:
+        response = self._send(request, {})
+        if response.http_response.status_code != 401:
+            return response
+        # Only the tenant is believed, not where the token is good: the scope stays.
+        named = _TENANT.search(response.http_response.headers.get("WWW-Authenticate", ""))
+        if named is None:
+            return response
+        response = self._send(request, {"tenant_id": named[1]})
+        if response.http_response.status_code != 401:
+            self._tokens.remember_tenant(named[1])
+        return response
+
+    def _send(
+        self, request: PipelineRequest[HttpRequest], options: TokenRequestOptions
+    ) -> PipelineResponse[HttpRequest, HttpResponse]:
+        token = self._tokens.get_token_info(STORAGE_SCOPE, options=options)
+        request.http_request.headers["Authorization"] = f"Bearer {token.token}"
+        return self.next.send(request)
 
 
 class _SharedKey(SansIOHTTPPolicy[HttpRequest, HttpResponse]):

@@ -23,7 +23,9 @@ import urllib.request
 from collections import deque
 from dataclasses import dataclass, field
 
-__all__ = ["IO_SECONDS", "TIMEVAL", "Route", "close_idle", "connect", "give_back", "readable", "route", "take"]
+from azure_torch_ckpt.errors import ConfigurationError
+
+__all__ = ["IO_SECONDS", "TIMEVAL", "Proxy", "Route", "close_idle", "connect", "give_back", "readable", "route", "take"]
 
 CONNECT_SECONDS = 10.0
 IO_SECONDS = 60.0
@@ -35,18 +37,31 @@ _IDLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy, spoken to over plain TCP.
+
+    Attributes:
+        authorization: value of the header Proxy-Authorization, or None. Secret.
+    """
+
+    host: str
+    port: int
+    authorization: str | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """Where a connection leads and how: what must be equal for two requests to share one.
 
     Attributes:
-        proxy: URL of the proxy, which may hold a password; None without one.
+        proxy: the way to the proxy; None without one.
         ca_file: PEM file of certificates to trust besides the platform's.
         ca_changed: when that file was written (ns), so that a new one is heeded.
     """
 
     scheme: str
     netloc: str
-    proxy: str | None = field(repr=False)
+    proxy: Proxy | None
     ca_file: str | None
     ca_changed: int
 
@@ -66,11 +81,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def route(scheme: str, netloc: str, ca_file: str | None) -> Route:
-    """The way to a host, by the proxies that the environment names now."""
+    """The way to a host, by the proxies that the environment names now.
+
+    Raises:
+        ConfigurationError: the proxy is of a kind that is not spoken here.
+    """
     host = urllib.parse.SplitResult(scheme, netloc, "", "", "").hostname or ""
     proxy = None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
     changed = os.stat(ca_file).st_mtime_ns if ca_file is not None and scheme == "https" else 0
-    return Route(scheme, netloc, proxy, ca_file, changed)
+    return Route(scheme, netloc, _proxy(proxy, scheme) if proxy else None, ca_file, changed)
 
 
 def take(way: Route) -> tuple[http.client.HTTPConnection, bool]:
@@ -143,22 +162,39 @@ def connect(way: Route) -> http.client.HTTPConnection:
     return connection
 
 
-def _through_proxy(way: Route, target: urllib.parse.SplitResult, proxy: str) -> http.client.HTTPConnection:
-    parsed = urllib.parse.urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-    host, port = parsed.hostname or "", parsed.port or 3128
+def _through_proxy(way: Route, target: urllib.parse.SplitResult, proxy: Proxy) -> http.client.HTTPConnection:
+    if way.scheme == "https":
+        tunnel = http.client.HTTPSConnection(proxy.host, proxy.port, timeout=CONNECT_SECONDS, context=_context(way))
+        headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+        tunnel.set_tunnel(target.hostname or "", target.port or 443, headers=headers)
+        return tunnel
+    connection = http.client.HTTPConnection(proxy.host, proxy.port, timeout=CONNECT_SECONDS)
+    connection.absolute_target = f"http://{way.netloc}"  # type: ignore[attr-defined]
+    connection.proxy_authorization = proxy.authorization  # type: ignore[attr-defined]
+    return connection
+
+
+def _proxy(url: str, scheme: str) -> Proxy:
+    """Taken apart; without a port it is that of HTTP, as in requests."""
+    parsed = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+    named = f"The proxy for {scheme}:// (environment variable {scheme.upper()}_PROXY)"
+    try:
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host = port = None
+    if parsed.scheme != "http":
+        raise ConfigurationError(
+            f"{named} is of the kind {parsed.scheme}://, and only http:// is supported. What goes to Blob Storage "
+            "through an http:// proxy is encrypted all the same. Give the proxy as http://HOST:PORT, or name the "
+            "storage endpoint in NO_PROXY"
+        )
+    if not host:
+        raise ConfigurationError(f"{named} is not of the form http://HOST:PORT. Correct it")
     authorization = None
     if parsed.username is not None:
         user = urllib.parse.unquote(f"{parsed.username}:{parsed.password or ''}")
         authorization = "Basic " + base64.b64encode(user.encode()).decode()
-    if way.scheme == "https":
-        tunnel = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_context(way))
-        headers = {"Proxy-Authorization": authorization} if authorization else {}
-        tunnel.set_tunnel(target.hostname or "", target.port or 443, headers=headers)
-        return tunnel
-    connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
-    connection.absolute_target = f"http://{way.netloc}"  # type: ignore[attr-defined]
-    connection.proxy_authorization = authorization  # type: ignore[attr-defined]
-    return connection
+    return Proxy(host, port or http.client.HTTP_PORT, authorization)
 
 
 _contexts_lock = threading.Lock()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["Pressure", "RequestCounts"]
+
+
+_WAIT_SECONDS = 0.5  # so that signals come through: see workers.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,11 @@ class Pressure:
     """
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
+        self.start_over()
+        _all.add(self)
+
+    def start_over(self) -> None:
+        """In the child of a fork: the parent's requests are not ours, and its lock may have been held."""
         self._changed = threading.Condition()
         self._in_flight = 0
         self._most = 0  # that were ever in flight while nothing held them back
@@ -53,11 +61,9 @@ class Pressure:
     @contextlib.contextmanager
     def slot(self) -> Iterator[Slot]:
         """Wait for a place for one request; tell the slot that this yields how it went."""
-        if self._pid != os.getpid():  # the parent's requests are not ours, and its lock may have been held
-            self.__init__()  # type: ignore[misc]
         with self._changed:
             while self._limit is not None and self._in_flight >= max(1, int(self._limit)):
-                self._changed.wait()
+                self._changed.wait(_WAIT_SECONDS)
             self._in_flight += 1
             if self._limit is None:
                 self._most = max(self._most, self._in_flight)
@@ -81,6 +87,19 @@ class Pressure:
         if cuts_at_start == self._cuts:
             self._cuts += 1
             self._limit = max(1.0, self._in_flight / 2)
+
+
+_all: weakref.WeakSet[Pressure] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Before the child has threads: two of them that found the change of process by themselves would not agree.
+    for pressure in list(_all):
+        pressure.start_over()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Slot:

@@ -7,11 +7,11 @@ import queue
 import threading
 from collections.abc import Callable
 
-__all__ = ["Workers"]
+__all__ = ["WAIT_SECONDS", "Workers"]
 
-# A signal that comes just before the main thread begins to wait for a lock has its handler run when that wait ends. So
-# that SIGTERM ends a transfer whose requests hang, no wait is longer than this.
-_WAIT_SECONDS = 0.5
+WAIT_SECONDS = 0.5
+"""No wait of the main thread is longer, so that SIGTERM ends a transfer whose requests hang: a signal that comes just
+before the thread begins to wait for a lock has its handler run when that wait ends."""
 
 
 class Workers:
@@ -58,7 +58,7 @@ class Workers:
         Raises:
             the error of an earlier task.
         """
-        while not self._permits.acquire(timeout=_WAIT_SECONDS):
+        while not self._permits.acquire(timeout=WAIT_SECONDS):
             pass
         if self._error is not None:
             self._permits.release()  # so that a caller who goes on gets the error again instead of waiting for ever
@@ -107,7 +107,7 @@ class Workers:
         if not wait:
             return
         for thread, ended in self._threads:
-            while not ended.wait(_WAIT_SECONDS):
+            while not ended.wait(WAIT_SECONDS):
                 pass
             thread.join()
         self._threads, self._tasks = [], queue.SimpleQueue()

@@ -57,7 +57,7 @@ def test_none_is_the_published_key_on_the_emulator() -> None:
 
 def test_none_is_one_shared_credential_elsewhere() -> None:
     other = BlobLocation.parse("https://other.blob.core.windows.net/ckpt")
-    assert tokens(resolve(AZURE)) is resolve(other) is resolve(CUSTOM)
+    assert tokens(resolve(AZURE))._cache is tokens(resolve(other))._cache is tokens(resolve(CUSTOM))._cache
 
 
 @pytest.mark.parametrize("location", [AZURE, EMULATOR, PLAIN], ids=lambda location: location.endpoint)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import logging
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +98,65 @@ def test_a_token_is_fetched_once_for_both_paths(azurite_tls: Azurite, token_cred
         assert write_and_read(store, "blob") == DATA
         assert_short(proxy.log)
     assert credential.scopes == [(STORAGE_SCOPE,)]
+
+
+TENANT = "72f988bf-86f1-41af-91ab-2d7cd011db47"
+CHALLENGE = (
+    f"Bearer authorization_uri=https://login.microsoftonline.com/{TENANT}/oauth2/authorize "
+    "resource_id=https://storage.azure.com"
+)
+
+
+class TenantToken(CountedToken):
+    """Of a user whose own tenant is not the account's. Where a signature would be, the token names its tenant."""
+
+    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+        token = super().get_token(*scopes)
+        tenant = options.get("tenant_id", "home")
+        self.scopes[-1] += (tenant,)
+        signed = token.token.rpartition(".")[0]
+        return AccessToken(f"{signed}.{base64.b64encode(tenant.encode()).decode().rstrip('=')}", token.expires_on)
+
+
+def test_the_tenant_that_a_challenge_names_is_remembered(azurite_tls: Azurite, token_credential: Any) -> None:
+    """The proxy answers a token of another tenant as the service does; Azurite knows no tenants."""
+    assert azurite_tls.certificate is not None
+    certificate = azurite_tls.certificate
+    credential = TenantToken(token_credential)
+    container = f"tenant-{uuid.uuid4().hex}"
+    azurite_tls.create_container(container)
+    home = base64.b64encode(b"home").decode().rstrip("=")
+    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+        proxy.when(lambda seen: seen.headers["authorization"].endswith(home), times=None).do(
+            Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE})
+        )
+        for number in range(3):  # a new store for each checkpoint
+            location = BlobLocation.parse(f"{proxy.endpoint}/{container}")
+            store = BlobStore(location, credential, ca_file=str(certificate))
+            assert write_and_read(store, f"blob-{number}") == DATA
+            assert len(list(store.list(""))) == number + 1
+        refused = [exchange.kind for exchange in proxy.log if exchange.status == 401]
+        assert refused == ["Put Block"]
+        assert proxy.count("Put Block") == 1 + 2 * 3
+        assert not any(by_client(exchange) for exchange in proxy.log if exchange.kind in (*HOT, "List"))
+    assert credential.scopes == [(STORAGE_SCOPE, "home"), (STORAGE_SCOPE, TENANT)]
+
+
+def test_a_tenant_that_does_not_help_is_not_remembered(azurite_tls: Azurite, token_credential: Any) -> None:
+    assert azurite_tls.certificate is not None
+    certificate = azurite_tls.certificate
+    container = f"tenant-{uuid.uuid4().hex}"
+    azurite_tls.create_container(container)
+    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+        proxy.when("Get Blob", times=4).do(Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE}))
+        credential = TenantToken(token_credential)
+        store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/{container}"), credential, ca_file=str(certificate))
+        with pytest.raises(AccessDeniedError, match="401 InvalidAuthenticationInfo"):
+            store.read_some("blob", 0, 10)
+        with pytest.raises(BlobNotFoundError):
+            store.read_some("blob", 0, 10)
+        used = [base64.b64decode(one.headers["authorization"].rpartition(".")[2] + "==") for one in proxy.log]
+        assert used[-1] == b"home"
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

@@ -34,6 +34,7 @@ from azure_torch_ckpt import (
     prune,
 )
 from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.pressure import RequestCounts
 from azure_torch_ckpt.store import BlobStore
 from tests.conftest import UnsignedToken
 from tests.faults import Answer, Gate, Hold
@@ -88,6 +89,49 @@ def in_child(work: Callable[[], object], *, seconds: float = DEADLINE_SECONDS) -
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     timer.cancel()
     assert status == 0, f"the child ended with {status}: {said or 'it hung'}"
+
+
+# ---- Requests in flight ---------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_does_not_inherit_a_held_lock(container: str) -> None:
+    """Of the counter of a store's requests, which another thread is about to change when the fork happens."""
+    store = BlobStore(BlobLocation.parse(container), KEY)
+    store.put("blob", b"data")
+    pressure = store._pressure
+    held, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pressure.slot(), pressure._changed:
+            held.set()
+            assert may_end.wait(DEADLINE_SECONDS)
+
+    def requests() -> None:
+        pressure.try_again()
+        start = threading.Barrier(8)
+
+        def one() -> None:
+            start.wait()
+            for _ in range(200):
+                with pressure.slot():
+                    pass
+
+        threads = [threading.Thread(target=one) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (pressure.counts, pressure._in_flight) == (RequestCounts(1600, 1), 0)
+        assert store.read("blob", limit=10)[0] == b"data"
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(DEADLINE_SECONDS)
+    try:
+        in_child(requests)
+    finally:
+        may_end.set()
+        holder.join()
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import re
 import select
 import socket
 import threading
@@ -22,6 +23,9 @@ from azure.core.exceptions import (
 from azure_torch_ckpt import pool as connections
 from azure_torch_ckpt.bodies import Gather
 from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.errors import ConfigurationError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transport import GatherTransport
 from tests.faults import Cut
 from tests.proxy import FaultProxy
@@ -120,6 +124,55 @@ def test_no_proxy_is_heeded(forward_proxy: Any, blobs: Blobs, monkeypatch: pytes
     with contextlib.closing(GatherTransport()) as transport:
         assert blobs.put(transport, "blob", b"data").status_code == 201
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://proxy", "proxy", 80),
+        ("proxy", "proxy", 80),
+        ("http://someone:hunter2@proxy/", "proxy", 80),
+        ("http://proxy:3128", "proxy", 3128),
+        ("proxy:8080", "proxy", 8080),
+        ("http://[::1]", "::1", 80),
+        ("http://[::1]:3128", "::1", 3128),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_without_a_port_is_at_that_of_http(
+    url: str, host: str, port: int, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test may listen there."""
+    monkeypatch.setenv(f"{scheme}_proxy", url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    way = connections.route(scheme, "account.blob.core.windows.net", None)
+    assert way.proxy is not None
+    assert (way.proxy.host, way.proxy.port) == (host, port)
+    assert "hunter2" not in repr(way) and "c29tZ" not in repr(way)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("https://someone:hunter2@proxy:443", "is of the kind https://, and only http:// is supported"),
+        ("socks5://someone:hunter2@proxy:1080", "is of the kind socks5://, and only http:// is supported"),
+        ("http://someone:hunter2@proxy:port", "is not of the form http://HOST:PORT"),
+        ("http://someone:hunter2@proxy:99999", "is not of the form http://HOST:PORT"),
+        ("http://:3128", "is not of the form http://HOST:PORT"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_cannot_be_used_is_refused_at_once(
+    url: str, says: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{scheme}_proxy", url)
+    monkeypatch.setenv("no_proxy", "")
+    store = BlobStore(BlobLocation.parse(f"{scheme}://data.example.org/container"), False)
+    for ask in (lambda: store.stat("blob"), lambda: store.read_some("blob", 0, 1), lambda: list(store.list(""))):
+        with pytest.raises(ConfigurationError, match=re.escape(says)) as caught:
+            ask()
+        assert f"{scheme.upper()}_PROXY" in str(caught.value) and "hunter2" not in str(caught.value)
 
 
 # ---- Secrets -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from contextvars import ContextVar
 
 import pytest
 
+from azure_torch_ckpt.dcp.tensorstream import ahead
+from azure_torch_ckpt.objects.background import BackgroundSaves
 from azure_torch_ckpt.workers import Workers
 from azure_torch_ckpt.workers import __file__ as workers_file
 
@@ -91,6 +94,50 @@ def test_a_signal_ends_the_wait_for_requests_that_hang(wait: Callable[[Workers, 
     # Those that had begun have ended before the block was left, and no other one has begun.
     assert len(service.begun) == 2
     assert sorted(service.ended) == sorted(service.begun)
+
+
+def wait_for_the_workers(hanging: Callable[[], None]) -> None:
+    with Workers(1, "test") as workers:
+        workers.submit(hanging)
+        workers.finish()
+
+
+def wait_for_a_value(hanging: Callable[[], None]) -> None:
+    def values() -> Iterator[int]:
+        hanging()
+        yield 1
+
+    with contextlib.closing(ahead(values())) as made:
+        next(made)
+
+
+def wait_for_the_background(hanging: Callable[[], None]) -> None:
+    saves = BackgroundSaves()
+    saves.remove("somewhere", hanging)
+    saves.wait()
+
+
+@pytest.mark.parametrize("wait", [wait_for_the_workers, wait_for_a_value, wait_for_the_background])
+def test_a_signal_that_does_not_interrupt_the_wait_is_heeded_all_the_same(
+    wait: Callable[[Callable[[], None]], None],
+) -> None:
+    """As one that comes just before the main thread begins to wait: here, another thread receives it."""
+    handled = threading.Event()
+    heeded: list[bool] = []
+
+    def handle(*_: object) -> None:
+        handled.set()
+        raise InterruptionError
+
+    def hanging() -> None:
+        _until_the_main_thread_waits()
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        heeded.append(handled.wait(_SECONDS))
+
+    signal.signal(signal.SIGUSR1, handle)
+    with pytest.raises(InterruptionError):
+        wait(hanging)
+    assert heeded in ([], [True])  # not yet where the wait alone was given up
 
 
 def test_a_signal_while_a_thread_starts_does_not_leave_another_one_without_an_end(

@@ -30,6 +30,7 @@ from azure_torch_ckpt.errors import (
     UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.transfer import Check, Download, Read
+from azure_torch_ckpt.workers import WAIT_SECONDS
 
 __all__ = ["Part", "ahead", "object_bytes", "objects_of", "parts_of", "tensors_of"]
 
@@ -124,28 +125,33 @@ def parts_of(
 def ahead(values: Iterator[_T]) -> Generator[_T, None, None]:
     """The same values, each made while the caller works on the one before. Two exist at a time."""
     wanted, made = threading.Semaphore(1), threading.Semaphore(0)
+    ended = threading.Event()  # not Thread.join: see workers.py
     box: list[tuple[_T | None, BaseException | None]] = []
     stopped = False
 
     def make() -> None:
-        while True:
-            wanted.acquire()
-            if stopped:
-                return
-            try:
-                box.append((next(values), None))
-            except BaseException as error:
-                box.append((None, error))
-                return
-            finally:
-                made.release()
+        try:
+            while True:
+                wanted.acquire()
+                if stopped:
+                    return
+                try:
+                    box.append((next(values), None))
+                except BaseException as error:
+                    box.append((None, error))
+                    return
+                finally:
+                    made.release()
+        finally:
+            ended.set()
 
     # Not an executor: see workers.py. Whoever stops early waits for the value that is being made.
     thread = threading.Thread(target=make, name="read-ahead", daemon=True)
     thread.start()
     try:
         while True:
-            made.acquire()
+            while not made.acquire(timeout=WAIT_SECONDS):
+                pass
             value, error = box.pop()
             if isinstance(error, StopIteration):
                 return
@@ -157,7 +163,8 @@ def ahead(values: Iterator[_T]) -> Generator[_T, None, None]:
     finally:
         stopped = True
         wanted.release()
-        thread.join()
+        while not ended.wait(WAIT_SECONDS):
+            pass
 
 
 class _Stream:

@@ -15,6 +15,7 @@ import torch
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.objects.codec import SKELETON, Packed
 from azure_torch_ckpt.objects.snapshot import Snapshot
+from azure_torch_ckpt.workers import WAIT_SECONDS
 
 __all__ = ["BackgroundSaves", "is_being_saved", "settle"]
 
@@ -82,7 +83,7 @@ class BackgroundSaves:
         """
         self._check_process()
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._failure)
+            self._wait_for(lambda: bool(self._free or self._failure))
             self._raise_failure()
             snapshot = self._free.pop()
         try:
@@ -112,7 +113,7 @@ class BackgroundSaves:
         """
         self._check_process()
         with self._changed:
-            self._changed.wait_for(lambda: self._thread is None)
+            self._wait_for(lambda: self._thread is None)
             self._raise_failure()
 
     def last_at(self, where: str) -> str | None:
@@ -130,13 +131,17 @@ class BackgroundSaves:
         """
         self._check_process()
         with self._changed:
-            self._changed.wait_for(lambda: not any(task.is_within(where) for task in self._pending()))
+            self._wait_for(lambda: not any(task.is_within(where) for task in self._pending()))
             failure = self._failure
         if failure is not None and failure.task.snapshot is not None and failure.task.is_within(where):
             raise failure.told()
 
     def _pending(self) -> list[_Task]:
         return [*([] if self._running is None else [self._running]), *self._tasks]
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        while not self._changed.wait_for(condition, WAIT_SECONDS):
+            pass
 
     def _start_over(self) -> None:
         self._pid = os.getpid()
