@@ -16,6 +16,7 @@ from azure.storage.blob import BlobProperties, ContentSettings
 __all__ = ["BLOCK_BLOB", "BlobInfo", "of_properties", "of_response", "quoted_etag", "whole_size"]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
+_RESOURCE_TYPE: Final = "x-ms-resource-type"
 # Metadata of the empty blobs that are the directories of accounts with a hierarchical namespace; azcopy, blobfuse and
 # others write such blobs elsewhere, too: https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
 _FOLDER_MARK: Final = "hdi_isfolder"
@@ -76,7 +77,8 @@ def quoted_etag(etag: str) -> str:
     return etag if etag.startswith('"') else f'"{etag}"'
 
 
-def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
+def of_properties(path: str, properties: BlobProperties, headers: Mapping[str, str] | None = None) -> BlobInfo:
+    """What the SDK tells, and of the response's headers what it does not."""
     stored_md5 = properties.content_settings.content_md5
     return BlobInfo(
         path,
@@ -89,6 +91,7 @@ def of_properties(path: str, properties: BlobProperties) -> BlobInfo:
         properties.content_settings,
         int(properties.tag_count or 0),
         str(getattr(properties.blob_type, "value", properties.blob_type) or BLOCK_BLOB),
+        (headers or {}).get(_RESOURCE_TYPE),
     )
 
 
@@ -109,7 +112,7 @@ def of_response(path: str, response: HttpResponse) -> BlobInfo:
         named or None,
         None if created is None else email.utils.parsedate_to_datetime(created),
         kind=headers.get("x-ms-blob-type", BLOCK_BLOB),
-        resource_type=headers.get("x-ms-resource-type"),
+        resource_type=headers.get(_RESOURCE_TYPE),
     )
 
 

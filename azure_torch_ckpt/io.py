@@ -67,7 +67,8 @@ class BlobIO(_BinaryFile):
     Not for several threads at once. A reader can go on in a forked child; nothing here can be pickled.
 
     Args:
-        blob_url: the blob; a SAS, ``snapshot=`` and ``versionid=`` in the URL are respected.
+        blob_url: the blob; a SAS, ``snapshot=`` and ``versionid=`` in the URL are respected, and so is each slash of
+            the blob's name. A name that ends with one can be read, not written.
         mode: ``"rb"``, ``"wb"`` or ``"xb"`` (make the blob; it is an error if it exists).
         credential: see `azure_torch_ckpt.credentials.resolve`; a SAS in the URL wins.
         if_etag: read, or replace, only the blob with this ETag.
@@ -101,9 +102,14 @@ class BlobIO(_BinaryFile):
     ) -> None:
         if mode not in get_args(_Mode):
             raise ValueError(f"Unsupported mode: {mode!r}. BlobIO is binary: 'rb', 'wb' or 'xb'")
-        location = BlobLocation.parse(blob_url)
+        location = BlobLocation.parse_blob(blob_url)
         if not location.path:
             raise LocationError(f"{location} is a container. Append the name of a blob")
+        if mode != "rb" and location.path.endswith("/"):
+            raise LocationError(
+                f"{location} ends with a slash, as the blobs do by which many tools mark folders, so nobody would find "
+                "data there. Append the name of a blob, or leave the slash away"
+            )
         settings = BlobSettings(content_type, metadata, tags)
         store = _shared_store(location.container_root(), credential, options, ca_file)
         self._mode = mode

@@ -38,9 +38,13 @@ class ListedContainer(ContainerConnection):
         """List Blobs with the delimiter "/": blobs right under `prefix`, and sub-prefixes (str, ending in "/")."""
         return self._listed(prefix, delimiter="/")
 
-    def now(self) -> datetime.datetime:
-        """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by."""
-        date = self._list_page("", limit=1).headers.get("Date")
+    def now(self, prefix: str = "") -> datetime.datetime:
+        """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by.
+
+        Args:
+            prefix: of a listing that the credential allows: a SAS may be for one directory only.
+        """
+        date = self._list_page(prefix, limit=1).headers.get("Date")
         if date is None:
             raise RequestRefusedError(f"could not learn the time: {self.location.endpoint} sends no Date header")
         return email.utils.parsedate_to_datetime(date)

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from azure_torch_ckpt.errors import LocationError
 
-__all__ = ["BlobLocation"]
+__all__ = ["BlobLocation", "has_empty_segment"]
 
 EMULATOR_ACCOUNT: Final = "devstoreaccount1"
 
@@ -64,8 +64,9 @@ _HARMLESS: Final = re.compile(r"[A-Za-z0-9_./~:$-]{1,200}", re.ASCII)
 class BlobLocation:
     """A blob, a prefix of blobs, or a container, on one service endpoint.
 
-    Make it with :meth:`parse`. It is immutable and hashable, and ``str()`` gives the URL back without the SAS:
-    ``BlobLocation.parse(str(x)) == x.without_sas()``. No error of this module repeats a query string.
+    Make it with :meth:`parse`, or with :meth:`parse_blob` for a blob of any name. It is immutable and hashable, and
+    ``str()`` gives the URL back without the SAS: ``BlobLocation.parse_blob(str(x)) == x.without_sas()``, and the same
+    with ``parse`` unless the path has empty segments. No error of this module repeats a query string.
 
     Pickling works, and the pickle contains the SAS: another process could do nothing without it. Use
     :meth:`without_sas` for whatever is stored.
@@ -76,8 +77,8 @@ class BlobLocation:
         account: the storage account. On a custom domain it is the host's first label, which is a guess; see
             :attr:`account_is_known`.
         container: the container's name.
-        path: the blob's name, or a prefix of names, decoded, without leading or trailing slash; ``""`` is the
-            container's root.
+        path: the blob's name, or a prefix of names, decoded; ``""`` is the container's root. Only that of
+            :meth:`parse_blob` can have empty segments (``a//b``, ``/a``, ``a/``), which are legal in a blob's name.
         sas: the shared access signature as it stood in the URL, without ``?``, or None. Secret.
         snapshot: timestamp of a blob snapshot, or None.
         version_id: timestamp of a blob version, or None.
@@ -121,6 +122,26 @@ class BlobLocation:
         """
         if isinstance(url, BlobLocation):
             return url
+        location = cls.parse_blob(url)
+        path = location.path.rstrip("/")
+        if path and has_empty_segment(path):
+            raise LocationError(
+                f"The blob path{_quoted(path)} has an empty segment ('//', or a slash at its start). {_RIGHT_FORM}."
+            )
+        return dataclasses.replace(location, path=path)
+
+    @classmethod
+    def parse_blob(cls, url: str | os.PathLike[str] | BlobLocation) -> BlobLocation:
+        """Take the URL of a blob apart, as `parse` does, but with each slash of its name.
+
+        ``a//b``, ``/a`` and ``a/`` are names of blobs, and other ones than ``a/b`` and ``a``. (Not so in accounts with
+        a hierarchical namespace, where the service leaves the empty segments out.)
+
+        Raises:
+            LocationError: as `parse`.
+        """
+        if isinstance(url, BlobLocation):
+            return url
         scheme, authority, raw_path, query = _split(_text(url))
         endpoint, account, path_style = _endpoint(scheme, authority, raw_path)
         path = _decode(raw_path).removeprefix("/")
@@ -131,8 +152,7 @@ class BlobLocation:
             raise LocationError(
                 f"The URL names no container on {_shown(endpoint) or 'its host'}. {_form_for(endpoint, path_style)}."
             )
-        sas, snapshot, version_id = _parse_query(query)
-        return cls(endpoint, account, container, blob.rstrip("/"), sas, snapshot, version_id)
+        return cls(endpoint, account, container, blob, *_parse_query(query))
 
     def __str__(self) -> str:
         text = f"{self.endpoint}/{self.container}"
@@ -200,8 +220,11 @@ class BlobLocation:
         """
         if self.snapshot is not None or self.version_id is not None:
             raise LocationError(f"{self} is one blob at one moment; nothing lies below it. Leave the query away.")
-        if not all(names):
-            raise LocationError(f"Cannot join an empty name to {self}. Give a relative path.")
+        if any(has_empty_segment(name) for name in names):
+            raise LocationError(
+                f"Cannot join a name that is empty or has an empty segment ('//', or a slash at its start or end) to "
+                f"{self}. Give a relative path."
+            )
         return dataclasses.replace(self, path="/".join((self.path, *names) if self.path else names))
 
     def without_sas(self) -> BlobLocation:
@@ -216,6 +239,11 @@ class BlobLocation:
         if self.snapshot is not None:
             return f"?snapshot={self.snapshot}"
         return f"?versionid={self.version_id}" if self.version_id is not None else ""
+
+
+def has_empty_segment(path: str) -> bool:
+    """Whether a path begins or ends with a slash, or has two in a row; the empty one does."""
+    return not path or path[0] == "/" or path[-1] == "/" or "//" in path
 
 
 def _text(url: str | os.PathLike[str]) -> str:
@@ -381,8 +409,6 @@ def _check_path(path: str) -> None:
         wrong = "contains what looks like a SAS. Append it with a plain '?', not percent-encoded"
     elif len(path) > _MAX_PATH_CHARS or len(segments) > _MAX_PATH_SEGMENTS:
         wrong = f"is longer than the service's {_MAX_PATH_CHARS:,} characters or {_MAX_PATH_SEGMENTS} segments"
-    elif not all(segments):
-        wrong = "has an empty segment ('//', or a slash at its start or end)"
     elif {".", ".."} & set(segments):
         wrong = "has a segment '.' or '..'. Write the path out"
     elif "\\" in path:

@@ -205,7 +205,7 @@ class BlobStore(ListedContainer):
             return str(result["etag"])
 
     def delete(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
-        """Delete a blob; tell whether it was there.
+        """Delete a blob, with its snapshots; tell whether it was there. A folder's own blob is for `delete_folder`.
 
         Args:
             if_etag: delete only the blob with this ETag.
@@ -224,6 +224,25 @@ class BlobStore(ListedContainer):
             return False
         return True
 
+    def delete_folder(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
+        """Delete the blob that stands for a folder; tell whether it is gone.
+
+        A directory stays unless it is empty. Elsewhere the blob is a mark, which goes whatever is in the folder.
+        """
+        try:
+            with self._translated("delete the folder", path):
+                # With x-ms-delete-snapshots, it would be 400 OperationNotSupportedOnDirectory for a directory.
+                self._blob(path).delete_blob(cancel=cancel, **_if(if_etag))
+        except BlobNotFoundError:
+            return True
+        except RequestRefusedError as error:
+            if error.error_code == "SnapshotsPresent":  # no directory has them
+                return self.delete(path, if_etag=if_etag, cancel=cancel)
+            if error.error_code != "DirectoryIsNotEmpty":
+                raise
+            return False
+        return True
+
     # Copying on the service's side
 
     def copy_source(self, path: str, etag: str) -> CopySource:
@@ -233,7 +252,7 @@ class BlobStore(ListedContainer):
         key is known, or with this store's token
         (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url#authorization).
         """
-        location = self.location.join(path)
+        location = dataclasses.replace(self.location, path=path)
         credential = resolve(self.location, self._credential)
         url, sas, authorization = str(location), None, None
         if isinstance(credential, AzureSasCredential):
@@ -427,9 +446,14 @@ class BlobStore(ListedContainer):
             BlobNotFoundError: there is no such blob.
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
+        headers: list[Mapping[str, str]] = []
         with self._translated("look at", path):
-            properties = self._blob(path, moment).get_blob_properties(cancel=cancel, **_if(if_etag))
-        return blobinfo.of_properties(path, properties)
+            properties = self._blob(path, moment).get_blob_properties(
+                cancel=cancel,
+                raw_response_hook=lambda response: headers.append(response.http_response.headers),
+                **_if(if_etag),
+            )
+        return blobinfo.of_properties(path, properties, headers[-1])
 
     def tags(self, path: str) -> dict[str, str]:
         """Get Blob Tags. It takes a permission of its own, which reading the blob does not include.

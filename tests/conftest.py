@@ -21,6 +21,7 @@ from azure_torch_ckpt.emulator import Azurite
 # Behind everything else, so that an installed package goes before the checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from tests.hierarchical import HierarchicalAccount
 from tests.proxy import FaultProxy
 from tests.tally import Tally
 
@@ -87,6 +88,19 @@ def proxy(azurite: Azurite) -> Iterator[FaultProxy]:
 def proxied_container(proxy: FaultProxy, container: str) -> str:
     """URL of `container` through `proxy`. The proxy's log does not have the request that made it."""
     return f"{proxy.endpoint}/{container.rpartition('/')[2]}"
+
+
+@pytest.fixture(scope="session")
+def hierarchical(azurite: Azurite) -> Iterator[HierarchicalAccount]:
+    """One double of an account with a hierarchical namespace for all tests. The key is ``azurite.account_key``."""
+    with HierarchicalAccount(azurite.endpoint) as account:
+        yield account
+
+
+@pytest.fixture
+def directories(hierarchical: HierarchicalAccount) -> str:
+    """URL of a container with directories that is empty and this test's own."""
+    return hierarchical.create_container(f"test-{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

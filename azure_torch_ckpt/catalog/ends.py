@@ -114,11 +114,15 @@ class BlobEnd:
 
     def path(self, name: str) -> str:
         """The path in the container."""
-        return self.location.join(name).path
+        return self._prefix + name
 
     def listing(self) -> list[BlobInfo]:
         cut = len(self._prefix)
-        return [dataclasses.replace(blob, path=blob.path[cut:]) for blob in self.store.list(self._prefix)]
+        return [
+            dataclasses.replace(blob, path=blob.path[cut:])
+            for blob in self.store.list(self._prefix)
+            if not blob.is_folder
+        ]
 
     def sweep(self) -> None:
         pass  # blocks that nobody commits vanish by themselves

@@ -135,11 +135,14 @@ def prune(
     _check_rules(keep_last, keep_every, older_than, grace)
     location = BlobLocation.parse(url)
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
-    listed = list(store.list(location.path + "/" if location.path else ""))
+    prefix = location.path + "/" if location.path else ""
+    listed = list(store.list(prefix))
+    if any("/" in blob.path[len(prefix) :] for blob in listed) and not any(blob.is_folder for blob in listed):
+        store.has_directories = False  # they would be listed
     found = entries_of(location, listed)
     if not found and not has_saved_files(listed):
         return PruneReport([], [], [])
-    now = store.now()
+    now = store.now(prefix)
     rules = _Rules(keep_last, keep_every, None if older_than is None else now - older_than)
     runs: dict[tuple[bool, str], list[CheckpointEntry]] = {}
     for entry, _ in found:
@@ -243,7 +246,12 @@ def _remove(
     _in_parallel(store, cancel, [functools.partial(look, entry, place) for entry, place in doomed])
     _in_parallel(store, cancel, [functools.partial(hide, url) for url in names])
     order = sorted(removed)
-    errors = remove_blobs(store, location.container_root(), [path for url in order for path in names[url]])
+    errors = remove_blobs(
+        store,
+        location.container_root(),
+        [path for url in order for path in names[url]],
+        [place.path for entry, place in doomed if entry.url in removed],
+    )
     if down:
         raise down[0]
     stays = [one for url in order for one in _undeleted(url, names[url], errors, sizes)]

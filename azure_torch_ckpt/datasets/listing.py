@@ -92,7 +92,7 @@ class BlobListing:
         wanted = _filter(glob, suffix)
         columns = _Builder()
         for info in store.list(folder + (prefix or "")):
-            if wanted(info.path):
+            if not info.is_folder and wanted(info.path):
                 columns.add(info.path, info.size, info.etag)
         return cls((location.container_root(),), columns.done({}))
 
@@ -118,7 +118,7 @@ class BlobListing:
                 if known is not None:
                     columns.add(known[0] + name, None, None, known[1])
                     continue
-            location = BlobLocation.parse(url)
+            location = BlobLocation.parse_blob(url)
             if not location.path:
                 raise LocationError(f"{location} is a container. Append the name of a blob")
             if location.snapshot is not None or location.version_id is not None:

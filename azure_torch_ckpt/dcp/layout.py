@@ -6,11 +6,13 @@ uses, so a save never touches a byte of the one before, and one conditional Put 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import itertools
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from azure_torch_ckpt import outcome
@@ -18,6 +20,7 @@ from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.checksums import md5
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
+    BlobChangedError,
     BlobNotFoundError,
     CommitConflictError,
     CorruptCheckpointError,
@@ -37,6 +40,7 @@ __all__ = [
     "new_save_id",
     "read_metadata_blob",
     "remove_blobs",
+    "remove_empty_folders",
 ]
 
 _log = logging.getLogger(__name__)
@@ -138,29 +142,93 @@ def delete_metadata(
     return result.outcome is Outcome.DONE
 
 
-def remove_blobs(store: BlobStore, location: BlobLocation, names: Iterable[str]) -> dict[str, AzureCheckpointError]:
+def remove_blobs(
+    store: BlobStore, location: BlobLocation, names: Iterable[str], folders: Iterable[str] = ()
+) -> dict[str, AzureCheckpointError]:
     """Delete data blobs that no metadata names any more.
 
-    A failure is logged, and costs storage, not correctness. Once the service is down, no more is tried. Returns those
-    that were not deleted, by name.
+    A failure is logged, and costs storage, not correctness. Once the service is down, no more is tried. Where the
+    account has directories, those that the blobs were in go, too, unless something else is in them.
+
+    Args:
+        names: below `location`.
+        folders: more directories that go if they are empty; ``""`` is that of `location`.
+
+    Returns:
+        The blobs that were not deleted, by name.
     """
+    deleted: set[str] = set()
+
+    def remove(name: str, cancel: Cancel) -> None:
+        if store.delete(location.join(name).path, cancel=cancel):
+            deleted.add(name)
+
+    names = list(names)
+    failed = _for_each(store, location, names, remove)
+    if not any(isinstance(error, ServiceUnavailableError) for error in failed.values()):
+        wanted = {name.rpartition("/")[0] for name in names} - {""} | set(folders)
+        remove_empty_folders(store, location, wanted, {name.rpartition("/")[0] for name in deleted})
+    return failed
+
+
+def remove_empty_folders(store: BlobStore, location: BlobLocation, folders: Iterable[str], emptied: set[str]) -> None:
+    """Delete directories that nothing is in, from the bottom up. A failure is logged.
+
+    Only accounts with a hierarchical namespace have directories. One request finds out, and in other accounts nothing
+    more is asked for by the same store.
+
+    Args:
+        folders: below `location`; ``""`` is that of `location`.
+        emptied: those of them that a blob was deleted from just now.
+    """
+
+    def remove(folder: str, cancel: Cancel) -> None:
+        path = (location.join(folder) if folder else location).path
+        try:
+            found = store.stat(path, cancel=cancel)
+        except BlobNotFoundError:
+            if folder in emptied and store.has_directories is None:
+                store.has_directories = False  # it would have stayed
+            return
+        # In other accounts some tools mark folders with blobs of their own, which are not ours to remove.
+        store.has_directories = found.resource_type is not None
+        if found.resource_type == "directory":
+            with contextlib.suppress(BlobChangedError):
+                store.delete_folder(path, if_etag=found.etag, cancel=cancel)
+
+    wanted = {folder for folder in folders if folder or location.path}
+    # At first one alone: it tells whether the account has directories at all.
+    ordered = sorted(wanted, key=lambda folder: (-_depth(folder), folder not in emptied))
+    for group in (ordered[:1], *(list(group) for _, group in itertools.groupby(ordered[1:], _depth))):
+        if store.has_directories is not False:
+            _for_each(store, location, group, remove)
+
+
+def _depth(folder: str) -> int:
+    return folder.count("/") + 1 if folder else 0
+
+
+def _for_each(
+    store: BlobStore, location: BlobLocation, names: list[str], remove: Callable[[str, Cancel], None]
+) -> dict[str, AzureCheckpointError]:
     cancel = Cancel()
     failed: dict[str, AzureCheckpointError] = {}
     down: list[ServiceUnavailableError] = []
 
-    def remove(name: str) -> None:
+    def attempt(name: str) -> None:
         if down:
             failed[name] = down[0]
             return
         try:
-            store.delete(location.join(name).path, cancel=cancel)
+            remove(name, cancel)
         except AzureCheckpointError as error:
             failed[name] = error
             if isinstance(error, ServiceUnavailableError):
                 down.append(error)
-            _log.warning("could not remove %s, which is no longer needed: %s", location.join(name), error)
+            where = location.join(name) if name else location
+            _log.warning("could not remove %s, which is no longer needed: %s", where, error)
 
     with Workers(store.options.concurrency, "blob-remove", cancel.cancel) as workers:
         for name in names:
-            workers.submit(functools.partial(remove, name))
+            workers.submit(functools.partial(attempt, name))
     return failed

@@ -14,7 +14,12 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
 from azure_torch_ckpt.dcp.standing import metadata_ranks, read_standing
 from azure_torch_ckpt.dcp.survey import Place
-from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointNotFoundError, CheckpointReplacedError
+from azure_torch_ckpt.errors import (
+    AccessDeniedError,
+    AzureCheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReplacedError,
+)
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobInfo, BlobStore
@@ -88,11 +93,12 @@ def find_remains(
 
 def remove_remains(store: BlobStore, found: Iterable[Remains]) -> dict[str, AzureCheckpointError]:
     """Delete what `find_remains` found. Returns what could not be deleted, by its path in the container."""
-    paths = []
+    paths, folders = [], []
     for remains in found:
         _log.info("removing %d blobs of the unfinished save %s at %s", len(remains.blobs), remains.save_id, remains.url)
         paths += remains.blobs
-    return remove_blobs(store, store.location, paths)
+        folders.append(BlobLocation.parse(remains.url).path)
+    return remove_blobs(store, store.location, paths, folders)
 
 
 def remove_checkpoint(
@@ -119,16 +125,21 @@ def remove_checkpoint(
     """
     location = BlobLocation.parse(url)
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
-    found = read_standing(store, location, [None, *metadata_ranks(store, location)])
+    ranks, denied = [], None
+    try:
+        ranks = metadata_ranks(store, location)
+    except AccessDeniedError as error:
+        denied = error  # that of all ranks needs no listing
+    found = read_standing(store, location, [None, *ranks])
     if not found:
-        raise CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
+        raise denied or CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
     for part in found:
         if not delete_metadata(store, location, part.rank, part.stored.etag):
             raise CheckpointReplacedError(
                 f"The checkpoint at {location} was replaced while it was being removed; the new one stands. Remove it "
                 "again if that is meant too"
             )
-    return remove_blobs(store, location, sorted({name for part in found for name in part.names}))
+    return remove_blobs(store, location, sorted({name for part in found for name in part.names}), [""])
 
 
 def place_location(location: BlobLocation, place: Place) -> BlobLocation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
@@ -15,7 +16,12 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import Stored, metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata import check_metadata, data_paths, load_metadata
 from azure_torch_ckpt.dcp.survey import survey
-from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, UnsupportedCheckpointError
+from azure_torch_ckpt.errors import (
+    AccessDeniedError,
+    CheckpointNotFoundError,
+    RequestRefusedError,
+    UnsupportedCheckpointError,
+)
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
@@ -94,8 +100,12 @@ def open_standing(
 
 def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:
     """`open_standing` with a store that exists."""
-    whole = read_standing(store, location, [None])
-    parts = whole or read_standing(store, location, metadata_ranks(store, location))
+    parts = read_standing(store, location, [None])
+    if not parts:
+        ranks: list[int] = []
+        with contextlib.suppress(AccessDeniedError):  # `nothing_at` says what is not known
+            ranks = metadata_ranks(store, location)
+        parts = read_standing(store, location, ranks)
     if not parts:
         raise nothing_at(store, location, metadata_name())
     modified = max(part.stored.modified for part in parts)
@@ -105,7 +115,10 @@ def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:
 def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
     """The ranks that have metadata of their own at `location`."""
     prefix = location.path + "/" if location.path else ""
-    listed = [entry for entry in store.list_folder(prefix + "__") if not isinstance(entry, str)]
+    try:
+        listed = [entry for entry in store.list_folder(prefix + "__") if not isinstance(entry, str)]
+    except RequestRefusedError:  # in an account with directories, where `location` is that of a blob
+        return []
     return sorted(rank for place in survey(listed, prefix) for rank in place.metadata if rank is not None)
 
 
@@ -177,7 +190,9 @@ def nothing_at(store: BlobStore, location: BlobLocation, name: str) -> Checkpoin
     missing = f"No complete checkpoint at {location}: {name} is not there"
     prefix = location.path + "/" if location.path else ""
     try:
-        listed = list(store.list(prefix, limit=1_000))
+        listed = [blob for blob in store.list(prefix, limit=1_000) if not blob.is_folder]
+    except RequestRefusedError:  # in an account with directories, where the URL is that of a blob
+        listed = []
     except AccessDeniedError:
         return CheckpointNotFoundError(
             f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the URL"

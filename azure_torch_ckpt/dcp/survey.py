@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from azure_torch_ckpt.location import has_empty_segment
 from azure_torch_ckpt.store import BlobInfo
 
 __all__ = ["Place", "rank_of", "survey"]
@@ -56,7 +57,7 @@ def survey(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Place]:
     """The places of checkpoints among `blobs`, in the order of their paths.
 
     A place is where metadata or data blobs lie that are named as `AzureBlobWriter` or torch's ``FileSystemWriter`` name
-    them. What lies elsewhere is left out.
+    them. What lies elsewhere is left out, and so is what no URL of a checkpoint leads to (``run//step-1``).
 
     Args:
         prefix: of all the blobs' paths; ends in "/" unless it is empty. Nothing above it is a place.
@@ -64,6 +65,8 @@ def survey(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Place]:
     every = _without_folders([blob for blob in blobs if blob.path.startswith(prefix)])
     places: dict[str, Place] = {}
     for blob in every:
+        if has_empty_segment(blob.path):
+            continue  # no URL of a checkpoint has such a path, and "run//.metadata" is not that of "run"
         folder, _, name = blob.path.rpartition("/")
         metadata = _METADATA.fullmatch(name)
         if metadata is not None:
@@ -83,17 +86,14 @@ def survey(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Place]:
 
 
 def _without_folders(blobs: list[BlobInfo]) -> list[BlobInfo]:
-    """Leave out what an account with a hierarchical namespace lists as empty blobs: the folders of other blobs.
-
-    https://learn.microsoft.com/azure/storage/blobs/data-lake-storage-namespace
-    """
+    """Leave out the blobs that stand for folders, and empty ones that other blobs lie below."""
     folders: set[str] = set()
     for blob in blobs:
         folder = blob.path.rpartition("/")[0]
         while folder and folder not in folders:
             folders.add(folder)
             folder = folder.rpartition("/")[0]
-    return [blob for blob in blobs if blob.size or blob.path not in folders]
+    return [blob for blob in blobs if blob.size or not (blob.is_folder or blob.path in folders)]
 
 
 def _owner(folder: str, places: dict[str, Place], known: dict[str, Place | None]) -> Place | None:

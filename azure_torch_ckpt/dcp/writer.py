@@ -252,7 +252,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
                 data = dump_metadata(metadata)
         except CheckpointError:
             self._unfinished = None
-            remove_blobs(self._store, self._location, data_paths(metadata))
+            remove_blobs(self._store, self._location, data_paths(metadata), [""])
             raise
         names = data_paths(metadata)
         # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
@@ -312,7 +312,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             _log.warning("could not look for the blobs of the failed save %s: %s", location.join(save_id), error)
             return
         prefix = len(location.path) + 1 if location.path else 0
-        remove_blobs(self._store, location, [path[prefix:] for path in paths])
+        remove_blobs(self._store, location, [path[prefix:] for path in paths], [save_id])
 
 
 def _planned_size(item: WriteItem) -> int:

@@ -9,19 +9,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from azure_torch_ckpt.bodies import Cancel
-from azure_torch_ckpt.errors import AzureCheckpointError
+from azure_torch_ckpt.errors import AzureCheckpointError, BlobNotFoundError
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.transfer import Download, Read
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["FOLDER_MARK", "Range", "delete_all", "each", "read_blob", "read_ranges", "save_to_disk"]
-
-# Metadata of the empty blobs that stand for folders in accounts with a hierarchical namespace:
-# https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
-FOLDER_MARK: Final = "hdi_isfolder"
+__all__ = ["Range", "delete_all", "each", "read_blob", "read_ranges", "save_to_disk"]
 
 # What is asked for before the blob's size is known, so that a small one costs one request.
 _FIRST = 4 * 1024 * 1024
@@ -82,7 +77,9 @@ def read_ranges(store: BlobStore, wanted: Sequence[Range]) -> list[bytes | Azure
 
     def begin(number: int) -> None:
         try:
-            begun[number] = _begin(store, wanted[number])
+            first = begun[number] = _begin(store, wanted[number])
+            if first.info.is_folder:
+                begun[number] = BlobNotFoundError(f"{store.location}/{first.info.path} is a folder, not a blob")
         except AzureCheckpointError as error:
             begun[number] = error
 
@@ -115,7 +112,7 @@ def save_to_disk(
 
     def begin(number: int, name: str, path: str) -> None:
         begun = _begin(store, Range(name, None, None))
-        if (begun.info.metadata or {}).get(FOLDER_MARK) == "true":
+        if begun.info.is_folder:
             os.makedirs(path, exist_ok=True)
             progress(number, 0, 0)
             return
@@ -143,12 +140,12 @@ def save_to_disk(
             os.replace(temporary, path)
 
 
-def delete_all(store: BlobStore, names: Iterable[str]) -> None:
-    """Delete blobs; those that are gone already are no error."""
+def delete_all(store: BlobStore, blobs: Iterable[BlobInfo]) -> None:
+    """Delete blobs, and directories that are empty; those that are gone already are no error."""
     cancel = Cancel()
     with Workers(store.options.concurrency, "blob-remove", cancel.cancel) as workers:
-        for name in names:
-            workers.submit(functools.partial(_delete, store, name, cancel))
+        for blob in blobs:
+            workers.submit(functools.partial(_delete, store, blob, cancel))
         workers.finish()
 
 
@@ -195,8 +192,11 @@ def _receive(store: BlobStore, begun: _Begun, descriptor: int, progress: Callabl
     )
 
 
-def _delete(store: BlobStore, name: str, cancel: Cancel) -> None:
-    store.delete(name, cancel=cancel)
+def _delete(store: BlobStore, blob: BlobInfo, cancel: Cancel) -> None:
+    if blob.is_folder:
+        store.delete_folder(blob.path, cancel=cancel)
+    else:
+        store.delete(blob.path, cancel=cancel)
 
 
 @contextlib.contextmanager

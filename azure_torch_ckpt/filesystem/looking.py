@@ -10,7 +10,12 @@ from typing import Any, cast
 from fsspec.spec import AbstractFileSystem
 
 from azure_torch_ckpt.credentials import Credential, PickledCredential
-from azure_torch_ckpt.errors import BlobNotFoundError, ContainerNotFoundError
+from azure_torch_ckpt.errors import (
+    AccessDeniedError,
+    BlobNotFoundError,
+    ContainerNotFoundError,
+    RequestRefusedError,
+)
 from azure_torch_ckpt.filesystem.access import Access, one_credential
 from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, tree_entries
 from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
@@ -93,7 +98,14 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
             BlobNotFoundError: nothing is there.
         """
         store, parts = self._at(path)[1:]
-        entries = folder_entries(store, parts)
+        try:
+            entries = folder_entries(store, parts)
+        except (AccessDeniedError, RequestRefusedError):
+            # For a blob, a credential that allows no listing will do; and a directory's listing of a blob is an error.
+            entry = look_up(store, parts)
+            if entry["type"] != "file":
+                raise
+            entries = [entry]
         if not entries and parts.name:
             entry = look_up(store, parts)
             entries = [entry] if entry["type"] == "file" else []
@@ -106,7 +118,13 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         if maxdepth is not None:
             return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
         store, parts = self._at(path)[1:]
-        files, folders = tree_entries(store, parts)
+        try:
+            files, folders = tree_entries(store, parts)
+        except (AccessDeniedError, RequestRefusedError):  # as in `ls`
+            entry = self._info_or_none(path)
+            if entry is not None and entry["type"] != "file":
+                raise
+            files, folders = [] if entry is None else [entry], []
         found = {entry["name"]: entry for entry in files}
         if withdirs:
             found |= {entry["name"]: entry for entry in folders}

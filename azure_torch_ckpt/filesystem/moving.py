@@ -1,35 +1,36 @@
-"""Which files a copy consists of, and the order in which blobs come and go."""
+"""Which blobs and files a path means, where each is copied, and the order in which blobs come and go."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from glob import has_magic
 from typing import Any, TypeVar
 
 from fsspec.callbacks import Callback
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
+from fsspec.utils import other_paths
 
-from azure_torch_ckpt.filesystem.listing import is_commit_record
+from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError
+from azure_torch_ckpt.filesystem.listing import Entry, is_commit_record
+from azure_torch_ckpt.filesystem.looking import LookingFileSystem
+from azure_torch_ckpt.filesystem.paths import refuse_folder
 from azure_torch_ckpt.store import BlobInfo
 
-__all__ = ["Pairs", "Progress", "commit_last", "parents", "removal_order"]
+__all__ = [
+    "Progress",
+    "commit_last",
+    "copy_pairs",
+    "expand",
+    "get_pairs",
+    "parents",
+    "put_pairs",
+    "removal_order",
+    "without_folders",
+]
 
 _T = TypeVar("_T")
-
-
-class Pairs(Callback):  # type: ignore[misc]  # fsspec is not annotated
-    """Stands for a callback while fsspec finds out which file goes where, and keeps that.
-
-    ``AbstractFileSystem.get`` and ``put`` copy one file after the other. With this callback, `get_file` and `put_file`
-    do nothing, and the caller copies the pairs as it likes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, str]] = []
-
-    def branched(self, path_1: str, path_2: str, **_: Any) -> Pairs:
-        self.found.append((path_1, path_2))
-        return self
 
 
 class Progress:
@@ -81,18 +82,141 @@ def parents(paths: Iterable[str]) -> set[str]:
     return known & above
 
 
-def removal_order(blobs: Iterable[BlobInfo]) -> list[list[str]]:
-    """Groups of names that may be removed at a time, one group after the other.
+def expand(fs: LookingFileSystem, path: Any, recursive: bool, maxdepth: int | None) -> dict[str, Entry | None]:
+    """What ``expand_path`` gives, and what is known of each path: None where nothing was asked for it.
+
+    Raises:
+        BlobNotFoundError: nothing is there.
+    """
+    if maxdepth is not None and maxdepth < 1:
+        raise ValueError("maxdepth must be at least 1")
+    found: dict[str, Entry | None] = {}
+    for one in path if isinstance(path, (list, tuple, set)) else [path]:
+        root = fs._strip_protocol(one)
+        roots: dict[str, Entry | None] = {root: None}
+        depth = maxdepth
+        if has_magic(root):
+            roots = fs.glob(root, maxdepth=maxdepth, detail=True)
+            found |= roots
+            depth = None if maxdepth is None else maxdepth - 1
+        if recursive and depth != 0:
+            for each in roots:
+                found |= fs.find(each, maxdepth=depth, withdirs=True, detail=True)
+        if not has_magic(root) and root not in found and (not recursive or fs.exists(root)):
+            found[root] = None
+    if not found:
+        raise BlobNotFoundError(f"there is no blob and no folder {path!r}")
+    return {name: found[name] for name in sorted(found)}
+
+
+def without_folders(found: dict[str, Entry | None]) -> list[str]:
+    """Those of expanded paths that are of blobs, or that nothing is known of."""
+    above = parents(found)
+    return [one for one, entry in found.items() if one not in above and (entry is None or entry["type"] == "file")]
+
+
+def copy_pairs(
+    fs: LookingFileSystem, path1: Any, path2: Any, recursive: bool, found: dict[str, Entry | None]
+) -> list[tuple[str, str]]:
+    """Which blob goes where: https://filesystem-spec.readthedocs.io/en/latest/copying.html.
+
+    Args:
+        found: `path1`, expanded.
+    """
+    if isinstance(path1, list) and isinstance(path2, list):
+        refuse_folder(*path1, *path2)
+        return list(zip(fs._strip_protocol(path1), fs._strip_protocol(path2), strict=True))
+    is_one = not isinstance(path1, list)
+    blobs = set(without_folders(found))
+    sources = list(found)
+    if is_one and not recursive:
+        # A folder is not copied without `recursive`, and "m/" names one whether or not there is a blob "m".
+        is_folder = str(path1).endswith("/")
+        sources = [] if is_folder else [one for one in blobs if found[one] is not None or not fs.isdir(one)]
+    if not sources:
+        return []
+    if is_one and has_magic(str(path1)):
+        below = len(sources) == 1
+    else:
+        below = is_one and str(path1)[-1:] != "/" and _is_folder_to_fill(fs, path2)
+    targets = other_paths(sorted(sources), fs._strip_protocol(path2), exists=below, flatten=not is_one)
+    return [pair for pair in zip(sorted(sources), targets, strict=True) if pair[0] in blobs]
+
+
+def get_pairs(
+    fs: LookingFileSystem, rpath: Any, lpath: Any, recursive: bool, maxdepth: int | None, found: dict[str, Entry | None]
+) -> list[tuple[str, str]]:
+    """Which blob goes to which local file, by the same rules; folders as well.
+
+    Args:
+        found: `rpath`, expanded.
+    """
+    is_one = isinstance(rpath, (str, os.PathLike))
+    sources = list(found)
+    if is_one and (not recursive or maxdepth is not None):
+        is_folder = str(rpath).endswith("/") and not recursive
+        blobs = [] if is_folder else without_folders(found)
+        sources = [one for one in blobs if found[one] is not None or not fs.isdir(one)]
+    if not sources:
+        return []
+    target = make_path_posix(os.fspath(lpath)) if isinstance(lpath, (str, os.PathLike)) else lpath
+    if is_one and has_magic(str(rpath)):
+        below = len(sources) == 1
+    else:
+        is_folder = isinstance(target, str) and (target.endswith("/") or LocalFileSystem().isdir(target))
+        below = is_one and is_folder and not str(rpath).endswith("/")
+    return list(zip(sources, other_paths(sources, target, exists=below, flatten=not is_one), strict=True))
+
+
+def put_pairs(
+    fs: LookingFileSystem, lpath: Any, rpath: Any, recursive: bool, maxdepth: int | None
+) -> list[tuple[str, str]]:
+    """Which local file goes where, by the same rules."""
+    if isinstance(lpath, list) and isinstance(rpath, list):
+        return list(zip(lpath, rpath, strict=True))
+    is_one = isinstance(lpath, (str, os.PathLike))
+    local = LocalFileSystem()
+    source = make_path_posix(os.fspath(lpath)) if is_one else lpath
+    sources = local.expand_path(source, recursive=recursive, maxdepth=maxdepth)
+    if is_one and (not recursive or maxdepth is not None):
+        sources = [one for one in sources if not local.isdir(one)]
+        if not sources:
+            return []
+    if is_one and has_magic(source):
+        below = len(sources) == 1
+    else:
+        below = is_one and source[-1:] != "/" and _is_folder_to_fill(fs, rpath)
+    targets = other_paths(sources, fs._strip_protocol(rpath), exists=below, flatten=not is_one)
+    return list(zip(sources, targets, strict=True))
+
+
+def _is_folder_to_fill(fs: LookingFileSystem, path: Any) -> bool:
+    """Whether what is copied to `path` goes below it. Where the credential does not allow to look, it does not."""
+    if isinstance(path, list):
+        return False
+    if str(path).endswith("/"):
+        return True
+    try:
+        return fs.isdir(path)
+    except AccessDeniedError:
+        return False
+
+
+def removal_order(blobs: Iterable[BlobInfo]) -> list[list[BlobInfo]]:
+    """Groups of blobs that may be removed at a time, one group after the other.
 
     First what makes a checkpoint one, so that none is left half; then its data; last, from the bottom up, the blobs
-    that mark a folder, for an account with a hierarchical namespace keeps a folder as long as anything is in it.
+    that stand for a folder, for an account with a hierarchical namespace keeps a directory while anything is in it.
     """
-    sizes = {blob.path: blob.size for blob in blobs}
-    above = {name[:position] for name in sizes for position in _slashes(name)}
-    markers = {name for name, size in sizes.items() if size == 0 and name.rstrip("/") in above}
-    data, records = commit_last([name for name in sizes if name not in markers], str)
-    depths = sorted({name.count("/") for name in markers}, reverse=True)
-    return [records, data, *([name for name in markers if name.count("/") == depth] for depth in depths)]
+    by_name = {blob.path: blob for blob in blobs}
+    above = {name[:position] for name in by_name for position in _slashes(name)}
+    folders: list[BlobInfo] = []
+    others: list[BlobInfo] = []
+    for blob in by_name.values():
+        (folders if blob.is_folder or (not blob.size and blob.path in above) else others).append(blob)
+    data, records = commit_last(others, lambda blob: blob.path)
+    depths = sorted({blob.path.count("/") for blob in folders}, reverse=True)
+    return [records, data, *([blob for blob in folders if blob.path.count("/") == depth] for depth in depths)]
 
 
 def _slashes(name: str) -> list[int]:

@@ -7,13 +7,13 @@ import functools
 import os
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote, unquote
 
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation
 
-__all__ = ["PROTOCOL", "PathParts", "locate", "strip", "unstrip"]
+__all__ = ["PROTOCOL", "PathParts", "locate", "refuse_folder", "strip", "unstrip"]
 
 PROTOCOL: Final = "azblob"
 
@@ -80,6 +80,20 @@ def strip(path: str | os.PathLike[str]) -> str:
     account = account.lower()
     public = _PUBLIC_CLOUD.fullmatch(account)
     return ((public[1] if public else account) + slash + unquote(name)).rstrip("/")
+
+
+def refuse_folder(*paths: Any) -> None:
+    """Refuse what names a folder where a blob is meant: ``m/`` is not the blob ``m``.
+
+    Raises:
+        LocationError: one of the paths ends with a slash.
+    """
+    for path in paths:
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith("/"):
+            raise LocationError(
+                f"A path that ends with a slash names a folder, and this is for a blob. Leave the slash after "
+                f"{strip(path)[:200]!r} away if the blob of that name is meant"
+            )
 
 
 def unstrip(path: str) -> str:

@@ -10,14 +10,32 @@ from glob import has_magic
 from typing import Any
 
 from fsspec.callbacks import DEFAULT_CALLBACK, Callback
-from fsspec.utils import other_paths
 
 from azure_torch_ckpt.blobcopy import copy_blob
-from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, BlobNotFoundError, LocationError
+from azure_torch_ckpt.dcp.layout import remove_empty_folders
+from azure_torch_ckpt.errors import (
+    BlobChangedError,
+    BlobExistsError,
+    BlobNotFoundError,
+    LocationError,
+    RequestRefusedError,
+)
 from azure_torch_ckpt.filesystem.content import Range, delete_all, each, read_blob, read_ranges, save_to_disk
 from azure_torch_ckpt.filesystem.files import BlobFile, BlobText
+from azure_torch_ckpt.filesystem.listing import own_blob
 from azure_torch_ckpt.filesystem.looking import LookingFileSystem
-from azure_torch_ckpt.filesystem.moving import Pairs, Progress, commit_last, parents, removal_order
+from azure_torch_ckpt.filesystem.moving import (
+    Progress,
+    commit_last,
+    copy_pairs,
+    expand,
+    get_pairs,
+    put_pairs,
+    removal_order,
+    without_folders,
+)
+from azure_torch_ckpt.filesystem.paths import refuse_folder
+from azure_torch_ckpt.location import has_empty_segment
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
 
@@ -89,6 +107,7 @@ class AzureBlobFileSystem(LookingFileSystem):
             BlobExistsError: there is one, and `mode` is ``"x"``.
             ValueError: another mode, or `compression` while writing, whose files would not commit.
         """
+        refuse_folder(path)
         if compression is not None and not mode.startswith("r"):
             raise ValueError(
                 "compression= works for reading only. To write, use fsspec.open(url, 'wb', compression=...), or "
@@ -140,6 +159,7 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """A blob's bytes, or a slice of them; large ones in parallel."""
+        refuse_folder(path)
         store, parts = self._at(path)[1:]
         return read_blob(store, Range(parts.name, start, end))
 
@@ -176,12 +196,12 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     def cat(self, path: Any, recursive: bool = False, on_error: str = "raise", **_: Any) -> Any:
         """The bytes of one blob, or a dict with those of many, fetched in parallel."""
-        paths = self.expand_path(path, recursive=recursive)
+        found = expand(self, path, recursive, None)
+        paths = list(found)
         if len(paths) == 1 and not isinstance(path, list) and paths[0] == self._strip_protocol(path):
-            return self.cat_file(paths[0])
+            return self.cat_file(path)
         if recursive:
-            folders = parents(paths)
-            paths = [one for one in paths if one not in folders]
+            paths = without_folders(found)
         contents = self.cat_ranges(paths, None, None, on_error="return" if on_error != "raise" else "raise")
         return {
             one: content
@@ -195,6 +215,7 @@ class AzureBlobFileSystem(LookingFileSystem):
         Args:
             mode: ``"create"`` raises `BlobExistsError` if there is one.
         """
+        refuse_folder(path)
         _, store, parts = self._at(path)
         view = memoryview(value)
         if mode == "create" or self._intrans or settings or view.nbytes > _ONE_REQUEST or not parts.name:
@@ -220,8 +241,6 @@ class AzureBlobFileSystem(LookingFileSystem):
         self, rpath: str, lpath: Any, callback: Callback = DEFAULT_CALLBACK, outfile: Any = None, **_: Any
     ) -> None:
         """Copy a blob to a local file, which appears when all of it is there. A folder becomes a local one."""
-        if isinstance(callback, Pairs):
-            return
         if outfile is not None or hasattr(lpath, "write"):
             super().get_file(rpath, lpath, callback=callback, outfile=outfile)
             return
@@ -242,17 +261,29 @@ class AzureBlobFileSystem(LookingFileSystem):
         **_: Any,
     ) -> None:
         """Copy blobs to a local disk, small ones several at a time."""
-        pairs = Pairs()
-        super().get(rpath, lpath, recursive=recursive, callback=pairs, maxdepth=maxdepth)
-        folders = parents([source for source, _ in pairs.found])
-        for source, target in pairs.found:
-            if source in folders:
+        if isinstance(rpath, list) and isinstance(lpath, list):
+            pairs = list(zip(rpath, lpath, strict=True))
+            blobs = {source for source, _ in pairs}
+        else:
+            found = expand(self, rpath, recursive, maxdepth)
+            pairs, blobs = get_pairs(self, rpath, lpath, recursive, maxdepth, found), set(without_folders(found))
+        for source, target in pairs:
+            if source not in blobs:
+                self._at(source)  # refuses ".." in a name, as for the files
                 os.makedirs(target, exist_ok=True)
-        files = [pair for pair in pairs.found if pair[0] not in folders]
+        files = [pair for pair in pairs if pair[0] in blobs]
         self._fetch(files, Progress.of_pairs(callback, files))
 
     def _fetch(self, pairs: list[tuple[str, str]], progress: Progress) -> None:
         by_store: dict[BlobStore, list[tuple[int, str, str]]] = {}
+        sources: dict[str, str] = {}
+        for source, target in pairs:
+            other = sources.setdefault(os.path.normpath(target), source)
+            if other != source:
+                raise LocationError(
+                    f"{self.unstrip_protocol(other)} and {self.unstrip_protocol(source)} would both be {target}: no "
+                    "local path has an empty segment. Nothing was copied; get them one by one"
+                )
         for number, (source, target) in enumerate(pairs):
             _, store, parts = self._at(source)
             by_store.setdefault(store, []).append((number, parts.name, str(target)))
@@ -264,7 +295,7 @@ class AzureBlobFileSystem(LookingFileSystem):
         self, lpath: str, rpath: str, callback: Callback = DEFAULT_CALLBACK, mode: str = "overwrite", **settings: Any
     ) -> None:
         """Copy a local file to a blob, which appears when all of it is there. A folder is nothing to copy."""
-        if isinstance(callback, Pairs) or os.path.isdir(lpath):
+        if os.path.isdir(lpath):
             return
         size = os.stat(lpath).st_size
         progress = Progress([callback])
@@ -289,9 +320,7 @@ class AzureBlobFileSystem(LookingFileSystem):
         **settings: Any,
     ) -> None:
         """Copy local files to blobs, small ones several at a time; what makes a checkpoint complete comes last."""
-        pairs = Pairs()
-        super().put(lpath, rpath, recursive=recursive, callback=pairs, maxdepth=maxdepth)
-        files = [pair for pair in pairs.found if not os.path.isdir(pair[0])]
+        files = [pair for pair in put_pairs(self, lpath, rpath, recursive, maxdepth) if not os.path.isdir(pair[0])]
         callback.set_size(len(files))
         lock = threading.Lock()
 
@@ -313,6 +342,7 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
         """Copy a blob, on the service's side within an account, through this machine to another one."""
+        refuse_folder(path1, path2)
         self._copy(path1, path2, strict=False)
 
     def copy(
@@ -331,7 +361,7 @@ class AzureBlobFileSystem(LookingFileSystem):
                 ``"raise"`` raises `BlobNotFoundError`.
         """
         ignore = recursive if on_error is None else on_error == "ignore"
-        pairs = self._pairs(path1, path2, recursive, maxdepth)
+        pairs = copy_pairs(self, path1, path2, recursive, expand(self, path1, recursive, maxdepth))
         self._copy_all(pairs, ignore_missing=ignore, strict=False)
 
     def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
@@ -344,13 +374,26 @@ class AzureBlobFileSystem(LookingFileSystem):
             AccessDeniedError: a blob has index tags, and they may not be read or written. Nothing of it was moved.
             BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
         """
-        pairs = self._pairs(path1, path2, recursive, maxdepth)
+        found = expand(self, path1, recursive, maxdepth)
+        pairs = copy_pairs(self, path1, path2, recursive, found)
         if not pairs:
             raise BlobNotFoundError(f"there is no blob {path1!r} to move. To move a folder, pass recursive=True")
         pairs = [pair for pair in pairs if pair[0] != pair[1]]
         copied = self._copy_all(pairs, ignore_missing=False, strict=True)
         for group in reversed(commit_last(pairs, lambda pair: pair[0])):
             each([functools.partial(self._delete_copied, pair[0], copied[pair]) for pair in group], self._threads)
+        if recursive:
+            self._remove_emptied([one for one, entry in found.items() if entry is None or entry["type"] == "directory"])
+
+    def _remove_emptied(self, folders: list[str]) -> None:
+        """Remove directories, where the account has any, that nothing is left in."""
+        by_store: dict[BlobStore, list[str]] = {}
+        for folder in folders:
+            _, store, parts = self._at(folder)
+            if parts.name and not has_empty_segment(parts.name):
+                by_store.setdefault(store, []).append(parts.name)
+        for store, names in by_store.items():
+            remove_empty_folders(store, store.location, names, set(names))
 
     def _delete_copied(self, path: str, etag: str) -> None:
         _, store, parts = self._at(path)
@@ -386,42 +429,35 @@ class AzureBlobFileSystem(LookingFileSystem):
             each([functools.partial(copy, pair) for pair in group if pair[0] != pair[1]], self._threads)
         return copied
 
-    def _pairs(self, path1: Any, path2: Any, recursive: bool, maxdepth: int | None) -> list[tuple[str, str]]:
-        """Which blob goes where: https://filesystem-spec.readthedocs.io/en/latest/copying.html."""
-        if isinstance(path1, list) and isinstance(path2, list):
-            return list(zip(self._strip_protocol(path1), self._strip_protocol(path2), strict=True))
-        is_one = not isinstance(path1, list)
-        sources = self.expand_path(path1, recursive=recursive, maxdepth=maxdepth)
-        folders = parents(sources)
-        if is_one and not recursive:
-            sources = [source for source in sources if source not in folders and not self.isdir(source)]
-        if not sources:
-            return []
-        into_folder = str(path2).endswith("/") or self.isdir(path2)
-        below = is_one and (len(sources) == 1 if has_magic(str(path1)) else into_folder and str(path1)[-1:] != "/")
-        targets = other_paths(sources, self._strip_protocol(path2), exists=below, flatten=not is_one)
-        return [pair for pair in zip(sources, targets, strict=True) if pair[0] not in folders]
-
     # Removing and making
 
     def rm_file(self, path: str) -> None:
         """Remove a blob. Raises `BlobNotFoundError` if there is none."""
+        refuse_folder(path)
         location, store, parts = self._at(path)
-        if not parts.name or not store.delete(parts.name):
-            raise BlobNotFoundError(f"there is no blob {location}")
+        try:
+            if parts.name and store.delete(parts.name):
+                return
+        except RequestRefusedError as error:
+            if error.error_code != "OperationNotSupportedOnDirectory":
+                raise
+            raise BlobNotFoundError(f"{location} is a folder, not a blob. Remove it with recursive=True") from error
+        raise BlobNotFoundError(f"there is no blob {location}")
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         """Remove blobs and, with `recursive`, all that lies below folders, several at a time.
 
-        Of a checkpoint, the metadata goes first: it is gone before its data begins to go. Containers stay.
+        Of a checkpoint, the metadata goes first: it is gone before its data begins to go. Containers stay. Where the
+        account has directories, they go with what is in them.
 
         Raises:
             BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
         """
         if not recursive or maxdepth is not None:
-            paths = self.expand_path(path, recursive=recursive, maxdepth=maxdepth)
-            folders = parents(paths)
-            for group in reversed(commit_last([one for one in paths if one not in folders], str)):
+            if not recursive:
+                refuse_folder(*(path if isinstance(path, list) else [path]))
+            found = expand(self, path, recursive, maxdepth)
+            for group in reversed(commit_last(without_folders(found), str)):
                 each([functools.partial(self.rm_file, one) for one in group], self._threads)
             return
         for one in path if isinstance(path, list) else [path]:
@@ -430,13 +466,14 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     def _remove_tree(self, path: str) -> None:
         location, store, parts = self._at(path)
-        blobs = list(store.list(parts.folder))
+        try:
+            blobs = list(store.list(parts.folder))
+        except RequestRefusedError:  # where the account has directories, and this is a blob
+            blobs = []
         if parts.name:
-            try:
-                blobs.append(store.stat(parts.name))
-            except BlobNotFoundError:
-                if not blobs:
-                    raise BlobNotFoundError(f"there is no blob and no folder {location}") from None
+            blobs += own_blob(store, parts, only_folder=str(path).endswith("/"))
+            if not blobs:
+                raise BlobNotFoundError(f"there is no blob and no folder {location}")
         for group in removal_order(blobs):
             delete_all(store, group)
 

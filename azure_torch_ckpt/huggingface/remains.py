@@ -12,7 +12,7 @@ from azure_torch_ckpt.dcp.prune import Remains
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, parse_index
 from azure_torch_ckpt.huggingface.layout import SAVED_FILE
-from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.location import BlobLocation, has_empty_segment
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.workers import Workers
 
@@ -89,7 +89,7 @@ def _models(listed: Sequence[BlobInfo]) -> list[_Model]:
     models: dict[str, _Model] = {}
     for blob in listed:
         match = SAVED_FILE.fullmatch(_name(blob))
-        if match is not None:
+        if match is not None and not has_empty_segment(blob.path):  # "m//x" is not in the folder of "m/x"
             folder = blob.path.rpartition("/")[0]
             models.setdefault(folder, _Model(folder)).saves.setdefault(match[1], []).append(blob)
     for blob in listed:

@@ -35,12 +35,12 @@ def modified_at(store: BlobStore, location: BlobLocation) -> datetime.datetime |
 
 
 def is_empty(store: BlobStore, folder: BlobLocation) -> bool:
-    """Whether no blob lies below `folder`.
+    """Whether no blob lies below `folder`; empty folders do not count.
 
     Raises:
         StoreError: the service could not be asked.
     """
-    return next(store.list(_prefix(folder), limit=1), None) is None
+    return all(blob.is_folder for blob in store.list(_prefix(folder)))
 
 
 def newest_of(
