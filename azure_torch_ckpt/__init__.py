@@ -31,6 +31,7 @@ from azure_torch_ckpt.errors import (
     RequestRefusedError,
     ServiceUnavailableError,
     StoreError,
+    TarShardError,
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "ServiceUnavailableError",
     "StoreError",
     "TarDataset",
+    "TarShardError",
     "TransferEvent",
     "TransferOptions",
     "UnsafeMetadataError",

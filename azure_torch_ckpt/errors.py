@@ -8,6 +8,7 @@ as a pickle: ``CheckpointException.failures[rank][0]`` is one of these classes o
 from __future__ import annotations
 
 import pickle
+import tarfile
 from typing import Any
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RequestRefusedError",
     "ServiceUnavailableError",
     "StoreError",
+    "TarShardError",
     "UnsafeMetadataError",
     "UnsupportedCheckpointError",
 ]
@@ -96,6 +98,10 @@ class EmulatorError(AzureCheckpointError, RuntimeError):
 
 class LocalFileError(AzureCheckpointError, OSError):
     """A file or folder of this machine could not be read or written."""
+
+
+class TarShardError(AzureCheckpointError, tarfile.ReadError):
+    """A tar file of a dataset is damaged or not complete, or holds what cannot be made a sample."""
 
 
 class MissingDependencyError(AzureCheckpointError, ImportError):

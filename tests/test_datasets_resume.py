@@ -268,13 +268,14 @@ def test_more_samples_than_there_are_and_what_is_no_state_are_refused():
             dataset.state_at(samples)
     before = dataset.state_dict()
     state = dataset.state_at(1)
-    for wrong in (
+    some_wrong: tuple[dict[str, Any], ...] = (
         {},
         {"_snapshot": {}},
         {**state, "share": None},
         {**state, "epoch": "x"},
         {**state, "share": {"a": 1}},
-    ):
+    )
+    for wrong in some_wrong:
         with pytest.raises(ConfigurationError, match="not the state of a dataset"):
             dataset.load_state_dict(wrong)
     assert dataset.state_dict() == before

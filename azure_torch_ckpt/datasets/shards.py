@@ -42,10 +42,16 @@ class Shard:
         blob: as it was listed; once something was read, with the size and ETag of what is read.
     """
 
-    def __init__(self, blob: ListedBlob, following: Callable[[], Future[_Part] | None]) -> None:
+    def __init__(self, blob: ListedBlob, access: Access, following: Callable[[], _Part | None]) -> None:
         self.blob = blob
+        self._access = access
         self._following = following
         self._ready = memoryview(b"")
+
+    def again(self, begin: int, part: int = _PART) -> Shard:
+        """The same version of the file, from `begin` on, fetched in parts of so many bytes when they are asked for."""
+        jobs = _jobs([self.blob], begin, part, self._access, deque())
+        return Shard(self.blob, self._access, lambda: next((job() for _, job in jobs), None))
 
     def read(self, size: int = -1) -> bytes:
         """The next `size` bytes, fewer only at the end.
@@ -64,10 +70,9 @@ class Shard:
         return b"".join(pieces)
 
     def _fetch(self) -> bool:
-        future = self._following()
-        if future is None:
+        part = self._following()
+        if part is None:
             return False
-        part = future.result()
         self.blob, self._ready = part.blob, memoryview(part.data)
         return True
 
@@ -88,18 +93,20 @@ def shards(blobs: Iterable[ListedBlob], begin: int, reading: Reading) -> Generat
     to_fetch, to_read = itertools.tee(blobs)
     futures = ahead(_jobs(to_fetch, begin, part, reading.access, entered), reading.concurrency, budget)
 
-    def following(number: int) -> Future[_Part] | None:
+    def following(number: int) -> _Part | None:
         # `ahead` has always taken one job more than it has given, so the next one shows here unless there is none.
         while not entered or entered[0] <= number:
             future = next(futures, None)
-            if future is None or entered.popleft() == number:
-                return future
+            if future is None:
+                return None
+            if entered.popleft() == number:
+                return future.result()
             future.cancel()  # of a shard that was not read to its end
         return None
 
     try:
         for number, blob in enumerate(to_read):
-            yield Shard(blob, functools.partial(following, number))
+            yield Shard(blob, reading.access, functools.partial(following, number))
     finally:
         futures.close()
 

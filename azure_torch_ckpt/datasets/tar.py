@@ -8,16 +8,17 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.datasets.archive import begin_in
 from azure_torch_ckpt.datasets.listing import BlobListing, ListedBlob
 from azure_torch_ckpt.datasets.order import Permutation
-from azure_torch_ckpt.datasets.progress import Cursor, Plan, split_settings
+from azure_torch_ckpt.datasets.progress import Cursor, Place, Plan, split_settings
 from azure_torch_ckpt.datasets.reading import Reading
-from azure_torch_ckpt.datasets.records import Sample, begin_in, members, samples
+from azure_torch_ckpt.datasets.records import Record, Sample, members, samples
 from azure_torch_ckpt.datasets.shards import shards
 from azure_torch_ckpt.datasets.shuffle import shuffled
 from azure_torch_ckpt.datasets.sources import TarSettings
 from azure_torch_ckpt.datasets.stream import Stream
-from azure_torch_ckpt.errors import BlobChangedError
+from azure_torch_ckpt.errors import BlobChangedError, TarShardError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +84,8 @@ class TarDataset(Stream[Sample, _T_co]):
             return Permutation(count, seed, cursor.epoch, position, offset) if count > 1 else range(1)
 
         with contextlib.closing(self._in_order(cursor)) as records:
-            for sample, place in shuffled(records, max(self._buffer, 1), cursor.place, order):
+            drawn: Iterator[tuple[Record, Place]] = shuffled(records, max(self._buffer, 1), cursor.place, order)
+            for sample, place in drawn:
                 try:
                     transformed = self._attempt(sample)
                 except Exception as error:
@@ -93,8 +95,11 @@ class TarDataset(Stream[Sample, _T_co]):
                 cursor.place = place
                 yield transformed
 
-    def _in_order(self, cursor: Cursor) -> Generator[tuple[Sample | None, tuple[int, int]], None, None]:
-        """The samples from the cursor on, each with the position and offset behind it; None for a rest left out."""
+    def _in_order(self, cursor: Cursor) -> Generator[tuple[Record | None, tuple[int, int]], None, None]:
+        """The samples from the cursor on, each with the position and offset behind it; None for a rest left out.
+
+        In the place of a sample that cannot be made stands its error, to be raised when its turn has come.
+        """
         position, offset = cursor.place[:2]
         failures = 0
         begun: ListedBlob | None = None  # the shard at `position`, as it was when we began to read it
@@ -129,7 +134,9 @@ class TarDataset(Stream[Sample, _T_co]):
         for following in range(position, len(cursor.share)):
             yield self.listing[cursor.index(following)]
 
-    def _attempt(self, sample: Sample) -> _T_co:
+    def _attempt(self, sample: Record) -> _T_co:
+        if isinstance(sample, TarShardError):
+            raise sample
         for _ in range(self._reading.retries):
             with contextlib.suppress(Exception):
                 return self._transform(dict(sample))
@@ -140,5 +147,7 @@ def _as_it_is(sample: Sample) -> Sample:
     return sample
 
 
-def _name_of(sample: Sample) -> str:
+def _name_of(sample: Record) -> str:
+    if isinstance(sample, TarShardError):
+        return "a sample"
     return "{__key__} in {__url__}".format_map(sample) if "__key__" in sample else "{name} in {url}".format_map(sample)
