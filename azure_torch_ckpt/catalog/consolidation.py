@@ -330,6 +330,8 @@ class _FileOutput:
 
 def _output(end: BlobEnd | FolderEnd, overwrite: bool) -> _BlobOutput | _FileOutput:
     if isinstance(end, FolderEnd):
+        if end.root.is_dir():
+            raise LocationError(f"{end.where} is a folder; append the name of the file")
         if not overwrite and end.root.exists():
             raise _exists(end.where)
         return _FileOutput(end.root, overwrite)

@@ -92,7 +92,7 @@ def open_end(
     """The end that a URL or a local path names.
 
     Raises:
-        LocationError: it is a URL of another service.
+        LocationError: it is a URL of another service, or empty.
         CredentialError: the credential cannot be used there.
     """
     if isinstance(place, BlobLocation) or _REMOTE.match(os.fspath(place)):
@@ -100,6 +100,8 @@ def open_end(
         if location.snapshot is not None or location.version_id is not None:
             raise LocationError(f"{location} is one blob at one moment, not a checkpoint. Leave the query away")
         return BlobEnd(location, BlobStore(location, credential, options=options, ca_file=ca_file))
+    if not os.fspath(place):
+        raise LocationError("The path is empty (an unset variable?). For the current folder, pass '.'")
     return FolderEnd(Path(place))
 
 
