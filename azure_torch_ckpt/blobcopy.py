@@ -43,7 +43,8 @@ class BlobSink:
         self._made = False
 
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
-        """Stage the part that starts at `offset`."""
+        """Stage the part that starts at `offset`, in place of what the service has made."""
+        self._made = False
         self._store.stage_block(self._path, self._block_id(offset), Gather([part]), crc64, cancel=cancel)
 
     def fetch(

@@ -56,6 +56,8 @@ class End(Protocol):
     """Where a copy comes from or goes to. All names are below the end's place."""
 
     where: str
+    may_look: bool
+    """Whether the credential allows looking at what is there. False is known only once it was refused."""
 
     def listing(self) -> list[BlobInfo]: ...
 
@@ -112,6 +114,7 @@ class BlobEnd:
         self.location = location
         self.store = store
         self.where = str(location)
+        self.may_look = True
         self._prefix = location.path + "/" if location.path else ""
 
     def path(self, name: str) -> str:
@@ -178,6 +181,7 @@ class FolderEnd:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.where = str(root)
+        self.may_look = True
         self._parts: list[Path] = []
 
     def listing(self) -> list[BlobInfo]:

@@ -97,6 +97,7 @@ _COMMANDS = {"inspect": "show", "list_checkpoints": "ls"}
 
 def in_words_of_the_command(text: str) -> str:
     """A message of the package in which arguments and functions are options and subcommands."""
+    text = text.replace("verify=False", "--no-verify")
     text = _ACCEPTED.sub("", text)
     text = _ARGUMENT.sub(lambda found: _OPTIONS.get(found[1], found[0]), text)
     return _FUNCTION.sub(lambda found: f"azure-torch-ckpt {_COMMANDS.get(found[1], found[1])}", text)
