@@ -50,7 +50,8 @@ class BlobSink:
         self._made = False
 
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
-        """Stage the part that starts at `offset`."""
+        """Stage the part that starts at `offset`, in place of what the service has made."""
+        self._made = False
         self._staging.stage(self._number(offset), Gather([part]), crc64, cancel)
 
     def fetch(

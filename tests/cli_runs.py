@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -57,16 +58,23 @@ def cli(*arguments: str | Path, stdin: str = "", env: Mapping[str, str] | None =
         with running(*arguments, streams=(str(Path(folder, "in")), str(out), str(err)), env=env) as process:
             process.join(_SECONDS)
             assert process.exitcode is not None, f"still running: {arguments}"
-        return Done(process.exitcode, out.read_text(), err.read_text())
+        encoding = (env or {}).get("PYTHONIOENCODING", "utf-8")
+        return Done(process.exitcode, out.read_text(encoding), err.read_text(encoding))
 
 
-def cli_on_terminal(*arguments: str | Path, question: str = "", answer: str = "", columns: int = 100) -> Done:
+def cli_on_terminal(
+    *arguments: str | Path,
+    question: str = "",
+    answer: str = "",
+    columns: int = 100,
+    env: Mapping[str, str] | None = None,
+) -> Done:
     """Run the command on a terminal on which `answer` is typed when `question` has come."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     shown: list[bytes] = []
     name = os.ttyname(slave)
-    with running(*arguments, streams=(name, name, name), env={"TERM": "xterm-256color"}) as process:
+    with running(*arguments, streams=(name, name, name), env={"TERM": "xterm-256color", **(env or {})}) as process:
         reader = threading.Thread(target=_read, args=(master, shown, question.encode(), answer.encode()))
         reader.start()
         process.join(_SECONDS)
@@ -74,7 +82,8 @@ def cli_on_terminal(*arguments: str | Path, question: str = "", answer: str = ""
         reader.join()
         os.close(master)
         assert process.exitcode is not None, f"still running: {arguments}"
-    return Done(process.exitcode, b"".join(shown).decode().replace("\r\n", "\n"), "")
+    encoding = (env or {}).get("PYTHONIOENCODING", "utf-8")
+    return Done(process.exitcode, b"".join(shown).decode(encoding).replace("\r\n", "\n"), "")
 
 
 @contextlib.contextmanager
@@ -102,6 +111,12 @@ def _run(arguments: list[str], environment: dict[str, str], streams: tuple[str, 
         descriptor = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    encoding = environment.get("PYTHONIOENCODING")
+    if encoding is not None:  # as a new interpreter would make them
+        sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding)
+        sys.stderr = io.TextIOWrapper(
+            os.fdopen(2, "wb", closefd=False), encoding, "backslashreplace", write_through=True
+        )
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has put another one there
     time.tzset()
     sys.argv = ["azure-torch-ckpt", *arguments]

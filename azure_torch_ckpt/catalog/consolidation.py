@@ -27,6 +27,8 @@ from azure_torch_ckpt.dcp.payload import readable
 from azure_torch_ckpt.dcp.standing import StandingCheckpoint, stand_at
 from azure_torch_ckpt.dcp.tensorstream import ahead, object_bytes, objects_of, parts_of, tensors_of
 from azure_torch_ckpt.errors import (
+    AccessDeniedError,
+    BlobExistsError,
     BlobNotFoundError,
     CheckpointExistsError,
     ConfigurationError,
@@ -99,7 +101,7 @@ def consolidate(
         overwrite: replace a file that is there. False refuses before anything is read.
         progress: called with the bytes written, and those of the whole file.
         credential: for both ends.
-        dst_credential: for the target, if it needs another one.
+        dst_credential: for the target, if it needs another one. It has to allow writing and nothing else.
 
     Raises:
         ValueError: no format was given, and the suffix tells none.
@@ -301,7 +303,10 @@ class _BlobOutput:
         self._writer.write(view)
 
     def commit(self) -> None:
-        self._writer.commit()
+        try:
+            self._writer.commit()
+        except BlobExistsError as error:
+            raise _exists(self.where) from error
 
     def abandon(self) -> None:
         self._writer.abort()
@@ -330,13 +335,16 @@ class _FileOutput:
 
 def _output(end: BlobEnd | FolderEnd, overwrite: bool) -> _BlobOutput | _FileOutput:
     if isinstance(end, FolderEnd):
+        if end.root.is_dir():
+            raise LocationError(f"{end.where} is a folder; append the name of the file")
         if not overwrite and end.root.exists():
             raise _exists(end.where)
         return _FileOutput(end.root, overwrite)
     if not end.location.path:
         raise LocationError(f"{end.where} is a container; the file needs a name in it")
     if not overwrite:
-        with contextlib.suppress(BlobNotFoundError):
+        # A credential for writing only tells nothing; the commit is conditional all the same.
+        with contextlib.suppress(BlobNotFoundError, AccessDeniedError):
             end.store.stat(end.location.path)
             raise _exists(end.where)
     return _BlobOutput(end, overwrite)

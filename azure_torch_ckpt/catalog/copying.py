@@ -15,7 +15,7 @@ from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd, open_end
 from azure_torch_ckpt.catalog.figures import CopyFigures
 from azure_torch_ckpt.catalog.filecopy import CopyRun, FileCopy
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.errors import LocationError
+from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -81,7 +81,8 @@ def copy(
             always compared.
         progress: called with the bytes that have arrived or were there, and those of all blobs.
         credential: for both ends.
-        dst_credential: for the target, if it needs another one.
+        dst_credential: for the target, if it needs another one. For a new checkpoint it has to allow writing and
+            nothing else; what was copied by a copy that was broken off is then copied again.
 
     Raises:
         LocationError: the two places cannot be copied between.
@@ -205,5 +206,21 @@ def _commit(target: End, plan: CheckpointPlan) -> None:
     for rank in plan.standing.keys() - plan.metadata.keys():
         target.remove_metadata(plan.name, rank, plan.standing[rank])
     for rank, stored in plan.metadata.items():
-        target.commit_metadata(plan.name, rank, stored.data, plan.standing.get(rank))
+        try:
+            target.commit_metadata(plan.name, rank, stored.data, plan.standing.get(rank))
+        except AzureCheckpointError as error:
+            if target.may_look or not _is_refusal(error):
+                raise
+            raise CheckpointExistsError(
+                f"There is a checkpoint at or below {target.where} that this credential may not look at, and it was "
+                "left alone: another one, or the one that was copied here if the answer to that got lost. Look at it "
+                "with a credential that may, or choose another place"
+            ) from error
     target.remove(sorted(plan.outdated))
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether an error comes from a condition that did not hold, and from a look at why, which was denied."""
+    while error is not None and not isinstance(error, BlobChangedError):
+        error = error.__cause__ or error.__context__
+    return error is not None

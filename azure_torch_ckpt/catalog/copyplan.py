@@ -13,6 +13,7 @@ from azure_torch_ckpt.dcp.layout import Stored, metadata_name
 from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import (
+    AccessDeniedError,
     AzureCheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -100,7 +101,7 @@ def plan_copy(source: End, target: End, options: TransferOptions, *, overwrite: 
             f"No complete checkpoint at or below {source.where}. "
             + (f"{len(places)} incomplete saves lie there" if places else "No save has left anything there; check it")
         )
-    there = {info.path: info for info in target.listing()}
+    there = {info.path: info for info in _listing_of_target(target, overwrite)}
     standing = {place.path: place for place in survey(there.values())}
     plans: dict[str, CheckpointPlan] = {}
 
@@ -123,6 +124,21 @@ def plan_copy(source: End, target: End, options: TransferOptions, *, overwrite: 
 
     in_parallel(options, [functools.partial(look, place) for place in complete])
     return [plans[place.path] for place in complete]
+
+
+def _listing_of_target(target: End, overwrite: bool) -> list[BlobInfo]:
+    """What is there; nothing where the credential is for writing only, for a new checkpoint needs no more."""
+    try:
+        return target.listing()
+    except AccessDeniedError as error:
+        if overwrite:
+            raise AccessDeniedError(
+                f"A checkpoint at {target.where} can only be replaced with a credential that may read and list what is "
+                "there. Without overwrite=True, one for writing will do"
+            ) from error
+        target.may_look = False
+        _log.info("what is at %s may not be seen: every blob is copied, and nothing replaced", target.where)
+        return []
 
 
 def in_parallel(

@@ -56,6 +56,8 @@ class End(Protocol):
     """Where a copy comes from or goes to. All names are below the end's place."""
 
     where: str
+    may_look: bool
+    """Whether the credential allows looking at what is there. False is known only once it was refused."""
 
     def listing(self) -> list[BlobInfo]: ...
 
@@ -92,7 +94,7 @@ def open_end(
     """The end that a URL or a local path names.
 
     Raises:
-        LocationError: it is a URL of another service.
+        LocationError: it is a URL of another service, or empty.
         CredentialError: the credential cannot be used there.
     """
     if isinstance(place, BlobLocation) or _REMOTE.match(os.fspath(place)):
@@ -100,6 +102,8 @@ def open_end(
         if location.snapshot is not None or location.version_id is not None:
             raise LocationError(f"{location} is one blob at one moment, not a checkpoint. Leave the query away")
         return BlobEnd(location, BlobStore(location, credential, options=options, ca_file=ca_file))
+    if not os.fspath(place):
+        raise LocationError("The path is empty (an unset variable?). For the current folder, pass '.'")
     return FolderEnd(Path(place))
 
 
@@ -110,6 +114,7 @@ class BlobEnd:
         self.location = location
         self.store = store
         self.where = str(location)
+        self.may_look = True
         self._prefix = location.path + "/" if location.path else ""
 
     def path(self, name: str) -> str:
@@ -177,6 +182,7 @@ class FolderEnd:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.where = str(root)
+        self.may_look = True
         self._parts: list[Path] = []
 
     def listing(self) -> list[BlobInfo]:

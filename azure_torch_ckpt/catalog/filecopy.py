@@ -15,7 +15,7 @@ from azure_torch_ckpt.catalog.copyplan import FilePlan
 from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd
 from azure_torch_ckpt.checksums import combine, crc64, md5
 from azure_torch_ckpt.dcp.metadata import StoredItem
-from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, CorruptCheckpointError
+from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobNotFoundError, CorruptCheckpointError
 from azure_torch_ckpt.options import MAX_BLOCKS
 from azure_torch_ckpt.progress import Meter
 from azure_torch_ckpt.settings import METADATA_LIMIT, CopiedSettings
@@ -118,7 +118,7 @@ class FileCopy:
             return
         self._forget()
         made = BlobInfo(self.plan.source.path, self.size, "", self.plan.source.last_modified)
-        yield from self._each_part(self._part_size, functools.partial(self._look, self._run.target, made))
+        yield from self._each_part(self._part_size, functools.partial(self._read_back, made))
 
     def settle_read_backs(self) -> None:
         """Raises `CorruptCheckpointError` if the copy is damaged."""
@@ -138,6 +138,16 @@ class FileCopy:
         part = memoryview(bytearray(length))
         end.read(info, offset, part, self._run.cancel)
         self._note(offset, part)
+
+    def _read_back(self, made: BlobInfo, offset: int, length: int) -> None:
+        try:
+            self._look(self._run.target, made, offset, length)
+        except AccessDeniedError as error:
+            raise AccessDeniedError(
+                f"The service has copied {made.path} and told no checksum, and {self._run.target.where} may not be "
+                "read to compare it. Use a credential that may, or pass verify=False. No checkpoint is visible there "
+                "yet"
+            ) from error
 
     def _move(self, offset: int, length: int) -> None:
         if not self._fetched_by_the_service(offset, length):
@@ -174,6 +184,9 @@ class FileCopy:
         except BlobChangedError as error:
             raise run.source.changed() from error
         if fetched is None:
+            return False
+        if fetched.crc64 is None and run.verify and not run.target.may_look:
+            run.service.possible = False  # nothing could compare what it copies
             return False
         if fetched.crc64 is not None:
             with self._lock:

@@ -72,9 +72,12 @@ def list_checkpoints(
         In the order of parent folder, step (as a number), name; those without a step come last.
 
     Raises:
+        LocationError: the URL names a snapshot or a version.
         StoreError: the service could not be asked.
     """
     location = BlobLocation.parse(url)
+    if location.snapshot is not None or location.version_id is not None:
+        raise LocationError(f"{location} is one blob at one moment; nothing lies below it. Leave the query away")
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
     return [entry for entry, _ in entries_of(location, store.list(location.path + "/" if location.path else ""))]
 

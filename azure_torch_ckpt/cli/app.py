@@ -41,7 +41,7 @@ class _ToStderr(logging.Handler):
     """Writes to what ``sys.stderr`` is at the moment: a progress bar puts something there that makes room."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(failures.without_secrets(self.format(record)), file=sys.stderr)
+        print(_for_people(self.format(record)), file=sys.stderr)
 
 
 def _version() -> str:
@@ -128,10 +128,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(code: int, message: str, hint: str | None = None) -> int:
-    print(f"{NAME}: error: {failures.without_secrets(message)}", file=sys.stderr)
+    print(f"{NAME}: error: {_for_people(message)}", file=sys.stderr)
     if hint is not None:
         print(f"{NAME}: hint: {hint}", file=sys.stderr)
     return code
+
+
+def _for_people(message: str) -> str:
+    return failures.without_secrets(failures.in_words_of_the_command(message))
 
 
 @contextlib.contextmanager

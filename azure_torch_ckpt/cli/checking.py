@@ -13,7 +13,7 @@ from azure_torch_ckpt.cli.failures import PROBLEM
 from azure_torch_ckpt.cli.looking import plural
 from azure_torch_ckpt.cli.output import Output, printable, table
 from azure_torch_ckpt.cli.session import Session, session_options
-from azure_torch_ckpt.cli.values import read_secret, share
+from azure_torch_ckpt.cli.values import read_sas, share
 from azure_torch_ckpt.units import format_bytes, format_duration, format_rate
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def diff(session: Session, a: str, b: str, values: bool, b_sas: str | None) -> N
 
     output = session.output
     with byte_bar(output, "comparing") as bar:
-        found = catalog.diff(a, b, values=values, progress=bar, b_credential=read_secret(b_sas), **session.access)
+        b_credential = read_sas(b_sas, "--b-sas")
+        found = catalog.diff(a, b, values=values, progress=bar, b_credential=b_credential, **session.access)
     if output.as_json:
         output.json(same=found.same, values=values, diff=found)
     else:

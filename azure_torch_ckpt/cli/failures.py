@@ -37,6 +37,7 @@ __all__ = [
     "USAGE",
     "exit_code",
     "hint",
+    "in_words_of_the_command",
     "without_secrets",
 ]
 
@@ -70,6 +71,36 @@ _CODES: tuple[tuple[int, tuple[type[BaseException], ...]], ...] = (
 )
 
 _SECRET = re.compile(r"((?:[?&;\s]|^|['\"])(?:sig|AccountKey|SharedAccessSignature)=)[^\s;'\"]+", re.IGNORECASE)
+
+
+# What the messages of the package say to programmers, and what that is on the command line.
+_ARGUMENT = re.compile(r"(?<![\w/?&=.'-])([a-z_]+)=(True|None)?(?=[\s,.;:)]|$)")
+_OPTIONS = {
+    "ca_file": "--ca-file",
+    "credential": "--sas",
+    "dst_credential": "--target-sas",
+    "b_credential": "--b-sas",
+    "format": "--format",
+    "grace": "--grace",
+    "keep_every": "--keep-every",
+    "keep_last": "--keep-last",
+    "keys": "--match",
+    "older_than": "--older-than",
+    "overwrite": "--overwrite",
+    "sample": "--sample",
+}
+# How a program passes a credential; `hint` says where the command takes one from.
+_ACCEPTED = re.compile(r" Pass (?:None \(DefaultAzureCredential\)|AzureNamedKeyCredential\().*$", re.DOTALL)
+_FUNCTION = re.compile(r"(?<![\w./])(inspect|verify|prune|list_checkpoints|latest)\(\)")
+_COMMANDS = {"inspect": "show", "list_checkpoints": "ls"}
+
+
+def in_words_of_the_command(text: str) -> str:
+    """A message of the package in which arguments and functions are options and subcommands."""
+    text = text.replace("verify=False", "--no-verify")
+    text = _ACCEPTED.sub("", text)
+    text = _ARGUMENT.sub(lambda found: _OPTIONS.get(found[1], found[0]), text)
+    return _FUNCTION.sub(lambda found: f"azure-torch-ckpt {_COMMANDS.get(found[1], found[1])}", text)
 
 
 def exit_code(error: BaseException) -> int:

@@ -13,7 +13,7 @@ from azure_torch_ckpt.cli.bars import byte_bar
 from azure_torch_ckpt.cli.looking import plural
 from azure_torch_ckpt.cli.output import printable
 from azure_torch_ckpt.cli.session import Session, session_options
-from azure_torch_ckpt.cli.values import read_secret
+from azure_torch_ckpt.cli.values import read_sas
 from azure_torch_ckpt.errors import AzureCheckpointError, ConfigurationError
 from azure_torch_ckpt.units import format_bytes, format_duration, format_rate
 
@@ -53,7 +53,7 @@ def cp(session: Session, source: str, target: str, overwrite: bool, no_verify: b
             overwrite=overwrite,
             verify=not no_verify,
             progress=bar,
-            dst_credential=read_secret(target_sas),
+            dst_credential=read_sas(target_sas, "--target-sas"),
             **session.access,
         )
     if output.as_json:
@@ -115,7 +115,7 @@ def consolidate(
                 keys=None if match is None else functools.partial(_matches, match),
                 overwrite=overwrite,
                 progress=bar,
-                dst_credential=read_secret(target_sas),
+                dst_credential=read_sas(target_sas, "--target-sas"),
                 **session.access,
             )
         except ConfigurationError as error:

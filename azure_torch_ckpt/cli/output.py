@@ -7,7 +7,7 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = ["Output", "ReaderGoneError", "age", "local_time", "printable", "range
 _NO_LIMIT = 100_000
 # So wide is the first column of a table at least.
 _LEAST = 24
+_INDENT = "  "
 
 
 class ReaderGoneError(Exception):
@@ -50,17 +51,21 @@ class Output:
 
     def print(self, what: str | Text | Table = "") -> None:
         """A line or a table for people, on stdout."""
-        width = self._out.width
-        if isinstance(what, Table):
-            # The first column may be folded down to a few characters; then the terminal breaks the lines, for cut off
-            # figures are no use.
-            first = max((cell_len(str(cell)) for cell in what.columns[0].cells), default=0)
-            natural = Measurement.get(self._out, self._out.options.update(width=_NO_LIMIT), what).maximum
-            self._out.width = max(width, natural - max(0, first - _LEAST))
         with self._out.capture() as captured:
-            self._out.print(what, soft_wrap=not isinstance(what, Table))
-        self._out.width = width
+            if not isinstance(what, Table):
+                self._out.print(what, soft_wrap=True)
+            elif self._fits(what):
+                self._out.print(what)
+            else:
+                for line in _records(what, self._out.width):
+                    self._out.print(line, soft_wrap=True)
         _write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+    def _fits(self, what: Table) -> bool:
+        """Whether no line gets longer than the terminal's when the first column is folded to `_LEAST` characters."""
+        first = max((cell_len(str(cell)) for cell in what.columns[0].cells), default=0)
+        natural = Measurement.get(self._out, self._out.options.update(width=_NO_LIMIT), what).maximum
+        return natural - max(0, first - _LEAST) <= self._out.width
 
     def note(self, text: str) -> None:
         """A remark, on stderr."""
@@ -73,12 +78,36 @@ class Output:
 
     def waiting(self, for_what: str) -> AbstractContextManager[Any]:
         """Shows that something is being done, on a terminal, as long as the block lasts."""
-        return self.err.status(for_what, spinner="dots")
+        return self.err.status(for_what, spinner="line" if self.err.options.ascii_only else "dots")
+
+
+def _records(what: Table, width: int) -> Iterator[Text]:
+    """A table for a terminal that is too narrow for it: of each row the first cell, then the others with their names.
+
+    The first cell, a name perhaps, is not folded: it can be copied from the terminal, which breaks its line.
+    """
+    for name, *cells in zip(*(column.cells for column in what.columns), strict=True):
+        yield Text("", style="bold").append(name)
+        line = Text(_INDENT)
+        for column, cell in zip(what.columns[1:], cells, strict=True):
+            if not str(cell):
+                continue
+            pair = Text.assemble((f"{column.header} ", "dim"), cell)
+            if len(line) > len(_INDENT):
+                if line.cell_len + len(_INDENT) + pair.cell_len <= width:
+                    line.append(_INDENT)
+                else:
+                    yield line
+                    line = Text(_INDENT)
+            line.append_text(pair)
+        yield line
 
 
 def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text)
+        # What stdout cannot encode is an escape, as Python has it for stderr.
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError as error:
         raise ReaderGoneError from error
@@ -98,8 +127,23 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def printable(text: str) -> str:
-    """`text` without anything that a terminal would obey: names in a container may hold any character."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """`text` with escapes for what a terminal would obey and for what stdout cannot encode.
+
+    Names in a container may hold any character.
+    """
+    if text.isprintable() and _encodes(text):
+        return text
+    return "".join(
+        char if char.isprintable() and _encodes(char) else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def local_time(moment: datetime.datetime) -> str:

@@ -53,8 +53,13 @@ def rm(session: Session, urls: tuple[str, ...], yes: bool) -> None:
     from azure_torch_ckpt.catalog import inspect, remove_checkpoint
 
     output = session.output
+    # One that is named twice is removed once; a URL with a SAS is the better one of the two.
+    named: dict[BlobLocation, BlobLocation] = {}
+    for location in map(BlobLocation.parse, urls):
+        if location.sas is not None or location.without_sas() not in named:
+            named[location.without_sas()] = location
     with output.waiting("looking"):
-        found = [inspect(url, **session.access) for url in urls]  # all of them, before the first is removed
+        found = [inspect(url, **session.access) for url in named.values()]  # all of them, before the first is removed
     if not output.as_json:
         listed = table("CHECKPOINT", "SIZE", "TENSORS", f"COMPLETED ({zone()})", right=("SIZE", "TENSORS"))
         for contents in found:
@@ -66,7 +71,7 @@ def rm(session: Session, urls: tuple[str, ...], yes: bool) -> None:
     removed: list[str] = []
     failed: list[_Failure] = []
     try:
-        for url, contents in zip(urls, found, strict=True):
+        for url, contents in zip(named.values(), found, strict=True):
             try:
                 left = remove_checkpoint(url, **session.access)
                 removed.append(contents.url)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from azure_torch_ckpt.cli.output import Output
-from azure_torch_ckpt.cli.values import read_secret
+from azure_torch_ckpt.cli.values import authority_file, read_sas
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.environment import credential_from_environment
 
@@ -47,6 +47,7 @@ def session_options(command: _F) -> Callable[..., Any]:
     @click.option(
         "--ca-file",
         type=click.Path(exists=True, dir_okay=False),
+        callback=authority_file,
         metavar="FILE",
         help="PEM file of a certificate authority to trust besides the platform's.",
     )
@@ -55,7 +56,7 @@ def session_options(command: _F) -> Callable[..., Any]:
     def with_session(sas: str | None, anonymous: bool, ca_file: str | None, output: Output, **arguments: Any) -> Any:
         if sas is not None and anonymous:
             raise click.UsageError("--sas and --anonymous exclude each other.")
-        credential: Credential = False if anonymous else read_secret(sas) or credential_from_environment()
+        credential: Credential = False if anonymous else read_sas(sas, "--sas") or credential_from_environment()
         return command(session=Session(credential, ca_file, output), **arguments)
 
     return with_session

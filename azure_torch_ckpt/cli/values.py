@@ -1,14 +1,15 @@
-"""What options take besides numbers and text: durations, shares, a secret."""
+"""What options take besides numbers and text: durations, shares, a secret, a file of certificates."""
 
 from __future__ import annotations
 
 import datetime
 import re
+import ssl
 import sys
 
 import click
 
-__all__ = ["duration", "read_secret", "share"]
+__all__ = ["authority_file", "duration", "read_sas", "share"]
 
 _UNITS = {"w": 7 * 86_400, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[wdhms])+", re.ASCII)
@@ -46,15 +47,41 @@ def share(text: str) -> float:
     return number
 
 
-def read_secret(value: str | None) -> str | None:
-    """The secret that an option was given; for ``-``, what is typed at a prompt, or a line of stdin.
+def read_sas(value: str | None, option: str) -> str | None:
+    """The SAS that an option was given; for ``-``, what is typed at a prompt, or a line of stdin. None for None.
 
     Raises:
-        click.UsageError: ``-``, and nothing came.
+        click.UsageError: it is none, or ``-``, and nothing came.
     """
-    if value != "-":
-        return value
-    secret = click.prompt("SAS", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
-    if not secret.strip():
-        raise click.UsageError("--sas - reads the SAS from standard input, and nothing came.")
-    return str(secret).strip()
+    if value is None:
+        return None
+    if value == "-":
+        try:
+            value = click.prompt("SAS", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{option} - reads the SAS from standard input, but that is no text.") from error
+        if not str(value).strip():
+            raise click.UsageError(f"{option} - reads the SAS from standard input, and nothing came.")
+    sas = str(value).strip()
+    if not sas:
+        raise click.UsageError(f"{option} is empty (an unset variable?). Leave it away to use the other credentials.")
+    if "sig=" not in sas.lower():
+        raise click.UsageError(
+            f"{option} is no shared access signature: those have a sig= in them. An account key comes from "
+            "AZURE_STORAGE_KEY."
+        )
+    return sas
+
+
+def authority_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A PEM file that holds certificates.
+
+    Raises:
+        click.BadParameter: it holds none, or cannot be read.
+    """
+    if value is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise click.BadParameter(f"{value} is no PEM file with certificates.") from error
+    return value
