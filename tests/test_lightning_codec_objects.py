@@ -33,7 +33,8 @@ def look(tensor: torch.Tensor) -> None:
 
 class Stats(collections.namedtuple("Stats", "mean std")):
     def __new__(cls, mean: Any, std: Any) -> Any:
-        look(mean), look(std)
+        look(mean)
+        look(std)
         return super().__new__(cls, mean, std)
 
 
@@ -65,7 +66,7 @@ class Scaler:
 class Normed(torch.nn.Linear):
     def __setstate__(self, state: Any) -> None:
         look(state["_parameters"]["weight"])
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 def checked(**entries: Any) -> Checked:

@@ -138,7 +138,7 @@ def pack(value: Any) -> Packed:
         Whatever ``torch.save`` raises for an object that cannot be pickled.
     """
     packing = _Packing(value)
-    parts = (_FORMAT, value, packing.table)
+    parts: tuple[Any, ...] = (_FORMAT, value, packing.table)
     if packing.early.mets:
         parts = (_FORMAT_WITH_EARLY, packing.early, value, packing.table)
     stream = io.BytesIO()
