@@ -383,6 +383,35 @@ def test_a_sas_opens_the_folder_and_is_nowhere_to_be_seen(
         assert signature.encode() not in blobs.read(path, limit=1 << 30)[0]
 
 
+def test_a_sas_in_a_path_is_in_no_line_of_the_log(
+    space: Namespace,
+    container: str,
+    folder: Path,
+    container_sas: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Lightning logs ckpt_path before it asks anybody for anything, and once more at the end."""
+    caplog.set_level(logging.DEBUG)
+    [signature] = parse_qs(container_sas)["sig"]
+    url = f"{container}/run/last.ckpt"
+    trainer = space.trainer(folder, enable_checkpointing=False)
+    trainer.fit(space.model())
+    trainer.save_checkpoint(f"{url}?{container_sas}")
+    for ckpt_path in (f"{url}?{container_sas}", Path(f"{url}?{container_sas}")):
+        trainer = space.trainer(folder, enable_checkpointing=False, max_epochs=2)
+        trainer.fit(model := space.model(), ckpt_path=ckpt_path)
+        assert model.trained == [4, 5, 6, 7]
+        trainer.test(model, ckpt_path=ckpt_path, verbose=False)
+    old = {**state_of(url), "pytorch-lightning_version": "1.9.0"}  # Lightning names the file that it has upgraded
+    space.ours.AzureBlobCheckpointIO().save_checkpoint(old, url)
+    trainer.validate(model, ckpt_path=f"{url}?{container_sas}", verbose=False)
+    assert f"Restoring states from the checkpoint path at {url}\n" in caplog.text
+    assert f"Loaded model weights from the checkpoint at {url}\n" in caplog.text
+    assert "upgrade_checkpoint" in caplog.text
+    assert signature not in unquote("".join([caplog.text, *capfd.readouterr()]))
+
+
 # ---- The state -----------------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,47 @@ def test_a_checkpoint_comes_back_as_it_was(space: Namespace, url: str) -> None:
     checkpoint = mixture()
     space.plugin().save_checkpoint(checkpoint, url)
     assert_alike(space.plugin().load_checkpoint(url, weights_only=False), through_torch(checkpoint, weights_only=False))
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "a default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("made", ["", "inference_mode"])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_checkpoint_is_saved_and_loaded_in_every_mode_of_torch(
+    lightning: Namespace, container: str, made: str, async_save: bool
+) -> None:
+    """A validation hook saves in inference mode, and what training saves next takes the memory of that copy."""
+    with MODES[made]():
+        checkpoint = {"w": torch.nn.Parameter(torch.ones(3)), "view": torch.arange(20.0).reshape(4, 5).t()[1:]}
+    plugin = lightning.plugin(async_save=async_save)
+    for saved in [*MODES, *reversed(MODES)]:
+        with MODES[saved]():
+            plugin.save_checkpoint(checkpoint, f"{container}/a")
+        plugin.wait()
+        for loaded in MODES:
+            with MODES[loaded]():
+                found = plugin.load_checkpoint(f"{container}/a")
+            assert found["w"].requires_grad == checkpoint["w"].requires_grad
+            for name, tensor in checkpoint.items():
+                assert torch.equal(found[name].detach().clone(), tensor.detach().clone()), (saved, loaded, name)
+    plugin.teardown()
+
+
+def test_shapes_alone_cost_no_data(lightning: Namespace, proxy: FaultProxy, proxied_container: str) -> None:
+    checkpoint: dict[str, Any] = {"hyper_parameters": {"lr": 0.5}, "w": torch.nn.Parameter(torch.ones(900, 300).t())}
+    lightning.plugin().save_checkpoint(checkpoint, f"{proxied_container}/a")
+    before = len(proxy.log)
+    found = lightning.plugin().load_checkpoint(f"{proxied_container}/a", map_location="meta")
+    assert found["w"].is_meta and isinstance(found["w"], torch.nn.Parameter)
+    assert (found["w"].shape, found["w"].stride()) == (checkpoint["w"].shape, checkpoint["w"].stride())
+    assert found["hyper_parameters"] == checkpoint["hyper_parameters"]
+    assert sum(seen.sent for seen in proxy.log[before:] if seen.kind == "Get Blob") < 20_000
 
 
 def test_checkpoints_of_one_namespace_load_in_the_other(url: str) -> None:

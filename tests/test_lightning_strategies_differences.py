@@ -99,10 +99,10 @@ class Counting(torch.optim.Adam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.state["calls"] = torch.zeros(())  # type: ignore[index]
-        self.state["note"] = "of no parameter"  # type: ignore[index,assignment]
+        self.state["note"] = "of no parameter"  # type: ignore[index]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        self.state["calls"] += 1  # type: ignore[index,operator]
+        self.state["calls"] += 1  # type: ignore[index]
         return super().step(*args, **kwargs)
 
 
@@ -148,13 +148,13 @@ class Unsynchronised(nn.Module):
         self.register_buffer("counts", torch.zeros(300, 300))
         self._ddp_params_and_buffers_to_ignore = ["ignored", "counts"]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.net(x) + self.ignored.sum(0)
 
     def change(self, rank: int) -> None:
         with torch.no_grad():
-            for tensor in (self.frozen, self.counts):
-                tensor.add_(rank + 1)
+            self.frozen.add_(rank + 1)
+            self.get_buffer("counts").add_(rank + 1)
 
 
 def vq(kind: str) -> Any:

@@ -77,7 +77,7 @@ def outline(state: Mapping[Any, Any], placeholders: Placeholders) -> Outline:
         if storage is None:
             break
         key = placeholders.keys.get(storage.data_ptr())
-        pieces.append(torch.empty(0, dtype=torch.uint8).set_(storage) if key is None else key)
+        pieces.append(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage) if key is None else key)
     return Outline(pieces, file.size)
 
 

@@ -26,7 +26,7 @@ def to_host(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
             side = torch.Stream(device=part.device)
             side.wait_stream(torch.accelerator.current_stream(part.device))
         with side:
-            host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            host = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
             host.copy_(part, non_blocking=True)
             copied = side.record_event()
         if ahead is not None:

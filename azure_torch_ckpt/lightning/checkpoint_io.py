@@ -23,6 +23,7 @@ from azure_torch_ckpt.objects.storage import load_object, save_state_dict
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
 
+from .signatures import keep_signatures_out_of_logs
 from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, TorchCheckpointIO, WrappingCheckpointIO
 
 __all__ = ["AzureBlobCheckpointIO", "blob_checkpoint_io", "blob_location"]
@@ -33,6 +34,9 @@ _NOT_TO_BE_DELETED = (409, 412)
 _log = logging.getLogger(__name__)
 
 _OURS = re.compile(r"(https?|azblob):/", re.IGNORECASE)
+
+
+keep_signatures_out_of_logs()
 
 
 def blob_location(path: str | Path) -> BlobLocation | None:
@@ -91,6 +95,7 @@ class AzureBlobCheckpointIO(CheckpointIO):
         ca_file: str | None = None,
     ) -> None:
         super().__init__()
+        keep_signatures_out_of_logs()
         self.credential = credential
         self.options = options
         self.ca_file = ca_file

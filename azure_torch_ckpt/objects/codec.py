@@ -8,8 +8,13 @@ place, and a table that says what belongs there. ``torch.load`` reads it, so ``w
 what they mean there; then the empty tensors are given memory, and the items are loaded into it.
 
 Items are the plain tensors that are reached through dicts, lists and tuples, and DTensors there. Tensors inside other
-objects, and sparse, quantized and other special ones, stay in the skeleton with their bytes: the code that rebuilds
-such an object may look at them. Tensors that share memory share it again after loading, and the memory is stored once.
+objects, and sparse, quantized and other special ones, stay in the skeleton with their bytes. Tensors that share memory
+share it again after loading, and the memory is stored once.
+
+The code that rebuilds an object may look at its tensors: it checks a shape, or takes a copy. So items that an object
+has in it (a named tuple's, or the weights of a model that is among the hyperparameters, too) are loaded *early*. The
+skeleton then begins with a table of them, and reading it calls `fill_early`, which fills them before ``torch.load``
+goes on to the objects.
 """
 
 from __future__ import annotations
@@ -17,11 +22,11 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
-import sys
 import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,8 +36,9 @@ import torch.types
 from azure_torch_ckpt.dcp.payload import is_plain, readable
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from azure_torch_ckpt.objects.geometry import Geometry, carve, needed
+from azure_torch_ckpt.objects.walk import Walk, is_sharded, tensors_in
 
-__all__ = ["SKELETON", "MapLocation", "Packed", "Slot", "Unpacked", "pack", "unpack"]
+__all__ = ["SKELETON", "Fetch", "MapLocation", "Packed", "Slot", "Unpacked", "fill_early", "pack", "unpack"]
 
 MapLocation: TypeAlias = (
     Callable[[torch.types.Storage, str], torch.types.Storage] | torch.device | str | dict[str, str] | None
@@ -42,6 +48,7 @@ SKELETON = "azure_torch_ckpt.skeleton"
 """Name of the skeleton's item: one dimension, uint8."""
 
 _FORMAT = 1
+_FORMAT_WITH_EARLY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,7 @@ class Unpacked:
 
         Returns:
             The items to load, by name, as tensors in that memory: once values are loaded into them, `value` is whole.
+            On the device "meta" there is nothing to load.
 
         Raises:
             CorruptCheckpointError: the skeleton asks for memory that no item fills.
@@ -112,8 +120,15 @@ class Unpacked:
             tensors = carve([*(slot.geometry for slot in slots), *stored.values()], device)
             for slot, tensor in zip(slots, tensors, strict=False):
                 slot.tensor.data = tensor
-            items.update(zip(stored, tensors[len(slots) :], strict=True))
+            if device.type != "meta":
+                items.update(zip(stored, tensors[len(slots) :], strict=True))
         return items
+
+
+Fetch: TypeAlias = Callable[[Unpacked], None]
+"""Allocates the slots of an `Unpacked` without a value, and loads their items."""
+
+_reading: ContextVar[tuple[str, Fetch | None]] = ContextVar("reading", default=("it", None))
 
 
 def pack(value: Any) -> Packed:
@@ -123,13 +138,20 @@ def pack(value: Any) -> Packed:
         Whatever ``torch.save`` raises for an object that cannot be pickled.
     """
     packing = _Packing(value)
+    parts: tuple[Any, ...] = (_FORMAT, value, packing.table)
+    if packing.early.mets:
+        parts = (_FORMAT_WITH_EARLY, packing.early, value, packing.table)
     stream = io.BytesIO()
-    torch.save((_FORMAT, value, packing.table), stream, pickle_module=_pickle_module(packing))
+    torch.save(parts, stream, pickle_module=_pickle_module(packing))
     return Packed(packing.items, torch.frombuffer(stream.getbuffer(), dtype=torch.uint8))
 
 
 def unpack(
-    skeleton: torch.Tensor, map_location: MapLocation = None, weights_only: bool | None = None, what: str = "it"
+    skeleton: torch.Tensor,
+    map_location: MapLocation = None,
+    weights_only: bool | None = None,
+    what: str = "it",
+    fetch: Fetch | None = None,
 ) -> Unpacked:
     """Read a skeleton.
 
@@ -138,13 +160,16 @@ def unpack(
         map_location: as for ``torch.load``, which decides the devices of all tensors.
         weights_only: as for ``torch.load``. False runs code that the checkpoint names: only for one that you trust.
         what: what to call the checkpoint in an error.
+        fetch: called before this returns, for tensors that must have their values before the objects around them are
+            rebuilt. Not every skeleton has such tensors.
 
     Raises:
         UnsupportedCheckpointError: with ``weights_only``, an object is of a class that is not known to be safe; or the
             skeleton is of a form that this version does not know.
         CorruptCheckpointError: it is no skeleton.
-        Whatever ``torch.load`` raises for a class that is gone or a device that is not there.
+        Whatever ``torch.load`` raises for a class that is gone or a device that is not there, and what `fetch` raises.
     """
+    outer = _reading.set((what, fetch))
     try:
         loaded = torch.load(io.BytesIO(readable(skeleton)), map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
@@ -153,21 +178,47 @@ def unpack(
             "load it with weights_only=False, or name its classes with torch.serialization.add_safe_globals first "
             f"({_first_line(error)})"
         ) from error
-    if not isinstance(loaded, tuple) or len(loaded) != 3:
+    finally:
+        _reading.reset(outer)
+    if not isinstance(loaded, tuple) or len(loaded) < 3:
         raise CorruptCheckpointError(f"The skeleton of {what} is none. Use another checkpoint")
-    version, value, table = loaded
-    if version != _FORMAT:
+    version, *_, value, table = loaded
+    if (version, len(loaded)) not in ((_FORMAT, 3), (_FORMAT_WITH_EARLY, 4)):
         raise UnsupportedCheckpointError(
-            f"The skeleton of {what} has the form {version!r}, and this version knows {_FORMAT}. Upgrade "
-            "azure-torch-ckpt"
+            f"The skeleton of {what} has the form {version!r}, and this version knows {_FORMAT} and "
+            f"{_FORMAT_WITH_EARLY}. Upgrade azure-torch-ckpt"
         )
-    slots = {}
+    return Unpacked(value, _slots(table, what))
+
+
+def fill_early(rows: list[tuple[str, list[Any]]]) -> None:
+    """Called by ``torch.load`` in the middle of a skeleton that names it: give these tensors their values now.
+
+    Raises:
+        UnsupportedCheckpointError: the skeleton is not read by `unpack`.
+        Whatever the `Fetch` raises.
+    """
+    what, fetch = _reading.get()
+    if fetch is None:
+        raise UnsupportedCheckpointError(
+            "This is the skeleton of a checkpoint, whose tensors lie elsewhere. Load the checkpoint with "
+            "azure_torch_ckpt.lightning"
+        )
+    fetch(Unpacked(None, _slots(rows, what)))
+
+
+# It does nothing but what the running `unpack` has told it.
+torch.serialization.add_safe_globals([fill_early])
+
+
+def _slots(table: Any, what: str) -> dict[str, Slot]:
     try:
-        for name, (tensor, storage, offset, size, stride, item) in table.items():
-            slots[name] = Slot(tensor, Geometry(tensor.dtype, offset, tuple(size), tuple(stride)), storage, item)
+        return {
+            name: Slot(tensor, Geometry(tensor.dtype, offset, tuple(size), tuple(stride)), storage, item)
+            for name, (tensor, storage, offset, size, stride, item) in dict(table).items()
+        }
     except (AttributeError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"The skeleton of {what} is damaged: {error}. Use another checkpoint") from error
-    return Unpacked(value, slots)
 
 
 def _first_line(error: BaseException) -> str:
@@ -177,7 +228,7 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Met:
-    """A tensor that the pickler has come by and that is to be an item, or to share an item's memory."""
+    """A tensor that is to be an item, or to share an item's memory."""
 
     name: str
     tensor: torch.Tensor
@@ -186,62 +237,84 @@ class _Met:
 
 
 class _Table:
-    """Stands in the pickle where the table of slots goes."""
+    """Stands in the pickle where a table of slots goes."""
+
+    def __init__(self) -> None:
+        self.mets: list[_Met] = []
 
 
 class _Packing:
     """What one `pack` knows while torch.save writes the object."""
 
     def __init__(self, value: Any) -> None:
+        self.early = _Table()
         self.table = _Table()
         self.items: dict[str, torch.Tensor] = {}
-        self._named: dict[int, tuple[str, torch.Tensor]] = {}  # by id; holding the tensor keeps the id its own
+        self._named: dict[int, _Met] = {}  # by id; holding the tensor keeps the id its own
         self._names = {SKELETON}
         self._storages: dict[tuple[torch.device, int], int] = {}
         self._numbers = itertools.count()
-        self._met: list[_Met] = []
         self._empty: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-        for name, tensor in _tensors(value):
-            if id(tensor) not in self._named and (_is_sharded(tensor) or is_plain(tensor)):
-                self._named[id(tensor)] = (self._unique(name), tensor)
-                if not _is_sharded(tensor):
-                    self._storage_of(tensor)
+        walk = Walk(value)
+        within_objects = tensors_in(walk.objects)
+        pickled = {id(tensor) for tensor in within_objects}
+        for name, tensor, within_object in walk.tensors:
+            # An object need not pickle what it holds.
+            if id(tensor) not in self._named and (not within_object or id(tensor) in pickled):
+                self._name(name, tensor)
+        self._early_storages = {met.storage for tensor in within_objects if (met := self._shared(tensor))}
+        if self._early_storages:
+            self.early.mets = [met for met in self._named.values() if met.storage in self._early_storages]
 
     def reduce(self, thing: Any) -> Any:
         """How to pickle `thing`, as `pickle.Pickler.reducer_override` says it."""
+        if isinstance(thing, torch.Tensor):
+            met = self._named.get(id(thing))
+            if met is None:
+                return NotImplemented
+            if met.storage not in self._early_storages:
+                self.table.mets.append(met)
+            return self._placeholder(thing).__reduce_ex__(2)
         if thing is self.table:
             # An OrderedDict: its content is asked for only now, and torch.load knows it with weights_only too.
-            return OrderedDict, (), None, None, self._rows()
-        if not isinstance(thing, torch.Tensor):
-            return NotImplemented
-        if id(thing) in self._named:
-            name, _ = self._named[id(thing)]
-        elif is_plain(thing) and self._is_shared(thing):
-            name = self._unique("shared.0")
-        else:
-            return NotImplemented
-        if _is_sharded(thing):
-            met = _Met(name, thing, next(self._numbers), _geometry_of_whole(thing))
-        else:
-            met = _Met(name, thing, self._storage_of(thing), Geometry.of(thing))
-        self._met.append(met)
-        return self._placeholder(thing).__reduce_ex__(2)
+            return OrderedDict, (), None, None, self._rows(self.table.mets)
+        if thing is self.early:
+            return fill_early, ([*self._rows(self.early.mets)],)
+        return NotImplemented
 
-    def _rows(self) -> Iterator[tuple[str, list[Any]]]:
-        """The table's rows; only now it is known which tensors there are, and which of them must be stored."""
+    def _rows(self, mets: list[_Met]) -> Iterator[tuple[str, list[Any]]]:
+        """The rows of a table; only now it is known which tensors there are, and which of them must be stored."""
         together: dict[int, list[_Met]] = {}
-        for met in self._met:
+        for met in mets:
             together.setdefault(met.storage, []).append(met)
         item_of: dict[tuple[int, Geometry], str] = {}
         for storage, group in together.items():
             for position in needed([met.geometry for met in group]):
                 item_of[storage, group[position].geometry] = group[position].name
-        for met in self._met:
+        for met in mets:
             item = item_of.get((met.storage, met.geometry))
             if item == met.name:
-                self.items[item] = met.tensor if _is_sharded(met.tensor) else _stored(met)
+                self.items[item] = met.tensor if is_sharded(met.tensor) else _stored(met)
             geometry = met.geometry
             yield met.name, [met.tensor, met.storage, geometry.offset, [*geometry.size], [*geometry.stride], item]
+
+    def _name(self, name: str, tensor: torch.Tensor) -> _Met | None:
+        """Make an item of the tensor, if it can be one."""
+        if is_sharded(tensor):
+            met = _Met(self._unique(name), tensor, next(self._numbers), _geometry_of_whole(tensor))
+        elif is_plain(tensor):
+            met = _Met(self._unique(name), tensor, self._storage_of(tensor), Geometry.of(tensor))
+        else:
+            return None
+        self._named[id(tensor)] = met
+        return met
+
+    def _shared(self, tensor: torch.Tensor) -> _Met | None:
+        """The tensor as an item, if it is one or has the memory of one."""
+        met = self._named.get(id(tensor))
+        if met is None and not is_sharded(tensor) and is_plain(tensor) and self._is_shared(tensor):
+            met = self._name("shared.0", tensor)
+        return met
 
     def _placeholder(self, tensor: torch.Tensor) -> torch.Tensor:
         """An empty tensor of the same dtype, device and class, with the same attributes."""
@@ -253,7 +326,7 @@ class _Packing:
             empty = torch.nn.Parameter(empty, tensor.requires_grad)
         elif tensor.requires_grad:
             empty.requires_grad_()
-        if not _is_sharded(tensor):
+        if not is_sharded(tensor):
             empty.__dict__.update(tensor.__dict__)
         return empty
 
@@ -289,34 +362,6 @@ def _pickle_module(packing: _Packing) -> Any:
             return NotImplemented if packing is None else packing.reduce(thing)
 
     return types.SimpleNamespace(__name__="pickle", Pickler=Pickler)
-
-
-def _tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that are reached through dicts, lists and tuples, in order, each with its path."""
-    seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [("", value)]
-    while stack:
-        path, thing = stack.pop()
-        if isinstance(thing, torch.Tensor):
-            yield path or "tensor", thing
-            continue
-        if not isinstance(thing, (dict, list, tuple)) or id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        entries = list(thing.items() if isinstance(thing, dict) else enumerate(thing))
-        named = [(_step(key, number), part) for number, (key, part) in enumerate(entries)]
-        stack += [(f"{path}.{step}" if path else step, part) for step, part in reversed(named)]
-
-
-def _step(key: Any, number: int) -> str:
-    """A key as part of a name: as torch's own names have it where it is an ordinary one, else by its position."""
-    return str(key) if isinstance(key, (str, int, float)) else str(number)
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor. Where there is one its module has been imported; importing it takes seconds."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _geometry_of_whole(tensor: torch.Tensor) -> Geometry:

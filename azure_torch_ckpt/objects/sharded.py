@@ -87,7 +87,12 @@ def load_sharded(
 
     def look() -> tuple[Metadata, Unpacked, LoadPlan]:
         metadata = reader.read_metadata()
-        unpacked = unpack(read_skeleton(reader, metadata), "cpu", weights_only, reader.checkpoint_id)
+
+        def fetch(early: Unpacked) -> None:
+            check_items(early, metadata, reader.checkpoint_id)
+            read_items(reader, metadata, early.allocate())
+
+        unpacked = unpack(read_skeleton(reader, metadata), "cpu", weights_only, reader.checkpoint_id, fetch)
         _forget(unpacked, without)
         check_items(unpacked, metadata, reader.checkpoint_id)
         return metadata, unpacked, reader.prepare_local_plan(LoadPlan([]))

@@ -20,6 +20,11 @@ class Snapshot:
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Contiguous copies on the CPU, complete when this returns. They last until the next call."""
+        # A tensor that is made in inference mode cannot be written to outside of it, and the memory is used again.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._take(tensors)
+
+    def _take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         kept, self._buffers = self._buffers, {}
         filling: set[torch.device] = set()
         for name, tensor in tensors.items():

@@ -51,9 +51,13 @@ def load_object(reader: AzureBlobReader, map_location: MapLocation = None, weigh
     """
     metadata = reader.read_metadata()
     skeleton = read_skeleton(reader, metadata)
-    unpacked = unpack(skeleton, map_location, weights_only, reader.checkpoint_id)
-    check_items(unpacked, metadata, reader.checkpoint_id)
-    read_items(reader, metadata, unpacked.allocate())
+
+    def fetch(unpacked: Unpacked) -> None:
+        check_items(unpacked, metadata, reader.checkpoint_id)
+        read_items(reader, metadata, unpacked.allocate())
+
+    unpacked = unpack(skeleton, map_location, weights_only, reader.checkpoint_id, fetch)
+    fetch(unpacked)
     return unpacked.value
 
 
@@ -69,7 +73,7 @@ def read_skeleton(reader: AzureBlobReader, metadata: Metadata) -> torch.Tensor:
             f"The checkpoint at {reader.checkpoint_id} was not saved by the Lightning plugin: nothing in it says how "
             "its tensors belong together. Load it with torch.distributed.checkpoint.load"
         )
-    skeleton = torch.empty(entry.size, dtype=torch.uint8)
+    skeleton = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
     read_items(reader, metadata, {SKELETON: skeleton})
     return skeleton
 
@@ -84,6 +88,8 @@ def read_items(reader: AzureBlobReader, metadata: Metadata, items: dict[str, tor
         CheckpointReplacedError: another one stands there by now.
         Those of `AzureBlobReader.read_data`.
     """
+    if not items:
+        return
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner.set_up_planner(items, metadata, is_coordinator=True)

@@ -1,0 +1,101 @@
+"""Which tensors an object holds: those that dicts, lists and tuples lead to, and those that other objects pickle."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+
+from azure_torch_ckpt.dcp.payload import is_plain
+
+__all__ = ["Walk", "is_sharded", "tensors_in"]
+
+# These are put together again without a look at what is in them.
+_CONTAINERS = (dict, list, tuple, OrderedDict, defaultdict)
+_NO_TENSORS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
+
+
+class Walk:
+    """A way through dicts, lists and tuples, and what is met on it.
+
+    Attributes:
+        tensors: in order, each with its path, and whether some object has it that may be more than its content: one of
+            a subclass of those.
+        objects: what is something else, and may hold tensors.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.tensors: list[tuple[str, torch.Tensor, bool]] = []
+        self.objects: list[Any] = []
+        seen: set[int] = set()
+        stack: list[tuple[str, Any, bool]] = [("", value, False)]
+        while stack:
+            path, thing, within_object = stack.pop()
+            kind = type(thing)
+            if kind in _NO_TENSORS:
+                continue
+            if isinstance(thing, torch.Tensor):
+                self.tensors.append((path or "tensor", thing, within_object))
+                if not is_sharded(thing):
+                    if not is_plain(thing):
+                        self.objects.append(thing)
+                    elif thing.__dict__:
+                        self.objects.append(thing.__dict__)
+                continue
+            is_container = isinstance(thing, (dict, list, tuple))
+            if kind not in _CONTAINERS:
+                self.objects.append(thing)
+            elif getattr(thing, "__dict__", None):
+                self.objects.append(vars(thing))
+            if not is_container or id(thing) in seen:
+                continue
+            seen.add(id(thing))
+            within_object = within_object or kind not in _CONTAINERS
+            entries = thing.items() if isinstance(thing, dict) else enumerate(thing)
+            named = [(_step(key, number), part) for number, (key, part) in enumerate(entries)]
+            stack += [(f"{path}.{step}" if path else step, part, within_object) for step, part in reversed(named)]
+
+
+def tensors_in(objects: list[Any]) -> list[torch.Tensor]:
+    """The tensors that objects of any class hold: what pickling the objects comes by."""
+    if not objects:
+        return []
+    finder = _Finder(_Sink(), protocol=2)
+    finder.dump(objects)
+    return finder.found
+
+
+class _Finder(pickle.Pickler):
+    """Collects the tensors that may be items. Of others it comes by the tensors that those are made of."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.found: list[torch.Tensor] = []
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, torch.Tensor) and (is_sharded(thing) or is_plain(thing)):
+            self.found.append(thing)
+            return int, ()
+        return NotImplemented
+
+    def persistent_id(self, thing: Any) -> Any:
+        return 0 if isinstance(thing, torch.storage.TypedStorage) or torch.is_storage(thing) else None
+
+
+class _Sink:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _step(key: Any, number: int) -> str:
+    """A key as part of a name: as torch's own names have it where it is an ordinary one, else by its position."""
+    return str(key) if isinstance(key, (str, int, float)) else str(number)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor. Where there is one its module has been imported; importing it takes seconds."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
