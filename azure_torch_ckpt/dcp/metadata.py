@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from .._torch_private import StorageInfo
 from ..errors import CorruptCheckpointError, UnsafeMetadataError, UnsupportedCheckpointError
+from .pickling import pickled
 from .unpickler import unpickle
 from .vocabulary import quote
 
@@ -44,9 +45,6 @@ __all__ = [
 _MAX_PATH = 1024  # characters of a blob's name: learn.microsoft.com, "Naming and referencing containers, blobs"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of a URL; a Windows drive looks the same
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # lone surrogates have no place in a URL either
-
-
-_BUILTINS = frozenset({bool, bytes, float, int, str, type(None)})
 
 
 @dataclass(slots=True)
@@ -133,51 +131,72 @@ def data_paths(metadata: Metadata) -> set[str]:
     return {info.relative_path for info in metadata.storage_data.values()}
 
 
-def dump_metadata(metadata: Metadata) -> bytes:
+def dump_metadata(metadata: Metadata, where: str = "The metadata of this save") -> bytes:
     """The content of ``.metadata``: a pickle that torch's ``FileSystemReader`` reads as well.
 
+    It was read again and has passed :func:`check_metadata`. What a planner has added to it (attributes, subclasses of
+    torch's classes) is in it, as far as :func:`load_metadata` reads past it.
+
     Args:
-        metadata: has passed :func:`check_metadata`, so that only ``planner_data`` can hold a surprise.
+        metadata: complete.
+        where: names it in messages.
 
     Raises:
-        UnsafeMetadataError: ``metadata`` holds objects (a custom planner's ``planner_data``) that :func:`load_metadata`
-            would refuse, or that cannot be pickled. Better to fail before the commit than to commit what cannot be
-            loaded.
+        UnsafeMetadataError: something in it cannot be pickled, or no load would accept it; its key or attribute is
+            named. Better to fail before the commit than to commit what cannot be loaded.
     """
     try:
-        data = pickle.dumps(metadata)
+        data = pickled(metadata)
+        check_metadata(load_metadata(data, where), where)
     except Exception as error:  # an object's own __reduce__ may raise anything
         raise UnsafeMetadataError(
-            f"The metadata of this save cannot be pickled ({error}). Let the planner put plain values there"
+            f"{where} could not be loaded again{_culprit(metadata)}, so nothing was committed ({error}). Let the "
+            "planner put plain values there, or leave it out"
         ) from error
-    if not _is_builtin(metadata.planner_data):
-        load_metadata(data, "The metadata of this save")
     return data
 
 
-def _is_builtin(value: object) -> bool:
-    kind = type(value)
-    if kind is dict:
-        mapping = cast("dict[object, object]", value)
-        return all(map(_is_builtin, mapping)) and all(map(_is_builtin, mapping.values()))
-    if kind is tuple or kind is list:
-        return all(map(_is_builtin, cast("list[object]", value)))
-    return kind in _BUILTINS
+def _culprit(metadata: Metadata) -> str:
+    """Which attribute of `metadata`, and which key of a dict there, cannot be pickled and read, for a message."""
+    for name, value in vars(metadata).items():
+        if _is_read(name, value):
+            continue
+        if type(value) is not dict or len(value) < 2:
+            return f", because of its {quote(name)}"
+        entries = list(cast("dict[object, object]", value).items())
+        while len(entries) > 1:
+            half = len(entries) // 2
+            entries = entries[half:] if _is_read(name, dict(entries[:half])) else entries[:half]
+        return f", because of {quote(entries[0][0])} in its {quote(name)}"
+    return ""
+
+
+def _is_read(name: str, value: object) -> bool:
+    probe = Metadata({})
+    probe.__dict__[name] = value
+    try:
+        load_metadata(pickle.dumps(probe), "")
+    except Exception:
+        return False
+    return True
 
 
 def load_metadata(data: bytes, where: str) -> Metadata:
     """What :func:`dump_metadata` or torch's ``FileSystemWriter`` wrote, without running anything that the data names.
 
-    Besides the classes that metadata consists of, only those are accepted that were registered with
-    ``torch.serialization.add_safe_globals``. Fields that a newer torch added are kept where torch has room for them and
-    dropped where not. ``data`` should be bounded: what it describes can take 200 times its size.
+    Besides the classes that metadata consists of, only those are made that were registered with
+    ``torch.serialization.add_safe_globals``. What is of other classes is dropped where no load needs it: attributes
+    that a planner or a trainer has added. An instance of a subclass of one of torch's classes becomes one of torch's
+    class. Fields that a newer torch added are kept where torch has room for them and dropped where not. ``data`` should
+    be bounded: what it describes can take 200 times its size.
 
     Args:
         data: the blob's bytes.
         where: names the blob in messages.
 
     Raises:
-        UnsafeMetadataError: it names or does something that metadata never does. Nothing of it was run.
+        UnsafeMetadataError: it names a function, does something that metadata never does, or has an object of an
+            unknown class where a load would use it. Nothing of it was run.
         UnsupportedCheckpointError: a newer torch wrote it.
         CorruptCheckpointError: it is cut short, garbage, or not a ``Metadata``.
     """

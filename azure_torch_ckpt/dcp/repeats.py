@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .._torch_private import MemoryFormatEncoding, StorageInfo
-from .vocabulary import KNOWN, STATE_CLASSES, Known
+from .vocabulary import KNOWN, STATE_CLASSES, TENSOR_PROPERTIES, Known
 
 __all__ = ["Repeats"]
 
@@ -38,14 +38,15 @@ _LONGEST = 512
 # Shapes recur; where each is new, there is no point in remembering them all.
 _REMEMBERED = 65536
 
-# In the patterns, R is a reference to the memo, I a natural number or one that needs more than 32 bits, S a torch.Size,
-# T a short text that is put into the memo, or a reference to one, and O what makes a bare instance and begins its
-# state. \x81 is NEWOBJ, \x85 to \x87 are TUPLE1 to TUPLE3, \x88 and \x89 NEWTRUE and NEWFALSE, \x8a LONG1, \x8c
-# SHORT_BINUNICODE, \x94 MEMOIZE.
+# In the patterns, R is a reference to the memo, I a natural number or one that needs more than 32 bits, D a tuple of
+# those, S a torch.Size, T a short text that is put into the memo, or a reference to one, and O what makes a bare
+# instance and begins its state. \x81 is NEWOBJ, \x85 to \x87 are TUPLE1 to TUPLE3, \x88 and \x89 NEWTRUE and NEWFALSE,
+# \x8a LONG1, \x8c SHORT_BINUNICODE, \x94 MEMOIZE.
 _PARTS = {
     b"R": rb"(?:h.|j.{4})",
     b"I": rb"(?:K.|M..|J...[\x00-\x7f]|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x09.{9}))",
-    b"S": rb"(?:<R>(?:(?:\)|<I>(?:<I>(?:<I>)?)?[\x85-\x87]\x94|\((?:<I>){4,64}t\x94)\x85\x94R\x94)?)",
+    b"D": rb"(?:\)|<I>(?:<I>(?:<I>)?)?[\x85-\x87]\x94|\((?:<I>){4,64}t\x94)",
+    b"S": rb"(?:<R>(?:<D>\x85\x94R\x94)?)",
     b"T": rb"(?:\x8c.[^\x94]{0,255}\x94|<R>)",
     b"O": rb"<R>\)\x81\x94}\x94\(<R>",
 }
@@ -57,9 +58,10 @@ def _pattern(source: bytes) -> re.Pattern[bytes]:
     return re.compile(source, re.DOTALL)
 
 
-# From the instance to its empty list of chunks: properties, size.
+# From the instance to its empty list of chunks: properties, size. Properties have strides since torch 2.15.
 _HEAD = _pattern(
-    rb"(<R>)\)\x81\x94}\x94\((<R>)(<R>)\)\x81\x94\((<R>)(<R>)([\x88\x89])(<R>)([\x88\x89])t\x94b(<R>)(<S>)(<R>)\]\x94"
+    rb"(<R>)\)\x81\x94}\x94\((<R>)(<R>)\)\x81\x94\((<R>)(<R>)([\x88\x89])(<R>)([\x88\x89])(<R>|<D>|N)?t\x94b"
+    rb"(<R>)(<S>)(<R>)\]\x94"
 )
 _HEAD_END = b"]\x94"
 _CHUNK = _pattern(rb"(<R>)\)\x81\x94}\x94\((<R>)(<S>)(<R>)(<S>)ub")
@@ -78,6 +80,7 @@ _NONE = pickle.NONE
 _SHORT_TEXT = pickle.SHORT_BINUNICODE[0]
 _GET = pickle.BINGET[0]
 _LONG_GET = pickle.LONG_BINGET[0]
+_GETS = (_GET, _LONG_GET)
 _MEMOIZE = pickle.MEMOIZE[0]
 _MARK = pickle.MARK[0]
 _TRUE = pickle.NEWTRUE
@@ -168,7 +171,7 @@ class Repeats:
                 head = runs.get(data[start:end]) or self._head(start)
                 if head is None:
                     return pos
-                length, fields, encoded, size, kept = head
+                length, fields, state_kept, size, kept = head
                 end = start + length
                 several = data[end] == _MARK
                 if not several:
@@ -187,7 +190,8 @@ class Repeats:
                 state: dict[str, Any] = {}
                 if op == _SHORT_TEXT:
                     memo.append(name)
-                memo += (tensor, state, properties, encoded)
+                memo += (tensor, state, properties)
+                memo += state_kept
                 memo += kept
                 memo.append(chunks)
                 if several:
@@ -286,14 +290,23 @@ class Repeats:
         self._chunk_names.add((cls, first, second))
 
     def _head(self, pos: int) -> _Head | None:
-        """Its length in the data, the fields of the properties, their form in the pickle, the size, what that leaves in
-        the memo.
+        """Its length in the data, the fields of the properties, what their state leaves in the memo, the size, and what
+        that leaves there.
         """
         found = _HEAD.match(self._data, pos)
         if found is None:
             return None
-        cls, first, inner, dtype, layout, gradient, memory_format, pinned, second, size_run, third = found.groups()
-        encoded = (self._at(dtype), self._at(layout), gradient == _TRUE, self._at(memory_format), pinned == _TRUE)
+        (
+            cls, first, inner, dtype, layout, gradient, memory_format, pinned, strides_run, second, size_run, third,
+        ) = found.groups()  # fmt: skip
+        encoded: tuple[Any, ...] = (
+            self._at(dtype), self._at(layout), gradient == _TRUE, self._at(memory_format), pinned == _TRUE,
+        )  # fmt: skip
+        kept_first: tuple[Any, ...] = ()
+        if strides_run is not None:
+            strides = None if strides_run == _NONE else self._strides(strides_run)
+            encoded += (strides,)
+            kept_first = (strides,) if strides and strides_run[0] not in _GETS else ()
         if (
             self._class(cls) is not TensorStorageMetadata
             or self._class(inner) is not TensorProperties
@@ -303,10 +316,10 @@ class Repeats:
         ):
             return None
         properties: Any = _bare(TensorProperties)
-        properties.__setstate__(encoded)
+        properties.__setstate__(encoded[:TENSOR_PROPERTIES])
         size, kept = self._size_runs.get(size_run) or self._size(size_run)
         run = found[0]
-        return _remember(self._head_runs, run, (len(run), properties.__dict__, encoded, size, kept))
+        return _remember(self._head_runs, run, (len(run), properties.__dict__, (*kept_first, encoded), size, kept))
 
     def _size(self, run: bytes) -> tuple[torch.Size, tuple[Any, ...]]:
         """A size, and what it leaves in the memo."""
@@ -318,14 +331,18 @@ class Repeats:
             return _remember(self._size_runs, run, (made, ()))
         if made is not _SIZE:
             raise TypeError
-        dimensions = tuple(map(_number, _NUMBERS.findall(run, split)))
-        # After the dimensions; what follows memoizes their tuple, and makes the size of it.
-        closing = run[-6]
-        if dimensions and _SHORT_TUPLES.get(closing, len(dimensions)) != len(dimensions):
-            raise ValueError
+        dimensions = _numbers_in(run[split:-4])  # what follows makes the size of the tuple
         args = (dimensions,)
         size = _SIZE.call(args)
         return _remember(self._size_runs, run, (size, (dimensions, args, size) if dimensions else (args, size)))
+
+    def _strides(self, run: bytes) -> tuple[int, ...]:
+        if run[0] not in _GETS:
+            return _numbers_in(run)
+        strides = self._at(run)
+        if type(strides) is not tuple:
+            raise TypeError
+        return strides
 
     def _look_at_item(
         self, index_begins: bytes, hint_name: bytes, offset_name: bytes | None, info_begins: bytes, start_name: bytes
@@ -380,6 +397,14 @@ class Repeats:
 
 
 _SHORT_TUPLES = {pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3}
+
+
+def _numbers_in(run: bytes) -> tuple[int, ...]:
+    """A tuple of numbers, with its memoizing unless it is empty."""
+    numbers = tuple(map(_number, _NUMBERS.findall(run)))
+    if numbers and _SHORT_TUPLES.get(run[-2], len(numbers)) != len(numbers):
+        raise ValueError
+    return numbers
 
 
 def _remember(runs: dict[bytes, _Value], run: bytes, value: _Value) -> _Value:

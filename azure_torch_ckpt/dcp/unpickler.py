@@ -3,8 +3,8 @@
 ``pickle.Unpickler`` with a restricted ``find_class`` would not do: it still calls whatever is allowed with any
 arguments, sets attributes on classes and functions, takes memory for a memo index that the data names, and hashes
 nested tuples that take for ever to hash. This machine never looks a name up in a module: a name in the data is a key of
-the tables in ``vocabulary.py``. Only instances that the machine made itself get state. Memory and time stay
-proportional to the data (crafted hash collisions aside).
+the tables in ``vocabulary.py``, or an inert stand-in is made for it (``foreign.py``). Only instances that the machine
+made itself get state. Memory and time stay proportional to the data (crafted hash collisions aside).
 
 What metadata says once for every tensor and chunk does not go through it opcode by opcode: ``repeats.py``.
 
@@ -14,26 +14,28 @@ default, which is 4, and 5 from Python 3.14.
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
-import pickletools
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
-from ..errors import AzureCheckpointError, CorruptCheckpointError, UnsafeMetadataError, UnsupportedCheckpointError
+from .._torch_private import MemoryFormatEncoding
+from ..errors import AzureCheckpointError, UnsupportedCheckpointError
+from .foreign import Foreign, ForeignClass, known_base, may_be_foreign, settle
+from .literals import NUMBERS, PLAIN, SIZED
+from .refusals import Refusals
 from .repeats import Repeats
 from .vocabulary import (
     KNOWN,
     STATE_CLASSES,
+    TENSOR_PROPERTIES,
     ForbiddenUse,
     Known,
     NewerTorch,
-    is_newer_torch,
     opted_in,
     quote,
     set_any_state,
@@ -41,14 +43,18 @@ from .vocabulary import (
 
 __all__ = ["unpickle"]
 
-_MAX_KEY_PARTS = 64
-_MAX_ATTRIBUTES = 32
-# Paths copy their parts, so a few bytes that name one long part again and again would take memory without bound.
-_PATH_CHARACTERS_PER_BYTE = 16
+# What costs more than this is counted: to hash a key or a size again and again, to copy attributes or parts of paths.
+_FREE_PARTS = 64
+_FREE_ATTRIBUTES = 32
+_FREE_BITS = 4096
+_DEEPEST_KEY = 100
+# So a few bytes that name one long thing many times take neither memory nor time without bound.
+_COST_PER_BYTE = 16
+_ATTRIBUTE_COST = 16
 
 
 def unpickle(data: bytes, where: str) -> object:
-    """The object that ``data`` describes.
+    """The object that ``data`` describes. What is foreign in a ``Metadata`` and of no use to a load is not in it.
 
     Args:
         data: a whole pickle.
@@ -59,28 +65,34 @@ def unpickle(data: bytes, where: str) -> object:
         UnsupportedCheckpointError: the data comes from a newer torch, or from another pickle protocol.
         CorruptCheckpointError: the data is cut short or garbage.
     """
-    return _Machine(data, where).run()
+    machine = _Machine(data, where)
+    made = machine.run()
+    machine.settle(made)
+    return made
 
 
 class _Machine:
     def __init__(self, data: bytes, where: str, *, repeats: bool = True) -> None:
         self._data = data
         self._where = where
+        self._refusals = Refusals(where, len(data))
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: list[Any] = []
         self._take_repeats = Repeats(data, self._stack, self._marks, self._memo).after if repeats else {}
-        self._budget = 4096 + _PATH_CHARACTERS_PER_BYTE * len(data)
+        self._budget = 4096 + _COST_PER_BYTE * len(data)
         self._attributes: set[str] = set()  # names that passed the check once
         self._opted_in: dict[str, Any] | None = None
         # By id, with a reference that keeps the id taken: the values may be unhashable, or lie about equality.
         self._opted_in_used: dict[int, Any] = {}
         self._made_by_opted_in: dict[int, Any] = {}
+        self._given_to_opted_in: dict[int, list[Any]] = {}
+        self._met_foreign = False
 
     def run(self) -> object:
         data, stack, marks, memo = self._data, self._stack, self._marks, self._memo
         if len(data) < 2 or data[0] != pickle.PROTO[0]:
-            self._corrupt(0, "it is not a pickle of protocol 2 or later")
+            self._refusals.corrupt(0, "it is not a pickle of protocol 2 or later")
         if data[1] not in _PROTOCOLS:
             raise UnsupportedCheckpointError(
                 f"{self._where} is a pickle of protocol {data[1]}; this reader knows {_PROTOCOLS[0]} to "
@@ -126,32 +138,42 @@ class _Machine:
                 else:
                     handler = handlers.get(op)
                     if handler is None:
-                        self._refuse_opcode(op, pos - 1)
+                        self._refusals.refuse_opcode(op, pos - 1)
                     pos = handler(self, pos)
         except AzureCheckpointError:
             raise
         except Exception as error:
             # Whatever fails here fails because of the data: an empty stack, bad UTF-8, a class's own complaint.
-            self._corrupt(pos, f"{type(error).__name__}: {error}", error)
+            self._refusals.corrupt(pos, f"{type(error).__name__}: {error}", error)
         if len(stack) != 1 or marks:
-            self._corrupt(pos, "it ends in the middle of something")
+            self._refusals.corrupt(pos, "it ends in the middle of something")
         if pos != len(data):
-            self._corrupt(pos, f"{len(data) - pos} bytes follow its end")
+            self._refusals.corrupt(pos, f"{len(data) - pos} bytes follow its end")
         return stack[0]
+
+    def settle(self, made: object) -> None:
+        """Remove what is foreign, or refuse it where a load would need it."""
+        if not self._met_foreign:
+            return
+        found = made.made_of if type(made) is Foreign else made if type(made) is ForeignClass else None
+        if isinstance(made, Metadata):
+            found = settle(made, self._given_to_opted_in)
+        if found is not None:
+            self._refusals.refuse_class(found)
 
     # Handlers: take the position after the opcode, return the position after its argument.
 
     def _plain(self, pos: int) -> int:
-        self._stack.append(_PLAIN[self._data[pos - 1]]())
+        self._stack.append(PLAIN[self._data[pos - 1]]())
         return pos
 
     def _number(self, pos: int) -> int:
-        form = _NUMBERS[self._data[pos - 1]]
+        form = NUMBERS[self._data[pos - 1]]
         self._stack.append(form.unpack_from(self._data, pos)[0])
         return pos + form.size
 
     def _sized(self, pos: int) -> int:
-        width, convert = _SIZED[self._data[pos - 1]]
+        width, convert = SIZED[self._data[pos - 1]]
         start = pos + width
         end = start + int.from_bytes(self._data[pos:start], "little")
         if end > len(self._data):
@@ -190,8 +212,8 @@ class _Machine:
     def _add_items(self, pos: int) -> int:
         items = self._pop_to_mark()
         target = self._stack[-1]
-        if type(target) is not set:
-            self._own(target)
+        if type(target) is not set and not self._own(target, items):
+            return pos
         target.update([self._key(item) for item in items])
         return pos
 
@@ -204,8 +226,8 @@ class _Machine:
 
     def _extend(self, items: list[Any], pos: int) -> int:
         target = self._stack[-1]
-        if type(target) is not list:
-            self._own(target)
+        if type(target) is not list and not self._own(target, items):
+            return pos
         target.extend(items)
         return pos
 
@@ -219,13 +241,24 @@ class _Machine:
 
     def _update(self, items: list[Any], pos: int) -> int:
         target = self._stack[-1]
-        if type(target) is not dict and type(target) is not OrderedDict:
-            self._own(target)
+        if type(target) is not dict and type(target) is not OrderedDict and not self._own(target, items):
+            return pos
         if len(items) % 2:
             raise ValueError("a key has no value")
         for index in range(0, len(items), 2):
             key = items[index]
             target[key if type(key) is str else self._key(key)] = items[index + 1]
+        return pos
+
+    def _pop(self, pos: int) -> int:
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        else:
+            self._stack.pop()
+        return pos
+
+    def _pop_mark(self, pos: int) -> int:
+        self._pop_to_mark()
         return pos
 
     def _global(self, pos: int) -> int:
@@ -249,12 +282,21 @@ class _Machine:
             raise TypeError("the arguments are not a tuple")
         if type(cls) is Known and cls.new is not None and not args:
             made: Any = object.__new__(cls.new)
+        elif type(cls) is ForeignClass:
+            made = cls.new(args)
         elif self._opted_in_used.get(id(cls), self) is cls and isinstance(cls, type):
             made = cls.__new__(cls, *args)
-            self._made_by_opted_in[id(made)] = made
+            self._note_opted_in(made, args)
         else:
-            self._refuse_use(cls, "creates an instance of")
+            self._refusals.refuse_use(cls, "creates an instance of")
         self._stack.append(made)
+        return pos
+
+    def _new_object_with_keywords(self, pos: int) -> int:
+        cls = self._stack[-3]
+        if type(cls) is not ForeignClass:
+            self._refusals.refuse_use(cls, "creates an instance of")
+        self._stack[-3:] = [Foreign(cls)]
         return pos
 
     def _reduce(self, pos: int) -> int:
@@ -262,47 +304,57 @@ class _Machine:
         function = self._stack.pop()
         if type(args) is not tuple:
             raise TypeError("the arguments are not a tuple")
-        if type(function) is Known and function.call is not None:
+        if type(function) is ForeignClass:
+            made: Any = function.call(args)
+        elif function is _GETATTR and len(args) == 2 and type(args[0]) is ForeignClass and type(args[1]) is str:
+            made = args[0].member(args[1])
+        elif type(function) is Known and function.call is not None:
             for arg in args:
-                if type(arg) is str:
-                    self._budget -= len(arg)
-            if self._budget < 0:
-                raise ValueError("it describes far more than it contains")
+                if type(arg) is str or (type(arg) is tuple and len(arg) > _FREE_PARTS):
+                    self._spend(len(arg))
             try:
                 made = function.call(args)
             except NewerTorch as error:
-                self._refuse_newer(str(error))
+                self._refusals.refuse_newer(str(error))
             except ForbiddenUse:
-                self._refuse_name(function.name)
+                self._refusals.refuse_name(function.name)
         elif self._opted_in_used.get(id(function), self) is function:
             made = function(*args)
-            self._made_by_opted_in[id(made)] = made
+            self._note_opted_in(made, args)
         else:
-            self._refuse_use(function, "calls")
+            self._refusals.refuse_use(function, "calls")
         self._stack.append(made)
         return pos
 
     def _build(self, pos: int) -> int:
         state = self._stack.pop()
         target = self._stack[-1]
+        if type(target) is Foreign:
+            base = known_base(state)
+            if base is None or target.made_of.is_newer:
+                target.bare = False
+                return pos
+            target.become(base[0])
+            state = base[1]
         cls = type(target)
         factories = STATE_CLASSES.get(cls)
         if factories is None:
-            self._own(target)
-            set_any_state(target, state)
+            if self._own(target, [state]):
+                set_any_state(target, state)
         elif cls is TensorProperties and type(state) is tuple:
-            # torch unpacks exactly as many fields as it knows; a newer torch appends its own.
-            target.__setstate__(state[:_TENSOR_PROPERTIES])
+            target.__setstate__(state[:TENSOR_PROPERTIES])
         elif type(state) is not dict:
             raise TypeError(f"the state of a {cls.__name__} is not a dict")
         else:
-            if len(state) > _MAX_ATTRIBUTES:
-                raise ValueError(f"a {cls.__name__} has no {len(state)} attributes")
+            if len(state) > _FREE_ATTRIBUTES:
+                self._spend(_ATTRIBUTE_COST * len(state))
             if not state.keys() <= self._attributes:
                 for name in state:
                     if type(name) is not str or name.startswith("__"):
                         raise TypeError(f"a {cls.__name__} has no attribute {quote(name)}")
                 self._attributes.update(state)
+            if type(fqn := state.get("fqn")) is Foreign:
+                state["fqn"] = fqn.value
             if cls is MetadataIndex and not (
                 type(state.get("fqn")) is str and type(state.get("offset")) in (torch.Size, type(None))
             ):
@@ -322,19 +374,60 @@ class _Machine:
         del self._stack[mark:]
         return items
 
+    def _spend(self, cost: int) -> None:
+        self._budget -= cost
+        if self._budget < 0:
+            raise ValueError("it describes far more than it contains")
+
     def _key(self, key: Any) -> Any:
         """``key`` if hashing it is cheap. Nested tuples can take for ever, or overflow the C stack."""
         cls = type(key)
-        if cls in _KEY_TYPES or self._made_by_opted_in.get(id(key), self) is key:
-            return key
-        if cls is tuple and len(key) <= _MAX_KEY_PARTS and all(type(part) in _KEY_TYPES for part in key):
-            return key
-        raise TypeError(f"an object of type {cls.__name__} is used as a key")
+        if cls is MetadataIndex or cls is torch.Size:
+            size = key if cls is torch.Size else key.__dict__.get("offset")
+            if size is not None and len(size) > _FREE_PARTS:
+                self._spend(len(size))
+        elif cls is tuple:
+            if len(key) > _FREE_PARTS or not all(type(part) in _CHEAP_TYPES for part in key):
+                self._look_at_key(key)
+        elif cls is int:
+            if key.bit_length() > _FREE_BITS:
+                self._spend(key.bit_length())
+        elif cls is Foreign:
+            return key.value if type(key.value) is str else key
+        elif cls not in _KEY_TYPES and self._made_by_opted_in.get(id(key), self) is not key:
+            raise TypeError(f"an object of type {cls.__name__} is used as a key")
+        return key
 
-    def _own(self, target: Any) -> None:
-        """Only what an opted-in class or function made may be changed in ways that the machine does not know."""
+    def _look_at_key(self, key: tuple[Any, ...]) -> None:
+        left: list[tuple[Any, int]] = [(key, 1)]
+        while left:
+            part, depth = left.pop()
+            if type(part) is tuple:
+                if depth > _DEEPEST_KEY or len(part) > self._budget:
+                    raise TypeError("an object of type tuple is used as a key")
+                self._budget -= len(part)
+                left.extend((inner, depth + 1) for inner in part)
+            elif type(part) is not Foreign:
+                self._key(part)
+
+    def _own(self, target: Any, given: Iterable[Any]) -> bool:
+        """Whether what is given to `target` is to be set: not if it is foreign.
+
+        Only what an opted-in class or function made may be changed in ways that the machine does not know.
+        """
+        if type(target) is Foreign:
+            target.bare = False
+            return False
+        if self._met_foreign and type(target) in (str, int, float, bytes):
+            return False  # the value of an instance of a foreign class, which may have attributes, too
         if self._made_by_opted_in.get(id(target), self) is not target:
-            self._refuse_use(target, "changes")
+            self._refusals.refuse_use(target, "changes")
+        self._given_to_opted_in[id(target)].extend(given)
+        return True
+
+    def _note_opted_in(self, made: Any, given: Iterable[Any]) -> None:
+        self._made_by_opted_in[id(made)] = made
+        self._given_to_opted_in.setdefault(id(made), []).extend(given)
 
     def _find(self, module: str, name: str) -> object:
         found = KNOWN.get((module, name))
@@ -343,53 +436,20 @@ class _Machine:
                 self._opted_in = opted_in()
             found = self._opted_in.get(f"{module}.{name}")
             if found is None:
-                if is_newer_torch(module, name):
-                    self._refuse_newer(f"{module}.{name}")
-                self._refuse_name(f"{module}.{name}")
+                found = ForeignClass(module, name)
+                if not may_be_foreign(module, name):
+                    self._refusals.refuse_class(found)
+                self._met_foreign = True
+                return found
             self._opted_in_used[id(found)] = found
         return found
 
-    # Refusals.
 
-    def _corrupt(self, pos: int, reason: str, cause: BaseException | None = None) -> NoReturn:
-        raise CorruptCheckpointError(
-            f"{self._where} is not readable as checkpoint metadata: {reason[:300]} (at byte {pos} of "
-            f"{len(self._data)}). It is cut short, damaged or not a .metadata; restore it or use another checkpoint."
-        ) from cause
+# What hashing costs next to nothing; and what else may be a key.
+_CHEAP_TYPES = frozenset((str, float, bool, bytes, type(None), torch.dtype))
+_KEY_TYPES = _CHEAP_TYPES | {frozenset, torch.layout, MemoryFormatEncoding, ForeignClass}
 
-    def _refuse_opcode(self, op: int, pos: int) -> NoReturn:
-        name = next((known.name for known in pickletools.opcodes if ord(known.code) == op), None)
-        if name is None:
-            self._corrupt(pos, f"byte 0x{op:02x} is no pickle opcode")
-        raise UnsafeMetadataError(
-            f"{self._where} uses the pickle opcode {name} at byte {pos}, which metadata never needs. It is "
-            "damaged or was made to do harm; nothing of it was run. Use another checkpoint."
-        )
-
-    def _refuse_use(self, target: object, verb: str) -> NoReturn:
-        what = target.name if type(target) is Known else f"an object of type {type(target).__name__}"
-        raise UnsafeMetadataError(
-            f"{self._where} {verb} {what} in a way that metadata never does. It is damaged or was made to do harm; "
-            "that was not done. Use another checkpoint."
-        )
-
-    def _refuse_newer(self, name: str) -> NoReturn:
-        raise UnsupportedCheckpointError(
-            f"{self._where} names {quote(name)}, which torch {torch.__version__} does not have: it was written by a "
-            "newer torch. Upgrade torch."
-        )
-
-    def _refuse_name(self, name: str) -> NoReturn:
-        raise UnsafeMetadataError(
-            f"{self._where} names {quote(name)}, which is no part of a checkpoint's metadata; to load it would run "
-            "code that whoever wrote the blob has chosen. It was not run. If your own planner put it there and you "
-            "trust the checkpoint, register it with torch.serialization.add_safe_globals before you load (names under "
-            "torch, os and sys cannot be registered); otherwise use another checkpoint."
-        )
-
-
-_TENSOR_PROPERTIES = len(dataclasses.fields(TensorProperties))
-_KEY_TYPES = frozenset((str, int, float, bool, bytes, type(None), MetadataIndex, torch.dtype, torch.Size))
+_GETATTR = KNOWN["builtins", "getattr"]
 
 _PROTOCOLS = range(2, 6)
 _MEMOIZE = pickle.MEMOIZE[0]
@@ -403,43 +463,11 @@ _TUPLE2 = pickle.TUPLE2[0]
 _SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
 _EMPTY_DICT = pickle.EMPTY_DICT[0]
 _STOP = pickle.STOP[0]
-_PLAIN: dict[int, Callable[[], Any]] = {
-    pickle.NONE[0]: lambda: None,
-    pickle.NEWTRUE[0]: lambda: True,
-    pickle.NEWFALSE[0]: lambda: False,
-    pickle.EMPTY_LIST[0]: list,
-    pickle.EMPTY_SET[0]: set,
-}
-_NUMBERS = {
-    pickle.BININT[0]: struct.Struct("<i"),
-    pickle.BININT2[0]: struct.Struct("<H"),
-    pickle.BINFLOAT[0]: struct.Struct(">d"),
-}
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")  # as pickle encodes it
-
-
-def _long(raw: bytes) -> int:
-    return int.from_bytes(raw, "little", signed=True)
-
-
-# Opcodes whose argument begins with its length: the length's width in bytes, what the bytes become.
-_SIZED: dict[int, tuple[int, Callable[[bytes], Any]]] = {
-    pickle.LONG1[0]: (1, _long),  # LONG4 is for integers above 255 bytes
-    pickle.BINUNICODE[0]: (4, _text),
-    pickle.BINUNICODE8[0]: (8, _text),
-    pickle.SHORT_BINBYTES[0]: (1, bytes),
-    pickle.BINBYTES[0]: (4, bytes),
-    pickle.BINBYTES8[0]: (8, bytes),
-    pickle.BYTEARRAY8[0]: (8, bytearray),
-}
 _PUT_WIDTH = {pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4}
 _HANDLERS: dict[int, Callable[[_Machine, int], int]] = {
-    **dict.fromkeys(_PLAIN, _Machine._plain),
-    **dict.fromkeys(_NUMBERS, _Machine._number),
-    **dict.fromkeys(_SIZED, _Machine._sized),
+    **dict.fromkeys(PLAIN, _Machine._plain),
+    **dict.fromkeys(NUMBERS, _Machine._number),
+    **dict.fromkeys(SIZED, _Machine._sized),
     **dict.fromkeys(_PUT_WIDTH, _Machine._put),
     pickle.FRAME[0]: _Machine._frame,
     pickle.TUPLE3[0]: _Machine._tuple3,
@@ -450,9 +478,12 @@ _HANDLERS: dict[int, Callable[[_Machine, int], int]] = {
     pickle.APPENDS[0]: _Machine._appends,
     pickle.SETITEM[0]: _Machine._set_item,
     pickle.SETITEMS[0]: _Machine._set_items,
+    pickle.POP[0]: _Machine._pop,
+    pickle.POP_MARK[0]: _Machine._pop_mark,
     pickle.GLOBAL[0]: _Machine._global,
     pickle.STACK_GLOBAL[0]: _Machine._stack_global,
     pickle.NEWOBJ[0]: _Machine._new_object,
+    pickle.NEWOBJ_EX[0]: _Machine._new_object_with_keywords,
     pickle.REDUCE[0]: _Machine._reduce,
     pickle.BUILD[0]: _Machine._build,
 }

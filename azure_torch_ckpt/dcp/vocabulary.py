@@ -30,6 +30,7 @@ from .._torch_private import MemoryFormatEncoding, StorageInfo
 __all__ = [
     "KNOWN",
     "STATE_CLASSES",
+    "TENSOR_PROPERTIES",
     "ForbiddenUse",
     "Known",
     "NewerTorch",
@@ -39,7 +40,7 @@ __all__ = [
     "set_any_state",
 ]
 
-_MAX_DIMENSIONS = 64  # of a tensor; torch's own kernels stop there, and so does what hashing an index can cost
+_MAX_DIMENSIONS = 1024  # of a tensor: most kernels of torch stop at 64, and so many are what hashing an index can cost
 _CHECKPOINT = "torch.distributed.checkpoint"
 _DTYPE_NAME = re.compile(r"[a-z]{3,9}[0-9][a-z0-9_]*")
 
@@ -178,6 +179,9 @@ STATE_CLASSES: dict[type[Any], list[tuple[str, Callable[[], Any]]]] = {
         StorageInfo,
     )
 }
+
+# Fields of the state that a TensorProperties takes. torch unpacks exactly as many; a newer torch appends its own.
+TENSOR_PROPERTIES = len(dataclasses.fields(TensorProperties))
 
 
 def _known() -> dict[tuple[str, str], Any]:

@@ -39,6 +39,7 @@ from azure_torch_ckpt.dcp.metadata import (
     storage_info,
     storage_meta,
 )
+from azure_torch_ckpt.dcp.names import with_plain_names
 from azure_torch_ckpt.dcp.payload import is_plain, own_bytes
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import SavingPlace, step
@@ -49,6 +50,7 @@ from azure_torch_ckpt.errors import (
     CommitConflictError,
     CorruptCheckpointError,
     IncompleteSaveError,
+    UnsafeMetadataError,
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -146,9 +148,11 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         """Look at what stands at the URL.
 
         Raises:
+            CheckpointError: a key of the state dict is no string.
             CheckpointExistsError: a checkpoint stands there and ``overwrite`` is False, or it is one of the other kind
                 (saved with collectives where this save goes without).
         """
+        plan = with_plain_names(plan)
         if self._is_coordinator or not self._use_collectives:
             self._remove_abandoned()
             self._replaces = self._look_at_url()
@@ -245,11 +249,11 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         try:
             with CollectorPause():
                 try:
-                    check_metadata(metadata, f"The metadata of {self.checkpoint_id}")
-                except CorruptCheckpointError:
-                    _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
+                    data = dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+                except UnsafeMetadataError as error:
+                    if isinstance(error.__cause__, CorruptCheckpointError):
+                        _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
                     raise
-                data = dump_metadata(metadata)
         except CheckpointError:
             self._unfinished = None
             remove_blobs(self._store, self._location, data_paths(metadata), [""])

@@ -23,6 +23,7 @@ from azure_torch_ckpt.checksums import crc64
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
+from azure_torch_ckpt.dcp.names import with_plain_names
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import SavingPlace, step
@@ -147,9 +148,10 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         """Look at what stands at the URL.
 
         Raises:
-            CheckpointError: the state dict has something that is no tensor.
+            CheckpointError: the state dict has something that is no tensor, or a key that is no string.
             CheckpointExistsError: a model stands there and ``overwrite`` is False.
         """
+        plan = with_plain_names(plan)
         others = [item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO]
         if others:
             raise CheckpointError(
