@@ -293,17 +293,19 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the source has another ETag.
         """
+        responses: list[Any] = []
         with self._translated("copy another blob to", path):
-            result = self._blob(path).start_copy_from_url(
+            self._blob(path).start_copy_from_url(
                 source.url,
                 None if metadata is None else dict(metadata),
                 requires_sync=True,
                 source_etag=source.etag,
                 source_match_condition=MatchConditions.IfNotModified,
                 cancel=cancel,
+                raw_response_hook=responses.append,
                 **_authorized(source),
             )
-        return _told_crc64(result)
+        return _told_crc64(responses)
 
     def stage_block_from(
         self,
@@ -326,17 +328,19 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the source has another ETag.
         """
+        responses: list[Any] = []
         with self._translated("copy a part of another blob to", path):
-            result = self._blob(path).stage_block_from_url(
+            self._blob(path).stage_block_from_url(
                 block_id,
                 source.url,
                 offset,
                 length,
                 headers={"x-ms-source-if-match": source.etag},
                 cancel=cancel,
+                raw_response_hook=responses.append,
                 **_authorized(source),
             )
-        return _told_crc64(result)
+        return _told_crc64(responses)
 
     # Reading
 
@@ -482,6 +486,7 @@ def _authorized(source: CopySource) -> dict[str, Any]:
     return {} if source.authorization is None else {"source_authorization": source.authorization}
 
 
-def _told_crc64(headers: Mapping[str, Any]) -> int | None:
-    value = headers.get("content_crc64")
+def _told_crc64(responses: Sequence[Any]) -> int | None:
+    # What the client returns of a copy lacks it.
+    value = responses[-1].http_response.headers.get("x-ms-content-crc64")
     return None if value is None else parse_header_value(value)

@@ -124,6 +124,8 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
             "or the tensors changed while they were being saved; leave them alone until the save has returned"
         )
     advice = next((advice for start, advice in _ADVICE.items() if code.startswith(start)), None)
+    if not code:
+        advice = "The answer does not say why. Check the URL, and what stands between this machine and the service"
     return RequestRefusedError(said if advice is None else f"{said}. {advice}")
 
 
