@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,9 @@ from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
 from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.listedcontainer import ListedContainer
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.retry import NOT_SUPPORTED
 from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 
 __all__ = ["BlobInfo", "BlobStore", "CopySource"]
-
-_log = logging.getLogger(__name__)
 
 _BLOCK_NAME = re.compile(rb"<Name>([A-Za-z0-9+/]+=*)</Name>")
 
@@ -87,33 +83,20 @@ class BlobStore(ListedContainer):
         Args:
             block_id: all ids of a blob must have the same length, 64 bytes at most.
             crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one, and it is sent
-                again. An endpoint that does not know this check (Azurite without ``--loose``) goes without it; a
-                warning says so, once.
+                again.
             cancel: breaks the request off.
         """
-        headers = {"x-ms-content-crc64": header_value(crc64)} if crc64 is not None and self._crc64_accepted else {}
-        try:
-            with self._translated("write a block of", path):
-                blob = self._blob(path)
-                if self._direct().put_block(blob.url, block_id, body, headers=headers, cancel=cancel) is None:
-                    blob.stage_block(
-                        block_id,
-                        body,  # type: ignore[arg-type]
-                        len(body),
-                        headers=headers,
-                        cancel=cancel,
-                    )
-        except RequestRefusedError as error:
-            if not headers or (error.status != 501 and error.error_code != NOT_SUPPORTED):
-                raise
-            if self._crc64_accepted:
-                self._crc64_accepted = False
-                _log.warning(
-                    "%s does not check CRC64 on arrival; blocks are sent without it from now on. What is stored "
-                    "is still compared when it is loaded",
-                    self.location.endpoint,
+        headers = {} if crc64 is None else {"x-ms-content-crc64": header_value(crc64)}
+        with self._translated("write a block of", path):
+            blob = self._blob(path)
+            if self._direct().put_block(blob.url, block_id, body, headers=headers, cancel=cancel) is None:
+                blob.stage_block(
+                    block_id,
+                    body,  # type: ignore[arg-type]
+                    len(body),
+                    headers=headers,
+                    cancel=cancel,
                 )
-            self.stage_block(path, block_id, body, cancel=cancel)
 
     def commit_blocks(
         self,
