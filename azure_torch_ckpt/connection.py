@@ -46,7 +46,6 @@ class ContainerConnection:
         self._blobs: dict[str, BlobClient] = {}  # by the blob's path
         self._transport = GatherTransport(ca_file=ca_file)
         self._pressure = Pressure()
-        self._crc64_accepted = True
         self.has_directories: bool | None = None
         """Whether the account has a hierarchical namespace; None while that is not known."""
         # Refuses what cannot be used now, not in a worker thread later.

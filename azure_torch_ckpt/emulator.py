@@ -39,7 +39,7 @@ from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["AZURITE_VERSION", "Azurite"]
 
-AZURITE_VERSION = "3.35.0"
+AZURITE_VERSION = "3.37.0"
 """The version of the npm package ``azurite`` that is installed where none is found."""
 
 _START_SECONDS = 60.0
@@ -76,8 +76,9 @@ class Azurite:
     It runs from :meth:`start` to :meth:`stop`, or for the length of a ``with`` block. All attributes that depend on
     the running process raise `EmulatorError` while there is none.
 
-    Azurite runs with ``--loose`` because it refuses ``x-ms-content-crc64`` otherwise (loose, it accepts the header
-    and does not check it), and with ``--skipApiVersionCheck`` because a new SDK speaks newer API versions than it.
+    Azurite checks the CRC64 of blocks from 3.37 on. It runs with ``--loose`` because an older one on ``PATH`` refuses
+    the header otherwise (loose, it ignores it), and with ``--skipApiVersionCheck`` because a new SDK speaks newer API
+    versions than it.
 
     Args:
         data_dir: Folder that keeps the data over restarts; made if it does not exist. None keeps it in memory.

@@ -33,7 +33,7 @@ DAMAGED = frozenset({"Crc64Mismatch", "Md5Mismatch"})
 """Error codes of the 400 for a body that did not arrive as it was checksummed
 (https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes). Sent again, it most likely does."""
 NOT_SUPPORTED = "FeatureNotSupported"
-"""Error code of Azurite without ``--loose`` for what it does not know. Its status is 500, and it does not heal."""
+"""Error code of Azurite for what it does not know. Its status is 500, and it does not heal."""
 COPY_SOURCE = "CannotVerifyCopySource"
 """Error code for a source that the service cannot read; its status is that of the service's own request, or 500 for one
 without an answer, which has waited for long already."""

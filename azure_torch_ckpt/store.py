@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,9 @@ from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
 from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.listedcontainer import ListedContainer
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.retry import NOT_SUPPORTED
 from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 
 __all__ = ["BlobInfo", "BlobStore", "CopySource"]
-
-_log = logging.getLogger(__name__)
 
 _BLOCK_NAME = re.compile(rb"<Name>([A-Za-z0-9+/]+=*)</Name>")
 
@@ -87,33 +83,20 @@ class BlobStore(ListedContainer):
         Args:
             block_id: all ids of a blob must have the same length, 64 bytes at most.
             crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one, and it is sent
-                again. An endpoint that does not know this check (Azurite without ``--loose``) goes without it; a
-                warning says so, once.
+                again.
             cancel: breaks the request off.
         """
-        headers = {"x-ms-content-crc64": header_value(crc64)} if crc64 is not None and self._crc64_accepted else {}
-        try:
-            with self._translated("write a block of", path):
-                blob = self._blob(path)
-                if self._direct().put_block(blob.url, block_id, body, headers=headers, cancel=cancel) is None:
-                    blob.stage_block(
-                        block_id,
-                        body,  # type: ignore[arg-type]
-                        len(body),
-                        headers=headers,
-                        cancel=cancel,
-                    )
-        except RequestRefusedError as error:
-            if not headers or (error.status != 501 and error.error_code != NOT_SUPPORTED):
-                raise
-            if self._crc64_accepted:
-                self._crc64_accepted = False
-                _log.warning(
-                    "%s does not check CRC64 on arrival; blocks are sent without it from now on. What is stored "
-                    "is still compared when it is loaded",
-                    self.location.endpoint,
+        headers = {} if crc64 is None else {"x-ms-content-crc64": header_value(crc64)}
+        with self._translated("write a block of", path):
+            blob = self._blob(path)
+            if self._direct().put_block(blob.url, block_id, body, headers=headers, cancel=cancel) is None:
+                blob.stage_block(
+                    block_id,
+                    body,  # type: ignore[arg-type]
+                    len(body),
+                    headers=headers,
+                    cancel=cancel,
                 )
-            self.stage_block(path, block_id, body, cancel=cancel)
 
     def commit_blocks(
         self,
@@ -293,17 +276,19 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the source has another ETag.
         """
+        responses: list[Any] = []
         with self._translated("copy another blob to", path):
-            result = self._blob(path).start_copy_from_url(
+            self._blob(path).start_copy_from_url(
                 source.url,
                 None if metadata is None else dict(metadata),
                 requires_sync=True,
                 source_etag=source.etag,
                 source_match_condition=MatchConditions.IfNotModified,
                 cancel=cancel,
+                raw_response_hook=responses.append,
                 **_authorized(source),
             )
-        return _told_crc64(result)
+        return _told_crc64(responses)
 
     def stage_block_from(
         self,
@@ -326,17 +311,19 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the source has another ETag.
         """
+        responses: list[Any] = []
         with self._translated("copy a part of another blob to", path):
-            result = self._blob(path).stage_block_from_url(
+            self._blob(path).stage_block_from_url(
                 block_id,
                 source.url,
                 offset,
                 length,
                 headers={"x-ms-source-if-match": source.etag},
                 cancel=cancel,
+                raw_response_hook=responses.append,
                 **_authorized(source),
             )
-        return _told_crc64(result)
+        return _told_crc64(responses)
 
     # Reading
 
@@ -482,6 +469,7 @@ def _authorized(source: CopySource) -> dict[str, Any]:
     return {} if source.authorization is None else {"source_authorization": source.authorization}
 
 
-def _told_crc64(headers: Mapping[str, Any]) -> int | None:
-    value = headers.get("content_crc64")
+def _told_crc64(responses: Sequence[Any]) -> int | None:
+    # What the client returns of a copy lacks it.
+    value = responses[-1].http_response.headers.get("x-ms-content-crc64")
     return None if value is None else parse_header_value(value)

@@ -22,6 +22,10 @@ from azure_torch_ckpt.retry import COPY_SOURCE, DAMAGED, HEALING_STATUS, NOT_SUP
 __all__ = ["translate"]
 
 
+_OLD_EMULATOR = (
+    "The emulator does not know this. For the CRC64 of blocks take Azurite 3.37 or newer, or pass "
+    "options=TransferOptions(checksums=False)"
+)
 # What to do about a code of https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes, by how it
 # begins. None of these heals soon enough for a retry.
 _ADVICE = {
@@ -60,6 +64,8 @@ _ADVICE = {
         "The container was deleted a moment ago, which takes the service half a minute or more. Create it after that, "
         "or take another one"
     ),
+    NOT_SUPPORTED: _OLD_EMULATOR,
+    "APINotImplemented": _OLD_EMULATOR,
     "InvalidResourceName": "Correct the container's name: 3 to 63 lower-case letters, digits and single hyphens",
     "InvalidRange": "The blob is shorter than expected",
     COPY_SOURCE: (
@@ -124,6 +130,8 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
             "or the tensors changed while they were being saved; leave them alone until the save has returned"
         )
     advice = next((advice for start, advice in _ADVICE.items() if code.startswith(start)), None)
+    if not code:
+        advice = "The answer does not say why. Check the URL, and what stands between this machine and the service"
     return RequestRefusedError(said if advice is None else f"{said}. {advice}")
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +13,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-import azure_torch_ckpt.emulator
 import azure_torch_ckpt.retry
 from azure_torch_ckpt import (
     AzureBlobReader,
-    AzureBlobWriter,
     AzureCheckpointError,
     BlobLocation,
     CheckpointNotFoundError,
@@ -29,13 +24,10 @@ from azure_torch_ckpt import (
     TransferOptions,
 )
 from azure_torch_ckpt.dcp.metadata import StoredItem
-from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.store import BlobStore
-from tests.crcserver import CrcServer
 from tests.faults import Answer, Exchange, Flip
 from tests.mixed import (
     KEY,
-    SMALL,
     assert_right,
     blobs_below,
     error_of,
@@ -59,19 +51,6 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(azure_torch_ckpt.retry, "_FIRST_DELAY", 0.01)
 
 
-@pytest.fixture
-def checking(azurite: Azurite) -> Iterator[CrcServer]:
-    with CrcServer(azurite.endpoint) as server:
-        yield server
-
-
-@pytest.fixture
-def before_checking(checking: CrcServer) -> Iterator[FaultProxy]:
-    """A proxy whose damage `checking` can see."""
-    with FaultProxy(checking.endpoint) as proxy:
-        yield proxy
-
-
 def assert_names(error: AzureCheckpointError, url: str, name: str, item: StoredItem) -> None:
     assert isinstance(error, CorruptCheckpointError)
     assert f"{name!r}" in str(error)
@@ -83,113 +62,72 @@ def assert_names(error: AzureCheckpointError, url: str, name: str, item: StoredI
 # ---- On the way up ---------------------------------------------------------------------------------------------------
 
 
-def test_every_block_of_a_save_carries_its_crc64(checking: CrcServer, container: str) -> None:
-    name = container.rpartition("/")[2]
-    save(f"{checking.endpoint}/{name}/a")
+def test_every_block_of_a_save_carries_its_crc64(proxy: FaultProxy, proxied_container: str, container: str) -> None:
+    save(f"{proxied_container}/a")
     store = BlobStore(BlobLocation.parse(container), KEY)
     [data] = [blob for blob in store.list("a/") if blob.path.endswith(".distcp")]
-    assert (checking.unchecked, checking.refused) == (0, 0)
-    assert checking.checked == -(-data.size // 65536) > 3
-    assert checking.checked_bytes == data.size
+    blocks = proxy.requests("Put Block")
+    assert all("x-ms-content-crc64" in block.headers and block.status == 201 for block in blocks)
+    assert len(blocks) == -(-data.size // 65536) > 3
+    assert sum(block.body_length for block in blocks) == data.size
     assert_right(load(f"{container}/a"))
 
 
 def test_a_byte_that_changed_on_the_way_up_is_refused_and_the_block_is_sent_again(
-    checking: CrcServer, before_checking: FaultProxy, container: str, tally: Tally
+    proxy: FaultProxy, proxied_container: str, container: str, tally: Tally
 ) -> None:
-    through = f"{before_checking.endpoint}/{container.rpartition('/')[2]}"
-    save(f"{through}/sound")
-    blocks = before_checking.count("Put Block")
+    save(f"{proxied_container}/sound")
+    blocks = proxy.count("Put Block")
     assert blocks > 3
     tried = 0
     for nth in range(1, blocks + 1):
         for offset in (0, 5000):
             tried += 1
-            before_checking.when("Put Block", nth=nth).do(Flip(offset, of="request"))
-            sent = before_checking.count("Put Block")
-            save(f"{through}/{nth}-{offset}")
-            assert checking.refused == tried
-            assert before_checking.count("Put Block") == sent + blocks + 1
+            proxy.when("Put Block", nth=nth).do(Flip(offset, of="request"))
+            sent = proxy.count("Put Block")
+            save(f"{proxied_container}/{nth}-{offset}")
+            assert sum(block.status == 400 for block in proxy.requests("Put Block")) == tried
+            assert proxy.count("Put Block") == sent + blocks + 1
             assert_right(load(f"{container}/{nth}-{offset}"))
     tally.add("byte flipped on the way up (service checks CRC64)", tried, "refused by the service, healed", tried)
 
 
 def test_a_body_that_always_arrives_changed_is_an_error_and_leaves_nothing(
-    before_checking: FaultProxy, container: str, tally: Tally
+    proxy: FaultProxy, proxied_container: str, container: str, tally: Tally
 ) -> None:
-    name = container.rpartition("/")[2]
-    before_checking.when("Put Block", times=None).do(Flip(3, of="request"))
+    proxy.when("Put Block", times=None).do(Flip(3, of="request"))
     with without_waiting(), pytest.raises(CheckpointException) as caught:
-        save(f"{before_checking.endpoint}/{name}/a", options=TransferOptions(retry_seconds=0.3))
+        save(f"{proxied_container}/a", options=TransferOptions(retry_seconds=0.3))
     error = error_of(caught)
     assert isinstance(error, RequestRefusedError)
     assert (error.status, error.error_code) == (400, "Crc64Mismatch")
     assert "changed while they were being saved" in str(error)
-    assert before_checking.count("Put Block") > 2 and before_checking.count("Put Block List", "Put Blob") == 0
+    assert proxy.count("Put Block") > 2 and proxy.count("Put Block List", "Put Blob") == 0
     assert blobs_below(container) == []
     tally.add("byte flipped on the way up, every time", 1, "clear error, nothing visible", 1)
 
 
-def test_damage_that_the_service_did_not_notice_is_found_on_loading(
-    proxy: FaultProxy, container: str, proxied_container: str
-) -> None:
-    proxy.when("Put Block", nth=2).do(Flip(1000, of="request"))
-    save(f"{proxied_container}/a")
-    with pytest.raises(CheckpointException) as caught:
-        load(f"{container}/a")
-    assert_names(error_of(caught), f"{container}/a", "large", item_of(f"{container}/a", "large"))
-
-
-def test_without_checksums_nothing_is_sent_or_kept(checking: CrcServer, container: str) -> None:
-    save(f"{checking.endpoint}/{container.rpartition('/')[2]}/a", options=TransferOptions(checksums=False))
-    assert checking.checked == 0 and checking.unchecked > 0
+def test_without_checksums_nothing_is_sent_or_kept(proxy: FaultProxy, proxied_container: str, container: str) -> None:
+    save(f"{proxied_container}/a", options=TransferOptions(checksums=False))
+    blocks = proxy.requests("Put Block")
+    assert blocks and not any("x-ms-content-crc64" in block.headers for block in blocks)
     assert item_of(f"{container}/a", "large").crc64 is None
     assert_right(load(f"{container}/a"))
 
 
-# ---- An endpoint that does not know the header -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def strict_azurite() -> Iterator[str]:
-    """Endpoint of an Azurite without ``--loose``: it refuses ``x-ms-content-crc64``."""
-    node, script = azure_torch_ckpt.emulator._find_azurite()
-    options = ["--skipApiVersionCheck", "--silent", "--disableTelemetry", "--inMemoryPersistence"]
-    with subprocess.Popen(
-        [node, str(script), *options, "--blobHost", "127.0.0.1", "--blobPort", "0"], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            announced = (re.search(r"listens on (http://\S+:\d+)", line) for line in process.stdout)
-            yield next(match[1] for match in announced if match is not None) + "/devstoreaccount1"
-        finally:
-            process.kill()
-
-
-def test_an_endpoint_that_refuses_the_header_gets_the_blocks_without_it(
-    strict_azurite: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("status", "code"), [(501, "APINotImplemented"), (500, "FeatureNotSupported")])
+def test_an_endpoint_that_does_not_know_the_checksum_is_told_of(
+    status: int, code: str, proxy: FaultProxy, proxied_container: str, container: str
 ) -> None:
-    with FaultProxy(strict_azurite) as proxy:
-        url = f"{proxy.endpoint}/strict/a"
-        store = BlobStore(BlobLocation.parse(url), KEY)
-        store.create_container()
-        writer = AzureBlobWriter(url, credential=KEY, options=SMALL)
-        with caplog.at_level(logging.WARNING, "azure_torch_ckpt"):
-            dcp.save(state(), storage_writer=writer)
-            [warning] = caplog.messages
-            assert "does not check CRC64 on arrival" in warning
-            refused = [sent for sent in proxy.requests("Put Block") if sent.status != 201]
-            assert 1 <= len(refused) <= SMALL.concurrency
-            dcp.save(state(), storage_writer=writer)
-        assert len(caplog.messages) == 1
-        assert [sent for sent in proxy.requests("Put Block") if sent.status != 201] == refused
-        assert_right(load(url))
-        # What is stored is checked all the same.
-        item = item_of(url, "small")
-        flip_in_storage(url, item, item.length - 1)
-        with pytest.raises(CheckpointException) as caught:
-            load(url)
-        assert_names(error_of(caught), url, "small", item)
+    """The proxy answers as an older Azurite without ``--loose`` does."""
+    proxy.when(lambda seen: "x-ms-content-crc64" in seen.headers, times=None).do(Answer(status, code))
+    with pytest.raises(CheckpointException) as caught:
+        save(f"{proxied_container}/a")
+    assert isinstance(error_of(caught), RequestRefusedError)
+    assert re.search(r"Azurite 3\.37 .*checksums=False", str(error_of(caught)))
+    assert blobs_below(container) == []
+    save(f"{proxied_container}/a", options=TransferOptions(checksums=False))
+    assert_right(load(f"{container}/a"))
 
 
 # ---- In storage ------------------------------------------------------------------------------------------------------
@@ -352,20 +290,20 @@ def test_metadata_that_changed_on_the_way_down_is_found_wherever_the_byte_lies(
     tally.add_all("byte of .metadata flipped on the way down", outcomes)
 
 
-def test_metadata_that_changed_on_the_way_up_never_becomes_a_checkpoint(
+def test_metadata_that_changed_on_the_way_up_is_refused_and_sent_again(
     proxy: FaultProxy, proxied_container: str, tally: Tally
 ) -> None:
     url = f"{proxied_container}/a"
-    save(url, version=1)
-    for offset in (0, 300, 1000):
+    offsets = (0, 1, 300, 1000)
+    for version, offset in enumerate(offsets):
         proxy.when("Put Blob").do(Flip(offset, of="request"))
-        with pytest.raises(CheckpointException) as caught:
-            save(url)
-        # Azurite compares Content-MD5, but calls a mismatch InvalidOperation, so that nobody tries again.
-        assert isinstance(error_of(caught), RequestRefusedError)
-        assert_right(load(url), version=1)
-    # The service calls it Md5Mismatch: https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
-    proxy.when("Put Blob").do(Answer(400, "Md5Mismatch"))
-    save(url)
-    assert_right(load(url))
-    tally.add("byte of .metadata flipped on the way up", 4, "refused by the service", 4)
+        save(url, version=version)
+        assert [sent.status for sent in proxy.requests("Put Blob")[-2:]] == [400, 201]
+        assert_right(load(url), version=version)
+    proxy.when("Put Blob", times=None).do(Flip(300, of="request"))
+    with without_waiting(), pytest.raises(CheckpointException) as caught:
+        save(url, version=7)
+    error = error_of(caught)
+    assert isinstance(error, RequestRefusedError) and (error.status, error.error_code) == (400, "Md5Mismatch")
+    assert_right(load(url), version=len(offsets) - 1)
+    tally.add("byte of .metadata flipped on the way up", 4, "refused by the service, healed", 4)

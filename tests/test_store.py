@@ -110,22 +110,6 @@ def test_a_block_carries_its_checksum(proxied: BlobStore, proxy: FaultProxy) -> 
     assert with_crc.headers["content-length"] == "9"
 
 
-@pytest.mark.parametrize(("status", "code"), [(501, "APINotImplemented"), (500, "FeatureNotSupported")])
-def test_an_endpoint_that_does_not_know_the_checksum_is_not_sent_it_again(
-    proxied: BlobStore, proxy: FaultProxy, caplog: pytest.LogCaptureFixture, status: int, code: str
-) -> None:
-    """The proxy answers as Azurite does without ``--loose``."""
-    proxy.when("Put Block").do(Answer(status, code))
-    for number in range(3):
-        data = b"%d" % number
-        proxied.stage_block("blob", f"000{number}", Gather([memoryview(data)]), checksums.crc64(data))
-    proxied.commit_blocks("blob", ["0000", "0001", "0002"])
-    assert read(proxied, "blob") == b"012"
-    sent = ["x-ms-content-crc64" in seen.headers for seen in proxy.requests("Put Block")]
-    assert sent == [True, False, False, False]
-    assert [record.levelname for record in caplog.records if record.name == store_module.__name__] == ["WARNING"]
-
-
 def test_put_replaces(store: BlobStore) -> None:
     etag = store.put("blob", b"one")
     assert store.stat("blob").etag == etag
