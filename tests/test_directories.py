@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,11 @@ from azure_torch_ckpt.errors import CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
+from tests.faults import Cut
 from tests.hierarchical import HierarchicalAccount
+from tests.proxy import FaultProxy
 from tests.store_support import KEY
+from tests.tally import Tally
 
 
 def state(value: float) -> dict[str, Any]:
@@ -65,6 +71,33 @@ def test_save_load_replace_verify_remove(directories: str, hierarchical: Hierarc
     assert verify(url, credential=KEY).ok
     remove_checkpoint(url, credential=KEY)
     assert names(hierarchical, url) == ["run/"]
+
+
+@pytest.mark.parametrize("lost", ["the request", "the answer"])
+def test_no_directory_is_left_where_one_request_is_lost(
+    directories: str, hierarchical: HierarchicalAccount, tally: Tally, lost: str
+) -> None:
+    """Of an overwriting save and of a removal, each request in turn: it is sent again."""
+    outcomes: Counter[str] = Counter()
+    container = directories.rpartition("/")[2]
+    for number in itertools.count(1):
+        with FaultProxy(hierarchical.endpoint) as proxy:
+            url = f"{proxy.endpoint}/{container}/step-{number}"
+            save(f"{directories}/step-{number}", 1)
+            fault = proxy.when(lambda seen: True, nth=number)
+            fault.do(Cut("request" if lost == "the request" else "answer"))
+            save(url, 2)
+            between = hierarchical.paths(directories)
+            assert len([path for path in between if path.endswith(".distcp")]) == 1
+            assert len([path for path in between if path.endswith("/")]) == 2  # of the checkpoint and of its save
+            assert load(f"{directories}/step-{number}") == 2
+            remove_checkpoint(url, credential=KEY)
+            assert hierarchical.paths(directories) == []
+            if fault.seen < number:
+                break
+        outcomes["healed, no directory left"] += 1
+    assert outcomes.total() > 12
+    tally.add_all(f"hierarchical namespace: overwriting save and removal, {lost} lost, each request", outcomes)
 
 
 def test_prune_leaves_no_directory(directories: str, hierarchical: HierarchicalAccount) -> None:
@@ -238,11 +271,10 @@ def test_blobio(directories: str) -> None:
 def test_datasets(directories: str, fs: AzureBlobFileSystem, root: str) -> None:
     fs.pipe({f"{root}/train/a/1": b"one", f"{root}/train/b/2": b"two", f"{root}/train/gone/3": b""})
     fs.rm(f"{root}/train/gone/3")
-    for dataset in (
-        IterableBlobDataset.from_container_url(directories, prefix="train/", credential=KEY),
-        BlobDataset.from_container_url(f"{directories}/train", credential=KEY),
-    ):
-        assert sorted(sample["data"] for sample in dataset) == [b"one", b"two"]
+    iterable: Iterable[Any] = IterableBlobDataset.from_container_url(directories, prefix="train/", credential=KEY)
+    assert sorted(sample["data"] for sample in iterable) == [b"one", b"two"]
+    mapped: Any = BlobDataset.from_container_url(f"{directories}/train", credential=KEY)
+    assert sorted(mapped[number]["data"] for number in range(len(mapped))) == [b"one", b"two"]
 
 
 def test_lightning(directories: str, hierarchical: HierarchicalAccount, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from azure.storage.blob import ContainerClient
@@ -97,7 +99,7 @@ def test_a_listing_of_a_dataset_and_its_urls_lead_to_the_same_blobs(client: Cont
     again = BlobListing.from_blob_urls([blob.url for blob in listing])
     assert [blob.location.path for blob in listing] == [blob.location.path for blob in again]
     assert sorted(blob.location.path for blob in listing) == sorted([*ODD, *PLAIN])
-    samples = IterableBlobDataset.from_container_url(container, credential=KEY)
+    samples: Iterable[Any] = IterableBlobDataset.from_container_url(container, credential=KEY)
     assert {sample["url"].partition(container + "/")[2]: sample["data"].decode() for sample in samples} == {
         name: f"this is {name}" for name in [*ODD, *PLAIN]
     }
