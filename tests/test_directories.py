@@ -26,6 +26,7 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
+from azure_torch_ckpt.bodies import Gather
 from azure_torch_ckpt.catalog import copy, latest, list_checkpoints
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import CheckpointNotFoundError, RequestRefusedError
@@ -112,6 +113,26 @@ def test_prune_leaves_no_directory(directories: str, hierarchical: HierarchicalA
     assert sorted(names(hierarchical, directories)) == sorted(kept)
 
 
+def test_prune_removes_the_directories_of_saves_that_stored_nothing(
+    directories: str, hierarchical: HierarchicalAccount
+) -> None:
+    """A block makes its blob's directory, and if the save is killed then, nothing else does."""
+    save(f"{directories}/run/step-1", 1)
+    store = BlobStore(BlobLocation.parse(directories), KEY)
+    for folder in (f"run/step-1/{'0' * 32}", f"run/step-2/{'1' * 32}"):
+        store.stage_block(f"{folder}/__0_0.distcp", "0001", Gather([memoryview(b"data")]))
+    store.put("run/notes/x", b"")
+    store.delete("run/notes/x")  # an empty directory of somebody else
+    there = hierarchical.paths(directories)
+    assert len(there) == 9
+    prune(f"{directories}/run", dry_run=False, credential=KEY)  # it may belong to a save that is running
+    prune(f"{directories}/run", grace=datetime.timedelta(0), credential=KEY)
+    assert hierarchical.paths(directories) == there
+    prune(f"{directories}/run", grace=datetime.timedelta(0), dry_run=False, credential=KEY)
+    kept = ["run/", "run/notes/", "run/step-1/", "run/step-1/*/", "run/step-1/*/__0_0.distcp", "run/step-1/.metadata"]
+    assert sorted(names(hierarchical, directories)) == sorted(kept)
+
+
 def test_a_directory_that_somebody_else_uses_stays(directories: str, hierarchical: HierarchicalAccount) -> None:
     url = f"{directories}/run/step-1"
     save(url, 1)
@@ -155,8 +176,9 @@ def test_the_filesystem_looks(fs: AzureBlobFileSystem, root: str, hierarchical: 
         f"{root}/d/e": ([], ["b"]),
         f"{root}/gone": ([], []),
     }
-    with pytest.raises(FileNotFoundError):
-        fs.cat_file(f"{root}/d")
+    for read in (fs.cat_file, fs.cat, fs.open, lambda path: fs.open(path, "r")):
+        with pytest.raises(FileNotFoundError, match="is a folder"):
+            read(f"{root}/d")
     with pytest.raises(FileNotFoundError):
         fs.ls(f"{root}/d/a/below")
 

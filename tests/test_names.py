@@ -10,7 +10,7 @@ import pytest
 from azure.storage.blob import ContainerClient
 
 from azure_torch_ckpt import BlobIO, IterableBlobDataset
-from azure_torch_ckpt.catalog import list_checkpoints
+from azure_torch_ckpt.catalog import consolidate, list_checkpoints
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.dcp.survey import survey
 from azure_torch_ckpt.emulator import Azurite
@@ -212,6 +212,13 @@ def test_marks_of_folders_are_no_files(
 
 
 # Checkpoints
+
+
+def test_the_file_that_consolidate_writes_has_no_slash_at_its_end(client: ContainerClient, container: str) -> None:
+    fill(client, ["model.pt"])
+    with pytest.raises(LocationError, match="ends with a slash"):
+        consolidate(f"{container}/run", f"{container}/model.pt/", format="torch", overwrite=True, credential=KEY)
+    assert client.download_blob("model.pt").readall() == b"this is model.pt"
 
 
 def test_no_checkpoint_is_taken_for_another_one(client: ContainerClient, container: str) -> None:

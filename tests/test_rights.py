@@ -200,7 +200,7 @@ def filled(container: str) -> str:
 
 def place(azurite: Azurite, container: str, rights: str, folder: Path) -> Place:
     sas = sas_for(container, rights)
-    fs = AzureBlobFileSystem(endpoint=azurite.endpoint, sas_token=sas, skip_instance_cache=True)
+    fs = AzureBlobFileSystem(endpoint=azurite.endpoint, sas_token=sas)
     folder.mkdir()
     return Place(container, sas, fs, f"{azurite.account_name}/{container.rpartition('/')[2]}", folder)
 
@@ -246,7 +246,7 @@ def test_prune_lists_nothing_above_its_url(directories: str, hierarchical: Hiera
 def test_everything_else_stays_below_its_url_too(directories: str, hierarchical: HierarchicalAccount) -> None:
     run = f"{directories}/run"
     sas = hierarchical.directory_sas(run, "rcwdl")
-    fs = AzureBlobFileSystem(endpoint=hierarchical.endpoint, sas_token=sas, skip_instance_cache=True)
+    fs = AzureBlobFileSystem(endpoint=hierarchical.endpoint, sas_token=sas)
     root = f"{Azurite.account_name}/{directories.rpartition('/')[2]}/run"
     for _ in range(2):
         dcp.save(state(), storage_writer=AzureBlobWriter(f"{run}/step-1", credential=sas), no_dist=True)
