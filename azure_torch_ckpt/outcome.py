@@ -149,19 +149,20 @@ def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None =
     try:
         store.delete(path, if_etag=if_etag, cancel=cancel)
         return Result(Outcome.DONE)
-    except BlobChangedError as error:
-        return Result(Outcome.LOST, error=error)
     except StoreError as error:
-        if not error.may_be_done:
+        refused = isinstance(error, BlobChangedError)
+        if not refused and not error.may_be_done:
             raise
         if isinstance(error, ServiceUnavailableError):
             return Result(Outcome.UNKNOWN, error=error)
+        # The condition is broken as well where there is no blob any more, deleted by an attempt without an answer.
+        unclear = Outcome.UNKNOWN if error.may_be_done else Outcome.LOST
         try:
             now = store.stat(path).etag
         except BlobNotFoundError as missing:
-            return Result(Outcome.DONE if missing.error_code == "BlobNotFound" else Outcome.UNKNOWN, error=error)
+            return Result(Outcome.DONE if missing.error_code == "BlobNotFound" else unclear, error=error)
         except StoreError:
-            return Result(Outcome.UNKNOWN, error=error)
+            return Result(unclear, error=error)
         return Result(Outcome.UNKNOWN if now == if_etag else Outcome.LOST, error=error)
 
 

@@ -6,6 +6,7 @@ import io
 from typing import Any, Literal
 
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -45,9 +46,9 @@ class BlobFile(BlobIO):
         self._autocommit = autocommit
         self._pending = False
         super().__init__(location, mode, credential=credential, options=options, ca_file=ca_file, **settings)
-        if mode == "rb":
-            # One request more than BlobIO, for those who look for the error, or the size, right after opening.
-            self._for_reading("open").info()
+        # One request more than BlobIO, for those who look for the error, or the size, right after opening.
+        if mode == "rb" and self._for_reading("open").info().is_folder:
+            raise BlobNotFoundError(f"{location} is a folder, not a blob")
 
     @property
     def size(self) -> int:

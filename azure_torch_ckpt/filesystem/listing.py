@@ -63,10 +63,7 @@ def look_up(store: BlobStore, parts: PathParts) -> Entry:
     if not parts.name:
         next(store.list("", limit=1), None)  # fails if there is no container
         return folder_entry(parts, "")
-    try:
-        blob = store.stat(parts.name)
-    except BlobNotFoundError:
-        blob = None
+    blob = _blob(store, parts.name)
     if blob is not None and blob.is_folder:
         return folder_entry(parts, parts.name)
     if blob is not None and (blob.size or blob.resource_type is not None):
@@ -90,11 +87,8 @@ def own_blob(store: BlobStore, parts: PathParts, *, only_folder: bool) -> list[B
     Args:
         only_folder: and if it stands for a folder.
     """
-    try:
-        blob = store.stat(parts.name)
-    except BlobNotFoundError:
-        return []
-    return [] if only_folder and not blob.is_folder else [blob]
+    blob = _blob(store, parts.name)
+    return [] if blob is None or (only_folder and not blob.is_folder) else [blob]
 
 
 def folder_entries(store: BlobStore, parts: PathParts) -> list[Entry]:
@@ -131,6 +125,20 @@ def tree_entries(store: BlobStore, parts: PathParts) -> tuple[list[Entry], list[
         file_entry(parts, blob) for blob in blobs if (blob.size or blob.path not in folders) and _has_path(store, blob)
     ]
     return files, list(folders.values())
+
+
+def _blob(store: BlobStore, name: str) -> BlobInfo | None:
+    """The blob of a name, for whoever may read it or list it."""
+    try:
+        return store.stat(name)
+    except BlobNotFoundError:
+        return None
+    except AccessDeniedError as error:
+        try:
+            first = next(store.list(name, limit=1), None)
+        except AccessDeniedError:
+            raise error from None
+        return first if first is not None and first.path == name else None
 
 
 def _children(store: BlobStore, prefix: str) -> Iterator[BlobInfo | str]:
