@@ -45,6 +45,24 @@ def test_a_listing_is_filtered(container: str):
     assert names(container + "/a", prefix="b") == ["a/b/2.jpeg"]
 
 
+def test_blobs_that_mark_folders_are_no_samples_and_odd_names_are(container: str, azurite: Azurite, tmp_path: Path):
+    location = BlobLocation.parse(container)
+    client = ContainerClient(location.endpoint, location.container, azurite.account_key)
+    for name, metadata in (("a", {"hdi_isfolder": "true"}), ("b", {"Hdi_isFolder": "True"}), ("c/", {}), ("a/d//", {})):
+        client.upload_blob(name, b"", metadata=metadata)
+    samples = {"a//b": b"1", "/a": b"2", "c/e": b"3", "full/": b"4", "empty": b"", "f": b""}
+    for name, data in samples.items():
+        client.upload_blob(name, data, metadata={"hdi_isfolder": "false"})
+    for dataset in (
+        IterableBlobDataset[dict[str, Any]].from_container_url(container),
+        IterableBlobDataset[dict[str, Any]].from_blob_urls([f"{container}/{name}" for name in samples]),
+    ):
+        found = {sample["url"].removeprefix(f"{container}/"): sample["data"] for sample in dataset}
+        assert found == samples
+        dataset.listing.save(tmp_path / "listing")
+        assert list(BlobListing.load(tmp_path / "listing")) == list(dataset.listing)
+
+
 @pytest.mark.parametrize("name", ["a/../b", "a/./b", "a\tb", "a?sig=secret"])
 def test_a_name_that_nobody_can_read_is_refused_when_it_is_listed(container: str, name: str, azurite: Azurite):
     """And not in the middle of an epoch, where no on_error= would help."""
