@@ -28,7 +28,7 @@ from azure_torch_ckpt.errors import (
     ServiceUnavailableError,
     StoreError,
 )
-from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["Outcome", "Result", "commit_blocks", "delete", "put"]
@@ -110,7 +110,7 @@ def commit_blocks(
     store: BlobStore,
     path: str,
     block_ids: Sequence[str],
-    settings: BlobSettings | None = None,
+    settings: BlobSettings | CopiedSettings | None = None,
     *,
     if_etag: str | None = None,
     if_missing: bool = False,

@@ -187,6 +187,28 @@ class BlobStore(ListedContainer):
             )
             return str(result["etag"])
 
+    def append(self, path: str, data: bytes, at: int) -> str:
+        """Append Block: add to an append blob, and return its ETag. A retry may find what the first attempt did.
+
+        https://learn.microsoft.com/rest/api/storageservices/append-block.
+
+        Args:
+            at: only if the blob has so many bytes.
+
+        Raises:
+            BlobChangedError: the blob has another size.
+        """
+        doubt = Doubt()
+        with self._translated("append to", path, doubt):
+            result = self._blob(path).append_block(
+                data,
+                length=len(data),
+                appendpos_condition=at,
+                headers={"Content-MD5": base64.b64encode(md5(data)).decode()},
+                doubt=doubt,
+            )
+            return str(result["etag"])
+
     def delete(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
         """Delete a blob, with its snapshots; tell whether it was there. A folder's own blob is for `delete_folder`.
 

@@ -71,7 +71,8 @@ def below(fs: AzureBlobFileSystem, root: str) -> list[str]:
         ("azblob://acct/c/a/b", "acct/c/a/b"),
         ("azblob://acct/c/a/", "acct/c/a"),
         ("azblob:/acct/c", "acct/c"),  # what Path makes of it
-        ("azblob://acct/c/a%20b%3F", "acct/c/a b?"),
+        ("azblob://acct/c/a%20b%3F", "acct/c/a%20b%3F"),  # protocol and path, as libraries join them
+        ("https://acct.blob.core.windows.net/c/a%20b%3F", "acct/c/a b?"),
         ("azblob://acct.blob.core.windows.net/c/a", "acct/c/a"),
         ("https://ACCT.blob.core.windows.net/c/a", "acct/c/a"),
         ("https://acct-secondary.blob.core.windows.net/c", "acct-secondary.blob.core.windows.net/c"),
