@@ -166,7 +166,15 @@ class BlobStore(ContainerConnection):
         with self._translated("look at the blocks of", path):
             return [str(block.id) for block in self._blob(path).get_block_list("committed")[0]]
 
-    def put(self, path: str, data: bytes, *, if_etag: str | None = None, if_missing: bool = False) -> str:
+    def put(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        if_etag: str | None = None,
+        if_missing: bool = False,
+        doubt: Doubt | None = None,
+    ) -> str:
         """Put Blob: write a whole blob with one request, and return its ETag.
 
         The service checks the content's MD5 on arrival and keeps it (`BlobInfo.md5`):
@@ -176,11 +184,12 @@ class BlobStore(ContainerConnection):
         Args:
             if_etag: write only over the blob with this ETag.
             if_missing: write only if there is no such blob.
+            doubt: learns whether an attempt before the last one may have been carried out.
 
         Raises:
             BlobChangedError: the condition does not hold.
         """
-        doubt = Doubt()
+        doubt = doubt or Doubt()
         with self._translated("write", path, doubt):
             result = self._blob(path).upload_blob(
                 data,
@@ -208,9 +217,7 @@ class BlobStore(ContainerConnection):
         try:
             with self._translated("delete", path, doubt):
                 self._blob(path).delete_blob(delete_snapshots="include", cancel=cancel, doubt=doubt, **_if(if_etag))
-        except BlobNotFoundError as error:
-            if error.error_code != "BlobNotFound":  # somebody on the way may answer 404, too
-                raise
+        except BlobNotFoundError:
             return False
         return True
 
@@ -443,12 +450,13 @@ class BlobStore(ContainerConnection):
     def now(self) -> datetime.datetime:
         """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by."""
         dates: list[str | None] = []  # of failed attempts, too, which somebody on the way may have answered
-        with self._translated("list", ""):
-            pages = self._container().list_blobs(
-                results_per_page=1,
-                raw_response_hook=lambda response: dates.append(response.http_response.headers.get("Date")),
-            )
-            next(pages.by_page(), None)
+        while not dates:  # the SDK forgets the hook of a request whose connection broke, and was made again
+            with self._translated("list", ""):
+                pages = self._container().list_blobs(
+                    results_per_page=1,
+                    raw_response_hook=lambda response: dates.append(response.http_response.headers.get("Date")),
+                )
+                next(pages.by_page(), None)
         if dates[-1] is None:
             raise RequestRefusedError(f"could not learn the time: {self.location.endpoint} sends no Date header")
         return email.utils.parsedate_to_datetime(dates[-1])

@@ -71,6 +71,9 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation) -> Sto
                 f"{said}. Create the container {location.container!r} in account {location.account!r}, or correct the "
                 "URL"
             )
+        if not code:
+            # Whether a blob is there decides what may be deleted, and the service names its reason.
+            return RequestRefusedError(f"{said}, without the error code that the service sends: a proxy answered")
         return BlobNotFoundError(said)
     if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
         return BlobChangedError(said)
