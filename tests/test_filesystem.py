@@ -97,7 +97,7 @@ def test_paths_that_cannot_be_are_refused_and_no_sas_is_repeated(fs: AzureBlobFi
         fs.ls("azblob://devstoreaccount1")
     with pytest.raises(LocationError, match="one filesystem"):
         fs.ls("azblob://otheraccount/container")
-    with pytest.raises(LocationError, match="segment '.' or '..'"):
+    with pytest.raises(LocationError, match=r"segment '.' or '..'"):
         fs.exists(f"{root}/a/../b")
     with pytest.raises(LocationError, match="endpoint= is no URL"):
         AzureBlobFileSystem(endpoint="127.0.0.1:10000")
