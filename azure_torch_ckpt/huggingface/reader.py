@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from azure_torch_ckpt.dcp.coverage import is_whole
 from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info
 from azure_torch_ckpt.dcp.place import step
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
@@ -227,19 +228,15 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             raise CorruptCheckpointError(f"{self.checkpoint_id} has parts of {name[:200]!r} that do not fit together")
         ends = [[start + size for start, size in zip(one.at, one.shape, strict=True)] for one in stored]
         shape = torch.Size([max(column) for column in zip(*ends, strict=True)])
-        count = sum(math.prod(one.shape) for one in stored)
-        if count != math.prod(shape) or len({one.at for one in stored if one.length}) < sum(
-            1 for one in stored if one.length
-        ):
+        chunks = [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored]
+        entry = TensorStorageMetadata(TensorProperties(first.dtype), shape, chunks)
+        if not is_whole(entry):
+            count = sum(math.prod(one.shape) for one in stored)
             raise CorruptCheckpointError(
                 f"{self.checkpoint_id} has {count} of the {math.prod(shape)} elements of {name[:200]!r}: files are "
-                "missing, or there are two of one. Use another checkpoint"
+                "missing, or some elements are there twice. Use another checkpoint"
             )
-        return TensorStorageMetadata(
-            TensorProperties(first.dtype),
-            shape,
-            [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored],
-        )
+        return entry
 
     def _replaced(self) -> CheckpointReplacedError:
         return CheckpointReplacedError(

@@ -27,6 +27,7 @@ from azure_torch_ckpt.dcp.names import with_plain_names
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import SavingPlace, step
+from azure_torch_ckpt.dcp.planners import keeps_its_memory
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobNotFoundError,
@@ -221,13 +222,14 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         own = sum(place.length for place in ticket.places.values())
         to_join = sum(tensor.length for tensor in self._plan.scattered) if self._is_coordinator else 0
         written = []
+        lent = not keeps_its_memory(planner)
         with (
             self._figures.transfer(len(items), own + to_join) as meter,
             Runs(self._store, ticket.save_id, ticket.rank, ticket.block_size, meter.moved) as runs,
         ):
             for item in items:
                 place = ticket.places[item.index]
-                views = _views(item, planner.resolve_data(item), ticket.block_size // 4)
+                views = _views(item, planner.resolve_data(item), ticket.block_size // 4, lent)
                 written.append(runs.add(self._location.join(place.file).path, place.starts, place.run, views))
             runs.finish()
             if to_join:
@@ -414,7 +416,7 @@ def _size_of(plan: SavePlan) -> int:
     return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in planned)
 
 
-def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> Iterable[memoryview]:
+def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: bool) -> Iterable[memoryview]:
     planned = item.tensor_data
     name = item.index.fqn
     if not isinstance(data, torch.Tensor) or planned is None:
@@ -432,4 +434,4 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> Iter
             f"{name!r} is a {type(data).__name__} with layout {data.layout}, and safetensors holds plain tensors only. "
             "Make it dense, or save it with AzureBlobWriter"
         )
-    return pieces(tensor, max(limit, 1))
+    return pieces(tensor, max(limit, 1), copies=lent)
