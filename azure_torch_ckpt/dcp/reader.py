@@ -134,14 +134,20 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             load._figures.begin(load.checkpoint_id, load._store)
             try:
                 return load._read_metadata(rank)
-            except AzureCheckpointError as error:
-                load._why_no_metadata = error if rank is None else None
+            except BaseException as error:
+                if rank is None and isinstance(error, AzureCheckpointError):
+                    load._why_no_metadata = error
+                if rank is None and isinstance(error, CheckpointNotFoundError):
+                    load._figures.doubt(error)  # the rank may have metadata of its own
+                else:
+                    load._figures.end(error)
                 raise
         # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
         # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
         first, load._why_no_metadata = load._why_no_metadata, None
         if not isinstance(first, CheckpointNotFoundError):
             return load._unreadable(first)
+        load._figures.doubt(None)
         try:
             return load._read_metadata(rank)
         except CheckpointNotFoundError:

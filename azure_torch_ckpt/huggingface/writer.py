@@ -140,14 +140,16 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         return StorageMeta(checkpoint_id=self.checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if not kwargs.get("use_collectives", True):
-            raise CheckpointError(
-                "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
-            )
         save = self._begin_save()
         save._is_coordinator = is_coordinator
         save._nonce = new_save_id()
         save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
+        if not kwargs.get("use_collectives", True):
+            error = CheckpointError(
+                "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
+            )
+            save._figures.end(error)
+            raise error
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
