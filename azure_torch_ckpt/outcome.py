@@ -162,14 +162,12 @@ def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None =
         unknown = Result(Outcome.UNKNOWN, error=error)
         if isinstance(error, ServiceUnavailableError):
             return unknown
-        # Without a doubt, the refusal alone proves that the blob with this ETag is not there any more.
-        unclear = unknown if error.may_be_done else Result(Outcome.LOST, error=error)
         try:
             now = store.stat(path).etag
         except BlobNotFoundError:
             return Result(Outcome.DONE, error=error)
         except StoreError:
-            return unclear
+            return unknown
         return unknown if now == if_etag else Result(Outcome.LOST, error=error)
 
 

@@ -119,7 +119,7 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
     if status in (401, 403) or code in ("InvalidAuthenticationInfo", "PublicAccessNotPermitted"):  # 400 and 409
         return AccessDeniedError(f"{said}. {_access_advice(code, location, anonymous)}")
     if status == 404:
-        if not code and not anonymous:
+        if not code:
             # Whether a blob is there decides what may be deleted, and the service names its reason.
             return RequestRefusedError(f"{said}, without the error code that the service sends: a proxy answered")
         return _not_there(code, said, location, anonymous)
@@ -158,7 +158,7 @@ def _not_there(code: str, said: str, location: BlobLocation, anonymous: bool) ->
             f"{said}. Create the container {location.container!r} in account {location.account!r}, or correct the "
             f"URL{hint}"
         )
-    return BlobNotFoundError(f"{said}. Correct the URL{hint}" if anonymous and not code else said)
+    return BlobNotFoundError(said)
 
 
 def _first_line(error: BaseException) -> str:
