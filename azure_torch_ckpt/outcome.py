@@ -84,7 +84,15 @@ class _Found:
     etag: str | None
 
 
-def put(store: BlobStore, path: str, data: bytes, *, if_etag: str | None = None, if_missing: bool = False) -> Result:
+def put(
+    store: BlobStore,
+    path: str,
+    data: bytes,
+    settings: CopiedSettings | None = None,
+    *,
+    if_etag: str | None = None,
+    if_missing: bool = False,
+) -> Result:
     """`BlobStore.put` with a condition.
 
     Args:
@@ -105,7 +113,7 @@ def put(store: BlobStore, path: str, data: bytes, *, if_etag: str | None = None,
 
     doubt = Doubt()
     try:
-        etag = store.put(path, data, if_etag=if_etag, if_missing=if_missing, doubt=doubt)
+        etag = store.put(path, data, settings, if_etag=if_etag, if_missing=if_missing, doubt=doubt)
         return Result(Outcome.DONE, etag, again=if_missing and doubt.exists)
     except StoreError as error:
         return _settle_write(error, look, if_etag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import datetime
 import re
@@ -163,6 +164,7 @@ class BlobStore(ListedContainer):
         self,
         path: str,
         data: bytes,
+        settings: CopiedSettings | None = None,
         *,
         if_etag: str | None = None,
         if_missing: bool = False,
@@ -175,6 +177,7 @@ class BlobStore(ListedContainer):
         attempt did, whose answer got lost: `outcome.put` tells.
 
         Args:
+            settings: what the blob carries, of which this is a copy.
             if_etag: write only over the blob with this ETag.
             if_missing: write only if there is no such blob.
             doubt: learns whether an attempt before the last one may have been carried out.
@@ -182,16 +185,24 @@ class BlobStore(ListedContainer):
         Raises:
             BlobChangedError: the condition does not hold.
         """
+        content = ContentSettings(content_type="application/octet-stream")
+        options: dict[str, Any] = {}
+        if settings is not None:
+            content = copy.copy(settings.content or content)
+            content.content_md5 = None  # the service computes it
+            options |= {"metadata": dict(settings.metadata)} if settings.metadata else {}
+            options |= {"tags": dict(settings.tags)} if settings.tags else {}
         doubt = doubt or Doubt()
         with self._translated("write", path, doubt):
             result = self._blob(path).upload_blob(
                 data,
                 length=len(data),
                 max_concurrency=1,
-                content_settings=ContentSettings(content_type="application/octet-stream"),
+                content_settings=content,
                 headers={"Content-MD5": base64.b64encode(md5(data)).decode()},
                 overwrite=not if_missing,
                 doubt=doubt,
+                **options,
                 **_if(if_etag),
             )
             return str(result["etag"])

@@ -111,10 +111,13 @@ def test_tags_that_are_refused_are_left_out_by_a_copy_and_stop_a_move(
 def test_checkpoint(azurite: Azurite, container: str, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """A second copy moves nothing, though the blobs have metadata of their own."""
     save(f"{container}/a", 1)
-    names = [item_of(f"{container}/a", "large").relative_path, "own.pt"]
+    names = [item_of(f"{container}/a", "large").relative_path, "own.pt", ".metadata"]
     blob(container, "a/own.pt").upload_blob(b"")
     for name in names:
+        md5 = blob(container, f"a/{name}").get_blob_properties().content_settings.content_md5
         dress(blob(container, f"a/{name}"), TAGS)
+        if name == ".metadata":  # its MD5 is compared
+            blob(container, f"a/{name}").set_http_headers(ContentSettings("text/csv", content_md5=md5))
     if by == "here":
         monkeypatch.setattr(blobcopy.ServiceFetch, "try_to", lambda *_: None)
     with FromUrlServer(azurite) as server:
@@ -125,8 +128,21 @@ def test_checkpoint(azurite: Azurite, container: str, monkeypatch: pytest.Monkey
         assert by != "parts" or len(server.fetched) > 2
     assert verify(f"{container}/b", credential=KEY).ok
     for name in names:
-        assert carried(blob(container, f"b/{name}")) == (CONTENT, METADATA, TAGS), name
+        assert carried(blob(container, f"b/{name}")) == carried(blob(container, f"a/{name}"))
+        assert carried(blob(container, f"b/{name}"))[1:] == (METADATA, TAGS)
     assert copy(f"{container}/a", f"{container}/b", credential=KEY, options=SMALL).blobs == 0
+
+
+def test_the_metadata_where_tags_may_not_be_written(
+    proxy: FaultProxy, container: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(f"{container}/a", 1)
+    blob(container, "a/.metadata").set_blob_tags(TAGS)
+    proxy.when(lambda seen: "x-ms-tags" in seen.headers, times=None).do(Answer(403, "AuthorizationPermissionMismatch"))
+    copy(f"{container}/a", f"{proxy.endpoint}/{BlobLocation.parse(container).container}/b", credential=KEY)
+    assert verify(f"{container}/b", credential=KEY).ok
+    assert carried(blob(container, "b/.metadata"))[2] == {}
+    assert "is without the index tags" in caplog.text
 
 
 def test_metadata_that_leaves_no_room_for_the_mark(container: str) -> None:

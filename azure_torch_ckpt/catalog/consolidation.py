@@ -299,6 +299,7 @@ def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str)
 class _BlobOutput:
     def __init__(self, end: BlobEnd, overwrite: bool) -> None:
         self.where = end.where
+        self._end = end
         self._writer = BlockWriter(end.store, end.location.path, BlobSettings(), if_missing=not overwrite)
 
     def write(self, view: memoryview) -> None:
@@ -308,6 +309,8 @@ class _BlobOutput:
         try:
             self._writer.commit()
         except BlobExistsError as error:
+            if self._end.may_look:  # somebody wrote it meanwhile
+                raise
             raise _exists(self.where) from error
 
     def abandon(self) -> None:
@@ -345,10 +348,13 @@ def _output(end: BlobEnd | FolderEnd, overwrite: bool) -> _BlobOutput | _FileOut
     if not end.location.path:
         raise LocationError(f"{end.where} is a container; the file needs a name in it")
     if not overwrite:
-        # A credential for writing only tells nothing; the commit is conditional all the same.
-        with contextlib.suppress(BlobNotFoundError, AccessDeniedError):
+        try:
             end.store.stat(end.location.path)
             raise _exists(end.where)
+        except BlobNotFoundError:
+            pass
+        except AccessDeniedError:  # the credential is for writing only; the commit is conditional all the same
+            end.may_look = False
     return _BlobOutput(end, overwrite)
 
 

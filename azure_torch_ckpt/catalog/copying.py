@@ -18,6 +18,7 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.settings import CopiedSettings
 
 __all__ = ["CopyReport", "copy"]
 
@@ -168,7 +169,9 @@ def _copy_batch(
     _round(run, options, wanted, FileCopy.read_backs, FileCopy.settle_read_backs)
     run.target.settle([file.plan.source.path for file in files])
     uncommitted = [plan for plan in plans if not plan.is_committed]
-    in_parallel(options, [functools.partial(_commit, run.target, plan) for plan in uncommitted], run.cancel.cancel)
+    in_parallel(
+        options, [functools.partial(_commit, run.source, run.target, plan) for plan in uncommitted], run.cancel.cancel
+    )
     metadata = [stored for plan in uncommitted for stored in plan.metadata.values()]
     figures.items += len(wanted) + len(metadata)
     figures.bytes += sum(len(stored.data) for stored in metadata)  # what the meter does not count
@@ -201,13 +204,14 @@ def _hide(target: End, plan: CheckpointPlan, files: list[FileCopy]) -> None:
             target.remove_metadata(plan.name, rank, plan.standing.pop(rank))
 
 
-def _commit(target: End, plan: CheckpointPlan) -> None:
+def _commit(source: End, target: End, plan: CheckpointPlan) -> None:
     # Readers prefer the metadata of all ranks, so that of the other kind must not stay beside the new one.
     for rank in plan.standing.keys() - plan.metadata.keys():
         target.remove_metadata(plan.name, rank, plan.standing[rank])
     for rank, stored in plan.metadata.items():
         try:
-            target.commit_metadata(plan.name, rank, stored.data, plan.standing.get(rank))
+            settings = source.settings_of(plan.blobs[rank]) if isinstance(target, BlobEnd) else CopiedSettings()
+            target.commit_metadata(plan.name, rank, stored.data, plan.standing.get(rank), settings)
         except AzureCheckpointError as error:
             if target.may_look or not _is_refusal(error):
                 raise

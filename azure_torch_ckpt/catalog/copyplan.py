@@ -62,6 +62,7 @@ class CheckpointPlan:
     Attributes:
         name: its place below the source's and below the target's.
         metadata: its metadata by rank, None for that of all.
+        blobs: the blobs or files of this metadata.
         files: everything else.
         standing: metadata that stands at the target, by rank.
         outdated: data that only the standing metadata names, by its name at the target.
@@ -69,6 +70,7 @@ class CheckpointPlan:
 
     name: str
     metadata: dict[int | None, Stored]
+    blobs: dict[int | None, BlobInfo]
     files: list[FilePlan]
     standing: dict[int | None, Stored] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)
@@ -177,7 +179,7 @@ def _plan(source: End, place: Place, leaves: dict[str, BlobInfo], there: dict[st
     known = {blob.path for blobs in place.saves.values() for blob in blobs} | items.keys()
     known |= {blob.path for blob in place.metadata.values()} | {_join(place.path, ".metadata.tmp")}
     files += [FilePlan(blob, there.get(blob.path), []) for blob in place.blobs if blob.path not in known]
-    return CheckpointPlan(place.path, metadata, sorted(files, key=lambda file: file.source.path))
+    return CheckpointPlan(place.path, metadata, place.metadata, sorted(files, key=lambda file: file.source.path))
 
 
 def _items(where: str, folder: str, stored: Stored) -> dict[str, list[StoredItem]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
 import re
 import threading
@@ -12,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from azure_torch_ckpt.blobcopy import MARK, BlobSink
+from azure_torch_ckpt.blobcopy import MARK, BlobSink, copied_settings
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import Stored, commit, delete_metadata, metadata_name, read_metadata_blob, remove_blobs
 from azure_torch_ckpt.errors import (
+    AccessDeniedError,
     BlobChangedError,
     BlobNotFoundError,
     CheckpointError,
@@ -33,6 +35,8 @@ from azure_torch_ckpt.settings import CopiedSettings
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 
 __all__ = ["BlobEnd", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
+
+_log = logging.getLogger(__name__)
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
 
@@ -71,7 +75,12 @@ class End(Protocol):
 
     def sink(self, name: str) -> Sink: ...
 
-    def commit_metadata(self, folder: str, rank: int | None, data: bytes, replaces: Stored | None) -> None: ...
+    def settings_of(self, info: BlobInfo) -> CopiedSettings:
+        """What a copy of the blob carries beside its bytes. A file carries nothing."""
+
+    def commit_metadata(
+        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+    ) -> None: ...
 
     def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None: ...
 
@@ -150,8 +159,23 @@ class BlobEnd:
     def sink(self, name: str) -> BlobSink:
         return BlobSink(self.store, self.path(name))
 
-    def commit_metadata(self, folder: str, rank: int | None, data: bytes, replaces: Stored | None) -> None:
-        commit(self.store, self._at(folder), data, replaces, rank)
+    def settings_of(self, info: BlobInfo) -> CopiedSettings:
+        try:
+            return copied_settings(self.store, dataclasses.replace(info, path=self.path(info.path)), strict=False)
+        except (BlobNotFoundError, BlobChangedError) as error:
+            raise self.changed() from error
+
+    def commit_metadata(
+        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+    ) -> None:
+        try:
+            commit(self.store, self._at(folder), data, replaces, rank, settings)
+        except AccessDeniedError as error:
+            if not settings.tags:
+                raise
+            # It was not carried out. Perhaps the credential may write blobs, but no tags.
+            commit(self.store, self._at(folder), data, replaces, rank, dataclasses.replace(settings, tags={}))
+            _log.warning("the metadata of %s is without the index tags of its source: %s", self._at(folder), error)
 
     def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
         place = self._at(folder)
@@ -233,7 +257,12 @@ class FolderEnd:
             raise CheckpointError(f"{name!r} cannot be the name of a file below {self.root}; nothing was copied")
         return FileSink(self.root / name)
 
-    def commit_metadata(self, folder: str, rank: int | None, data: bytes, replaces: Stored | None) -> None:
+    def settings_of(self, info: BlobInfo) -> CopiedSettings:
+        return CopiedSettings()
+
+    def commit_metadata(
+        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+    ) -> None:
         path = self.root / folder / metadata_name(rank)
         sink = FileSink(path)
         try:

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobcopy import MARK, SERVICE_PART, BlobSink, ServiceFetch, copied_settings
+from azure_torch_ckpt.blobcopy import MARK, SERVICE_PART, BlobSink, ServiceFetch
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.catalog.copyplan import FilePlan
 from azure_torch_ckpt.catalog.ends import BlobEnd, End, FolderEnd
 from azure_torch_ckpt.checksums import combine, crc64, md5
 from azure_torch_ckpt.dcp.metadata import StoredItem
-from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobNotFoundError, CorruptCheckpointError
+from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, CorruptCheckpointError
 from azure_torch_ckpt.options import MAX_BLOCKS
 from azure_torch_ckpt.progress import Meter
 from azure_torch_ckpt.settings import METADATA_LIMIT, CopiedSettings
@@ -226,13 +226,7 @@ class FileCopy:
         run, source = self._run, self.plan.source
         if not isinstance(run.target, BlobEnd):
             return CopiedSettings()
-        carried = CopiedSettings()
-        if isinstance(run.source, BlobEnd):
-            there = dataclasses.replace(source, path=run.source.path(source.path))
-            try:
-                carried = copied_settings(run.source.store, there, strict=False)
-            except (BlobNotFoundError, BlobChangedError) as error:
-                raise run.source.changed() from error
+        carried = run.source.settings_of(source)
         marked = {**carried.metadata, MARK: self._mark()}
         if sum(len(name) + len(value) for name, value in marked.items()) > METADATA_LIMIT:
             return carried  # a copy that is broken off would not know this blob again

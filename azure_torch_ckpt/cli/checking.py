@@ -11,8 +11,9 @@ from rich.text import Text
 from azure_torch_ckpt.cli.bars import byte_bar
 from azure_torch_ckpt.cli.failures import PROBLEM
 from azure_torch_ckpt.cli.looking import plural
-from azure_torch_ckpt.cli.output import Output, printable, table
+from azure_torch_ckpt.cli.output import Output, printable
 from azure_torch_ckpt.cli.session import Session, session_options
+from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.cli.values import read_sas, share
 from azure_torch_ckpt.units import format_bytes, format_duration, format_rate
 
@@ -71,7 +72,7 @@ def _print(output: Output, report: VerifyReport, nbytes: int, seconds: float) ->
     checked = sum(blob.checked for blob in report.blobs)
     unknown = sum(blob.without_checksum for blob in report.blobs)
     if not report.ok:
-        listed = table("BLOB", "SIZE", "ITEMS", "COMPARED", "PROBLEMS", right=("SIZE", "ITEMS", "COMPARED", "PROBLEMS"))
+        listed = Table("BLOB", "SIZE", "ITEMS", "COMPARED", "PROBLEMS", right=("SIZE", "ITEMS", "COMPARED", "PROBLEMS"))
         for blob in report.blobs:
             if blob.problems:
                 size = "missing" if blob.size is None else format_bytes(blob.size)
@@ -128,7 +129,7 @@ def _print_diff(output: Output, found: CheckpointDiff, values: bool) -> None:
         same = f"{plural(found.unchanged, 'key')} with the same {compared.removeprefix('keys, ')}"
         output.print(Text("no difference", style="green").append(f": {same}", style="default"))
         return
-    listed = table("KEY", "DIFFERENCE", "A", "B")
+    listed = Table("KEY", "DIFFERENCE", "A", "B")
     for key in found.only_a:
         listed.add_row(Text(printable(key)), "only in A", "", "")
     for key in found.only_b:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from azure_torch_ckpt.cli.output import Output, age, local_time, printable, ranges, table, zone
+from azure_torch_ckpt.cli.output import Output, age, local_time, printable, ranges, zone
 from azure_torch_ckpt.cli.session import Session, session_options
+from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.units import format_bytes
 
 if TYPE_CHECKING:
@@ -108,9 +109,9 @@ def show(session: Session, url: str, match: str | None, shards: bool) -> None:
     _print_head(output, contents)
     if tensors:
         output.print()
-        listed = table("TENSOR", "DTYPE", "SHAPE", "SIZE", "SHARDS", "RANKS", right=("SIZE", "SHARDS"))
+        listed = Table("TENSOR", "DTYPE", "SHAPE", "SIZE", "SHARDS", "RANKS", right=("SIZE", "SHARDS"))
         if shards:
-            listed = table("TENSOR", "AT", "SHAPE", "SIZE", "CRC64", "BLOB", "OFFSET", right=("SIZE", "OFFSET"))
+            listed = Table("TENSOR", "AT", "SHAPE", "SIZE", "CRC64", "BLOB", "OFFSET", right=("SIZE", "OFFSET"))
         for tensor in tensors:
             if not shards:
                 ranks = ranges({shard.rank for shard in tensor.shards if shard.rank is not None})
@@ -136,7 +137,7 @@ def show(session: Session, url: str, match: str | None, shards: bool) -> None:
         output.print(listed)
     if objects:
         output.print()
-        listed = table("OBJECT", "PICKLE", "RANK", right=("PICKLE", "RANK"))
+        listed = Table("OBJECT", "PICKLE", "RANK", right=("PICKLE", "RANK"))
         for entry in objects:
             rank = "?" if entry.rank is None else str(entry.rank)
             listed.add_row(Text(printable(entry.key)), format_bytes(entry.length), rank)
@@ -149,7 +150,7 @@ def print_entries(output: Output, entries: list[CheckpointEntry]) -> None:
     """A table of checkpoints and a line that sums it up."""
     stepped = any(entry.step is not None for entry in entries)
     columns = ["CHECKPOINT", "STEP", "SIZE", "BLOBS", f"WRITTEN ({zone()})", "STATE"]
-    listed = table(*(column for column in columns if stepped or column != "STEP"), right=("STEP", "SIZE", "BLOBS"))
+    listed = Table(*(column for column in columns if stepped or column != "STEP"), right=("STEP", "SIZE", "BLOBS"))
     for entry in entries:
         cells: list[str | Text] = [Text(printable(entry.name) or ".")]
         if stepped:

@@ -7,23 +7,18 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Output", "ReaderGoneError", "age", "local_time", "printable", "ranges", "table", "zone"]
+from azure_torch_ckpt.cli.tables import Table
+
+__all__ = ["Output", "ReaderGoneError", "age", "local_time", "printable", "ranges", "zone"]
 
 # Wider than any line: what goes into a pipe or a file is not cut or folded.
 _NO_LIMIT = 100_000
-# So wide is the first column of a table at least.
-_LEAST = 24
-_INDENT = "  "
 
 
 class ReaderGoneError(Exception):
@@ -51,21 +46,14 @@ class Output:
 
     def print(self, what: str | Text | Table = "") -> None:
         """A line or a table for people, on stdout."""
-        with self._out.capture() as captured:
-            if not isinstance(what, Table):
-                self._out.print(what, soft_wrap=True)
-            elif self._fits(what):
-                self._out.print(what)
-            else:
-                for line in _records(what, self._out.width):
-                    self._out.print(line, soft_wrap=True)
-        _write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
-
-    def _fits(self, what: Table) -> bool:
-        """Whether no line gets longer than the terminal's when the first column is folded to `_LEAST` characters."""
-        first = max((cell_len(str(cell)) for cell in what.columns[0].cells), default=0)
-        natural = Measurement.get(self._out, self._out.options.update(width=_NO_LIMIT), what).maximum
-        return natural - max(0, first - _LEAST) <= self._out.width
+        text = Text("\n").join(what.lines(self._out.width)) if isinstance(what, Table) else what
+        if not self._out.is_terminal:
+            lines = str(text).splitlines()
+        else:
+            with self._out.capture() as captured:
+                self._out.print(text, soft_wrap=True)
+            lines = captured.get().splitlines()
+        _write("".join(f"{line.rstrip()}\n" for line in lines or [""]))
 
     def note(self, text: str) -> None:
         """A remark, on stderr."""
@@ -81,28 +69,6 @@ class Output:
         return self.err.status(for_what, spinner="line" if self.err.options.ascii_only else "dots")
 
 
-def _records(what: Table, width: int) -> Iterator[Text]:
-    """A table for a terminal that is too narrow for it: of each row the first cell, then the others with their names.
-
-    The first cell, a name perhaps, is not folded: it can be copied from the terminal, which breaks its line.
-    """
-    for name, *cells in zip(*(column.cells for column in what.columns), strict=True):
-        yield Text("", style="bold").append(name)
-        line = Text(_INDENT)
-        for column, cell in zip(what.columns[1:], cells, strict=True):
-            if not str(cell):
-                continue
-            pair = Text.assemble((f"{column.header} ", "dim"), cell)
-            if len(line) > len(_INDENT):
-                if line.cell_len + len(_INDENT) + pair.cell_len <= width:
-                    line.append(_INDENT)
-                else:
-                    yield line
-                    line = Text(_INDENT)
-            line.append_text(pair)
-        yield line
-
-
 def _write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -111,19 +77,6 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError as error:
         raise ReaderGoneError from error
-
-
-def table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """A table without lines. The first column may be folded, those named in `right` are aligned so."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for number, column in enumerate(columns):
-        made.add_column(
-            column,
-            justify="right" if column in right else "left",
-            overflow="fold",
-            no_wrap=number > 0,
-        )
-    return made
 
 
 def printable(text: str) -> str:

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from azure_torch_ckpt.cli.failures import exit_code
 from azure_torch_ckpt.cli.looking import plural, print_entries
-from azure_torch_ckpt.cli.output import age, local_time, printable, table, zone
+from azure_torch_ckpt.cli.output import age, local_time, printable, zone
 from azure_torch_ckpt.cli.session import Session, confirm_removal, session_options
+from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.cli.values import duration
 from azure_torch_ckpt.errors import AzureCheckpointError
 from azure_torch_ckpt.location import BlobLocation
@@ -61,7 +62,7 @@ def rm(session: Session, urls: tuple[str, ...], yes: bool) -> None:
     with output.waiting("looking"):
         found = [inspect(url, **session.access) for url in named.values()]  # all of them, before the first is removed
     if not output.as_json:
-        listed = table("CHECKPOINT", "SIZE", "TENSORS", f"COMPLETED ({zone()})", right=("SIZE", "TENSORS"))
+        listed = Table("CHECKPOINT", "SIZE", "TENSORS", f"COMPLETED ({zone()})", right=("SIZE", "TENSORS"))
         for contents in found:
             size, tensors = format_bytes(contents.size), str(len(contents.tensors))
             when = f"{local_time(contents.modified)}, {age(contents.modified)}"
@@ -153,7 +154,7 @@ def prune(
         if report.remains:
             if report.removed:
                 output.print()
-            listed = table("REMAINS OF A FAILED SAVE", "SIZE", "BLOBS", f"WRITTEN ({zone()})", right=("SIZE", "BLOBS"))
+            listed = Table("REMAINS OF A FAILED SAVE", "SIZE", "BLOBS", f"WRITTEN ({zone()})", right=("SIZE", "BLOBS"))
             for remains in report.remains:
                 size, blobs = format_bytes(remains.size), str(len(remains.blobs))
                 name = remains.url.removeprefix(f"{BlobLocation.parse(url)}").removeprefix("/") or "."

@@ -30,6 +30,7 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.outcome import Outcome, Result
+from azure_torch_ckpt.settings import CopiedSettings
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.workers import Workers
 
@@ -92,7 +93,14 @@ def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | Non
     return Stored(data, info.etag, info.last_modified)
 
 
-def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stored | None, rank: int | None) -> str:
+def commit(
+    store: BlobStore,
+    location: BlobLocation,
+    data: bytes,
+    replaces: Stored | None,
+    rank: int | None,
+    settings: CopiedSettings | None = None,
+) -> str:
     """Make a checkpoint visible: write its metadata if what stands there is still what stood there before the save.
 
     Returns the metadata's ETag.
@@ -100,6 +108,7 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
     Args:
         data: holds the save's id, so that no other save's is the same.
         replaces: what stood there when the save began; None if nothing did.
+        settings: what the metadata's blob carries, of which this is a copy.
 
     Raises:
         CommitConflictError: another save committed meanwhile, or the checkpoint was removed: that is proven, and the
@@ -109,7 +118,7 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
     """
     path = location.join(metadata_name(rank)).path
     etag = None if replaces is None else replaces.etag
-    result = outcome.put(store, path, data, if_etag=etag, if_missing=replaces is None)
+    result = outcome.put(store, path, data, settings, if_etag=etag, if_missing=replaces is None)
     if result.again:
         try:
             result = _settled_again(store, location, data, rank, result)
