@@ -18,7 +18,7 @@ from azure_torch_ckpt import (
     CommitConflictError,
     CorruptCheckpointError,
 )
-from azure_torch_ckpt.catalog import PruneReport, prune
+from azure_torch_ckpt.catalog import PruneReport, list_checkpoints, prune, verify
 from azure_torch_ckpt.store import BlobStore
 from tests import hf_support as hf
 from tests import jobs
@@ -199,3 +199,36 @@ def test_every_block_goes_with_its_checksum(url: str, proxied_container: str, pr
     files = {block.path for block in blocks}
     assert len(blocks) > len(files) > 1  # each file's header is a block of its own
     assert all("x-ms-content-crc64" in block.headers for block in blocks)
+
+
+def test_ls_and_verify_tell_of_a_second_set_of_files(
+    url: str, container: str, proxied_container: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf.save_alone(url, 0)
+    sound = set(hf.files(url)) - {hf.INDEX}
+    report = verify(url, credential=hf.KEY)
+    assert report.ok and {blob.name for blob in report.blobs} == sound
+    assert sum(blob.checked for blob in report.blobs) == len(hf.odd()) and not any(
+        blob.without_checksum for blob in report.blobs
+    )
+    list_checkpoints(container, credential=hf.KEY)
+    assert "vLLM" not in caplog.text
+    killed_save(url, proxied_container, proxy)
+    strays = set(hf.files(url)) - sound - {hf.INDEX}
+    report = verify(url, credential=hf.KEY)
+    assert {blob.name for blob in report.blobs if blob.problems} == strays and not report.ok
+    list_checkpoints(container, credential=hf.KEY)
+    assert f"{url} holds files of more than one save of a model" in caplog.text
+    hf.save_alone(url, 2)
+    assert verify(url, credential=hf.KEY).ok
+
+
+def test_verify_finds_damage_in_a_model(url: str) -> None:
+    hf.save_alone(url, 0)
+    name = sorted(set(hf.files(url)) - {hf.INDEX})[0]
+    data = bytearray(hf.get(url, name))
+    data[-1] ^= 1
+    hf.put(url, name, bytes(data))
+    report = verify(url, credential=hf.KEY)
+    assert [blob.name for blob in report.blobs if blob.problems] == [name]
+    assert "CRC64" in report.problems[0]
