@@ -54,7 +54,7 @@ from azure_torch_ckpt.progress import (
 )
 
 if TYPE_CHECKING:
-    from azure_torch_ckpt.catalog import prune
+    from azure_torch_ckpt.catalog import prune, verify
     from azure_torch_ckpt.datasets import (
         Blob,
         BlobCache,
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
         AzureBlobWriter,
         remove_checkpoint,
     )
-    from azure_torch_ckpt.dcp.verify import verify
     from azure_torch_ckpt.filesystem import AzureBlobFileSystem
     from azure_torch_ckpt.huggingface import (
         AzureBlobHuggingFaceReader,
@@ -135,9 +134,9 @@ __all__ = [
 
 # Imported when it is used: torch takes seconds, for which the command's --help and its completion need not wait.
 _HOMES = {
-    "catalog": ("prune",),
+    "catalog": ("prune", "verify"),
     "datasets": ("Blob", "BlobCache", "BlobDataset", "BlobListing", "BlobSampler", "IterableBlobDataset", "TarDataset"),
-    "dcp": ("AzureBlobReader", "AzureBlobWriter", "remove_checkpoint", "verify"),
+    "dcp": ("AzureBlobReader", "AzureBlobWriter", "remove_checkpoint"),
     "filesystem": ("AzureBlobFileSystem",),
     "huggingface": ("AzureBlobHuggingFaceReader", "AzureBlobHuggingFaceWriter"),
     "io": ("BlobIO",),

@@ -20,7 +20,7 @@ from azure_torch_ckpt.blobinfo import BlobInfo
 from azure_torch_ckpt.bodies import Cancel, Doubt, Gather, Scatter
 from azure_torch_ckpt.checksums import header_value, md5, parse_header_value
 from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
-from azure_torch_ckpt.errors import BlobNotFoundError, RequestRefusedError
+from azure_torch_ckpt.errors import BlobNotFoundError, CorruptCheckpointError, RequestRefusedError
 from azure_torch_ckpt.listedcontainer import ListedContainer
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
@@ -424,8 +424,14 @@ class BlobStore(ListedContainer):
 
         Raises:
             BlobNotFoundError: there is no such blob.
+            CorruptCheckpointError: the bytes do not have the MD5 that was stored with them.
         """
         data, info = self.read_some(path, 0, limit)
+        if info.md5 is not None and len(data) == info.size and info.md5 != md5(data):
+            raise CorruptCheckpointError(
+                f"{self.location}/{path} was damaged in storage or on the way: its bytes do not have the MD5 that was "
+                "stored with them. Try again to rule out the way"
+            )
         return data, info.etag
 
     def read_some(

@@ -128,7 +128,7 @@ class Act(ABC):
 
     def version(self, url: str) -> int | None:
         """The version that loads, bit for bit; None where there is none."""
-        loaded = {**{name: torch.zeros(3) for name in _NAMES}, "version": None}
+        loaded: dict[str, Any] = {**{name: torch.zeros(3) for name in _NAMES}, "version": None}
         try:
             dcp.load(loaded, storage_reader=AzureBlobReader(url, **self.access), no_dist=True)
         except CheckpointException as caught:
@@ -136,10 +136,10 @@ class Act(ABC):
             if isinstance(error, CheckpointNotFoundError):
                 return None
             raise error from caught
-        version: Any = loaded["version"]
+        version: int = loaded["version"]
         for name in _NAMES:
             assert torch.equal(loaded[name], _state(version)[name]), f"{name} is not what version {version} had"
-        return version  # type: ignore[no-any-return]
+        return version
 
     def live(self, url: str) -> Iterator[str]:
         prefix = BlobLocation.parse(url).path
@@ -229,7 +229,8 @@ class OverwritingModelSave(Act):
         self._writer = self._make()
 
     def run(self) -> object:
-        return self._save(self._writer, NEW)
+        self._save(self._writer, NEW)
+        return None
 
     def save_next(self) -> None:
         self._save(self._writer, NEXT)

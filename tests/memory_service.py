@@ -325,13 +325,13 @@ class _Socket(socket.socket):
     def sendall(self, data: Any) -> None:
         self._sent += data
 
-    def makefile(self, mode: str) -> io.BufferedReader:
+    def makefile(self, mode: Any) -> Any:  # type: ignore[override]
         """Called once all of a request was sent, for its answer."""
         sent, self._sent = bytes(self._sent), bytearray()
         self._received = io.BytesIO(self._service.exchange(sent))
-        return io.BufferedReader(self._received)  # type: ignore[arg-type]
+        return io.BufferedReader(self._received)
 
-    def recv_into(self, view: memoryview, size: int = 0, flags: int = 0) -> int:
+    def recv_into(self, view: Any, size: int = 0, flags: int = 0) -> int:
         return self._received.readinto(view)
 
 

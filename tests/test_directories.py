@@ -224,7 +224,9 @@ def test_a_model_in_the_hugging_face_layout(directories: str, hierarchical: Hier
     for value in (1.0, 2.0):
         dcp.save(
             {"weight": torch.full((30, 4), value)},
-            storage_writer=AzureBlobHuggingFaceWriter(url, credential=KEY, fqn_to_index_mapping={"weight": 1}),
+            storage_writer=AzureBlobHuggingFaceWriter(
+                url, credential=KEY, fqn_to_index_mapping={"weight": 1}, overwrite=True
+            ),
             no_dist=True,
         )
     into = {"weight": torch.zeros(30, 4)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from azure_torch_ckpt import (
+    AccessDeniedError,
     AzureBlobReader,
     CheckpointError,
     CheckpointNotFoundError,
@@ -27,11 +29,12 @@ from azure_torch_ckpt import (
     IncompleteSaveError,
     UnsafeMetadataError,
     UnsupportedCheckpointError,
+    prune,
     remove_checkpoint,
 )
 from tests import sharded
 from tests.attempts import IMPATIENT, blob_names, contents, load, raised, raised_everywhere, save, store_of
-from tests.faults import Cut
+from tests.faults import Action, Answer, Cut, Flip
 from tests.proxy import FaultProxy
 
 if TYPE_CHECKING:
@@ -302,6 +305,64 @@ def test_a_commit_that_nobody_heard_of_stands(
     with pytest.raises(BaseException, match="could not write a block"):
         dcp.save(sharded.plain(3), storage_writer=writer)
     sharded.assert_stands(url, 2, sharded.plain)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first save", "overwrite"])
+@pytest.mark.parametrize(
+    "look", [[Flip(300)], [Answer(403, "AuthorizationFailure")], [Answer(404, "")]], ids=["damaged", "refused", "proxy"]
+)
+def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
+    proxy: FaultProxy, proxied_container: str, url: str, before: bool, look: Sequence[Action]
+) -> None:
+    """The answer is lost, the retry is refused by what it wrote itself, and the look at that arrives useless."""
+    if before:
+        save(url, 1)
+    stood = contents(url)
+    proxied = f"{proxied_container}/run/step-1"
+    proxy.when("Put Blob").do(Cut("answer"))
+    looks = proxy.when("Get Blob", nth=2, times=None)  # the first one is before the save
+    looks.do(*look)
+    writer = sharded.writer(proxied, options=IMPATIENT)
+    says = "Whether this save was committed at .*/run/step-1 is unknown"
+    error = raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
+    assert error.status in (409, 412)
+    looks.do()
+    assert stood.keys() <= contents(url).keys()
+    sharded.assert_stands(url, 2, sharded.plain)
+    dcp.save(sharded.plain(3), storage_writer=writer)
+    sharded.assert_stands(url, 3, sharded.plain)
+    prune(url, grace=datetime.timedelta(0), dry_run=False, credential=sharded.KEY)
+    sharded.assert_stands(url, 3, sharded.plain)
+    assert len(contents(url)) == 2
+
+
+def test_a_look_that_is_damaged_once_is_repeated(proxy: FaultProxy, proxied_container: str, url: str) -> None:
+    proxy.when("Put Blob").do(Cut("answer"))
+    proxy.when("Get Blob", nth=2, times=2).do(Flip(300))
+    save(f"{proxied_container}/run/step-1", 2)
+    assert proxy.count("Get Blob") == 4
+    sharded.assert_stands(url, 2, sharded.plain)
+
+
+def test_a_commit_that_was_refused_for_sure_says_so(proxy: FaultProxy, proxied_container: str, url: str) -> None:
+    """Only an attempt whose fate nobody knows makes the outcome unknown."""
+    proxied = f"{proxied_container}/run/step-1"
+    proxy.when("Put Blob").do(Answer(403, "AuthorizationFailure"))
+    error = raised(AccessDeniedError, lambda: save(proxied, 1), "403 AuthorizationFailure")
+    assert not error.may_be_done
+    assert ".metadata" not in {path.rpartition("/")[2] for path in contents(url)}
+    proxy.when("Put Blob", nth=1).do(Cut("request"))
+    proxy.when("Put Blob", nth=2).do(Answer(403, "AuthorizationFailure"))
+    raised(CommitUnknownError, lambda: save(proxied, 1), "403 AuthorizationFailure")
+
+
+def test_saves_of_nothing_are_told_apart(url: str) -> None:
+    """By the save's id in their metadata: by its bytes a commit is known again."""
+    seen = set()
+    for _ in range(2):
+        dcp.save({}, storage_writer=sharded.writer(url))
+        seen.add(store_of(url).read("run/step-1/.metadata", limit=1 << 20)[0])
+    assert len(seen) == 2
 
 
 def test_a_commit_that_never_arrived(proxy: FaultProxy, proxied_container: str, url: str) -> None:

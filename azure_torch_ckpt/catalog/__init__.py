@@ -8,8 +8,9 @@ from azure_torch_ckpt.catalog.copying import CopyReport, copy
 from azure_torch_ckpt.catalog.difference import Change, CheckpointDiff, diff
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, latest, list_checkpoints
 from azure_torch_ckpt.catalog.retention import PruneReport, Undeleted, prune
+from azure_torch_ckpt.catalog.verification import verify
 from azure_torch_ckpt.dcp.prune import Remains, remove_checkpoint
-from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, verify
+from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport
 
 __all__ = [
     "BlobReport",

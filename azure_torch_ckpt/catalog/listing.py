@@ -13,6 +13,7 @@ from typing import Any
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
+from azure_torch_ckpt.huggingface.remains import mixed_folders
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobInfo, BlobStore
@@ -68,6 +69,9 @@ def list_checkpoints(
     rank that left anything), also if somebody has deleted data that it names; `verify` would notice. While a complete
     checkpoint is being replaced it stays complete, and the blobs of the running save are counted with it.
 
+    Models in the layout of Hugging Face are not listed. A warning in the log names folders with files of several saves
+    of one, or of one save without an index: a save is running there, or has died.
+
     Returns:
         In the order of parent folder, step (as a number), name; those without a step come last.
 
@@ -79,7 +83,16 @@ def list_checkpoints(
     if location.snapshot is not None or location.version_id is not None:
         raise LocationError(f"{location} is one blob at one moment; nothing lies below it. Leave the query away")
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
-    return [entry for entry, _ in entries_of(location, store.list(location.path + "/" if location.path else ""))]
+    listed = list(store.list(location.path + "/" if location.path else ""))
+    for folder in mixed_folders(listed):
+        root = location.container_root()
+        _log.warning(
+            "%s holds files of more than one save of a model, or of one without an index: a save is running there, or "
+            "has died. Readers that list files (vLLM, SGLang) would load them all. The next save there tidies up, and "
+            "so does prune",
+            root.join(folder) if folder else root,
+        )
+    return [entry for entry, _ in entries_of(location, listed)]
 
 
 def latest(

@@ -150,7 +150,7 @@ def _settled_again(store: BlobStore, location: BlobLocation, data: bytes, rank: 
         for name in sorted(data_paths(load_metadata(data, f"{location}/{metadata_name(rank)}"))):
             store.stat(location.join(name).path)
     except BlobNotFoundError:
-        delete_metadata(store, location, rank, result.etag)
+        delete_metadata(store, location, rank, result.etag)  # raises where that is unknown
         return Result(Outcome.LOST, removed=True)
     return result
 

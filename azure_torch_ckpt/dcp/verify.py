@@ -9,6 +9,8 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.credentials import Credential
@@ -21,7 +23,7 @@ from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transfer import Check, Download, Read
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["BlobReport", "VerifyReport", "verify"]
+__all__ = ["BlobReport", "VerifyReport", "compare", "verify"]
 
 
 @dataclass(slots=True)
@@ -89,9 +91,15 @@ def verify(
     if not 0 <= sample <= 1:
         raise ValueError(f"sample is a share between 0 and 1, not {sample}")
     checkpoint = open_standing(url, credential, options, ca_file)
-    store, location = checkpoint.store, checkpoint.location
+    return compare(checkpoint.store, checkpoint.location, checkpoint.metadata, sample, progress)
+
+
+def compare(
+    store: BlobStore, location: BlobLocation, metadata: Metadata, sample: float, progress: ByteProgress | None
+) -> VerifyReport:
+    """`verify` by metadata that was read already."""
     by_blob: dict[str, list[tuple[str, StoredItem]]] = {}
-    for index, info in checkpoint.metadata.storage_data.items():
+    for index, info in metadata.storage_data.items():
         item = stored_item(info)
         name = repr(index.fqn) if index.offset is None else f"{index.fqn!r} at {list(index.offset)}"
         by_blob.setdefault(item.relative_path, []).append((name, item))

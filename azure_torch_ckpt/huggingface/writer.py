@@ -29,21 +29,23 @@ from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import SavingPlace, step
 from azure_torch_ckpt.dcp.planners import keeps_its_memory
 from azure_torch_ckpt.errors import (
+    AccessDeniedError,
     AzureCheckpointError,
     BlobNotFoundError,
     CheckpointError,
     CheckpointExistsError,
     CommitConflictError,
+    StoreError,
 )
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, SINGLE, dump_header, dump_index, parse_index
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, Arrangement, Place, arrange, file_prefix
-from azure_torch_ckpt.huggingface.remains import strays_at
+from azure_torch_ckpt.huggingface.remains import saved_files_at
 from azure_torch_ckpt.huggingface.runs import Block, Runs, run_id
 from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.outcome import Outcome
+from azure_torch_ckpt.outcome import Outcome, Result
 from azure_torch_ckpt.progress import ProgressOption
 from azure_torch_ckpt.transfer import Item
 from azure_torch_ckpt.workers import Workers
@@ -331,7 +333,13 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
     def _commit(self, index: bytes) -> None:
         etag = self._standing.index_etag
         # The index holds the save's id, so that no other save's is the same.
-        result = outcome.put(self._store, self._location.join(INDEX).path, index, if_etag=etag, if_missing=etag is None)
+        path = self._location.join(INDEX).path
+        result = outcome.put(self._store, path, index, if_etag=etag, if_missing=etag is None)
+        if etag is None and result.outcome is Outcome.DONE:
+            try:
+                result = self._settled(result)
+            except StoreError as error:
+                result = Result(Outcome.UNKNOWN, error=error)
         if result.outcome is Outcome.LOST:
             remove_blobs(self._store, self._location, [file.name for file in self._plan.files])
             raise CommitConflictError(
@@ -344,6 +352,24 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
                 "there before, whole either way; nothing was deleted. Load it or save again; prune removes what is "
                 "left over"
             )
+
+    def _settled(self, result: Result) -> Result:
+        """What the commit of a first save came to: another save may have come and gone before it.
+
+        That one has taken the files of this one for leftovers, and the index must not stand without them.
+
+        Raises:
+            StoreError: the service could not be asked.
+        """
+        prefix = self._location.path + "/" if self._location.path else ""
+        try:
+            found = {blob.path[len(prefix) :] for blob in self._store.list(prefix + file_prefix(self._save_id))}
+        except AccessDeniedError:  # a credential that may not list may save all the same
+            return result
+        if found >= {file.name for file in self._plan.files}:
+            return result
+        removed = outcome.delete(self._store, self._location.join(INDEX).path, if_etag=result.etag)
+        return removed if removed.outcome is Outcome.UNKNOWN else Result(Outcome.LOST, removed=True)
 
     def _look_at_url(self) -> _Standing:
         index = self._read(INDEX)
@@ -366,8 +392,14 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
             return None
 
     def _strays(self) -> set[str]:
+        """Names of the files of other saves at the URL. Once this one has written its index, they are nobody's.
+
+        A save that still runs may have made some of them, but it began before that, under the condition that the index
+        is what it was then. So it will not be committed any more.
+        """
         try:
-            return strays_at(self._store, self._location, self._save_id)
+            found = saved_files_at(self._store, self._location)
+            return {name for name in found if not name.startswith(file_prefix(self._save_id))}
         except AzureCheckpointError as error:
             _log.info("what dead saves left at %s stays, for it cannot be listed: %s", self.checkpoint_id, error)
             return set()
