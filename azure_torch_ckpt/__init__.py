@@ -32,6 +32,7 @@ from azure_torch_ckpt.errors import (
     ServiceUnavailableError,
     StoreError,
     TarShardError,
+    UnknownOptionError,
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "TarShardError",
     "TransferEvent",
     "TransferOptions",
+    "UnknownOptionError",
     "UnsafeMetadataError",
     "UnsupportedCheckpointError",
     "__version__",

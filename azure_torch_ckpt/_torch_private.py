@@ -15,10 +15,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 # `TensorProperties` pickles its memory format as a member of this enum, so every `.metadata` names it.
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
 
+# Which parts of a tensor this rank has, whatever its class: what torch's own planners plan by.
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
+
 __all__ = [
     "CURRENT_DCP_VERSION",
     "ExtensionRegistry",
     "MemoryFormatEncoding",
     "StorageInfo",
     "StreamTransformExtension",
+    "create_chunk_list",
 ]

@@ -13,7 +13,7 @@ from typing import Final
 from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobProperties, ContentSettings
 
-__all__ = ["BLOCK_BLOB", "BlobInfo", "of_properties", "of_response", "quoted_etag", "whole_size"]
+__all__ = ["APPEND_BLOB", "BLOCK_BLOB", "BlobInfo", "of_properties", "of_response", "quoted_etag", "whole_size"]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
 _RESOURCE_TYPE: Final = "x-ms-resource-type"
@@ -23,6 +23,8 @@ _FOLDER_MARK: Final = "hdi_isfolder"
 
 BLOCK_BLOB = "BlockBlob"
 """The kind of blob that everything here writes."""
+APPEND_BLOB = "AppendBlob"
+"""The kind of blob that grows block by block, each of which is visible at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from azure_torch_ckpt import outcome
 from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError
 from azure_torch_ckpt.outcome import Outcome
-from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.transfer import Upload
 
@@ -31,6 +31,9 @@ class BlockWriter:
         if_etag: replace only the blob with this ETag.
         if_missing: write only if there is no such blob.
 
+    Attributes:
+        settings: what the blob carries, as of the commit.
+
     Raises (all methods but `abort`): `StoreError`. After one, nothing more can be written and nothing is committed.
     """
 
@@ -38,14 +41,14 @@ class BlockWriter:
         self,
         store: BlobStore,
         path: str,
-        settings: BlobSettings,
+        settings: BlobSettings | CopiedSettings,
         *,
         if_etag: str | None = None,
         if_missing: bool = False,
     ) -> None:
         self._store = store
         self._path = path
-        self._settings = settings
+        self.settings = settings
         self._if_etag = if_etag
         self._if_missing = if_missing
         self._upload = Upload(store, path, None)
@@ -97,12 +100,12 @@ class BlockWriter:
             self._hand_over()
             block_ids = self._upload.stage()
             if self._if_etag is None and not self._if_missing:
-                return self._store.commit_blocks(self._path, block_ids, self._settings)
+                return self._store.commit_blocks(self._path, block_ids, self.settings)
             result = outcome.commit_blocks(
                 self._store,
                 self._path,
                 block_ids,
-                self._settings,
+                self.settings,
                 if_etag=self._if_etag,
                 if_missing=self._if_missing,
             )

@@ -37,6 +37,7 @@ __all__ = [
     "ServiceUnavailableError",
     "StoreError",
     "TarShardError",
+    "UnknownOptionError",
     "UnsafeMetadataError",
     "UnsupportedCheckpointError",
 ]
@@ -86,6 +87,10 @@ class CredentialError(AzureCheckpointError, ValueError):
 
 class ConfigurationError(AzureCheckpointError, ValueError):
     """Parts that were put together cannot work together: a callback, a plugin, a strategy, their arguments."""
+
+
+class UnknownOptionError(ConfigurationError, TypeError):
+    """An option that is not known here, and that may change what is meant, so it is not ignored."""
 
 
 class CredentialTypeError(CredentialError, TypeError):

@@ -5,6 +5,10 @@
 
     add_listener(note)
 
+A save or a load is an event on every rank, whether it succeeded or not. What ends by an error of the planner before
+there is a plan (a missing key), or by one of another rank, is told when the same thread begins its next save or load,
+or when the process ends: torch lets nobody know earlier. Its error is then a `CheckpointError` that says so.
+
 Listeners belong to the process. A save in a process of its own (``AsyncCheckpointerType.PROCESS``) ends there.
 """
 

@@ -19,7 +19,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.bodies import Cancel, Doubt
 from azure_torch_ckpt.checksums import md5
 from azure_torch_ckpt.errors import (
     BlobChangedError,
@@ -28,7 +28,7 @@ from azure_torch_ckpt.errors import (
     ServiceUnavailableError,
     StoreError,
 )
-from azure_torch_ckpt.settings import BlobSettings
+from azure_torch_ckpt.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["Outcome", "Result", "commit_blocks", "delete", "put"]
@@ -52,12 +52,15 @@ class Result:
     Attributes:
         etag: of the blob that was written, where the outcome is `DONE`.
         removed: of the outcome `LOST`: there is no blob now.
+        again: of the outcome `DONE`, of a blob that was to be new: an earlier attempt may have been carried out, too.
+            Then somebody has removed what it wrote, and perhaps what belongs to it.
         error: why the outcome is not plainly `DONE`.
     """
 
     outcome: Outcome
     etag: str = ""
     removed: bool = False
+    again: bool = False
     error: StoreError | None = None
 
     def unknown(self, message: str) -> CommitUnknownError:
@@ -100,8 +103,10 @@ def put(store: BlobStore, path: str, data: bytes, *, if_etag: str | None = None,
         intact = info.md5 is not None and info.md5 == md5(found)  # Put Blob keeps an MD5 with every blob
         return _Found(False if intact else None, info.etag)
 
+    doubt = Doubt()
     try:
-        return Result(Outcome.DONE, store.put(path, data, if_etag=if_etag, if_missing=if_missing))
+        etag = store.put(path, data, if_etag=if_etag, if_missing=if_missing, doubt=doubt)
+        return Result(Outcome.DONE, etag, again=if_missing and doubt.exists)
     except StoreError as error:
         return _settle_write(error, look, if_etag)
 
@@ -110,7 +115,7 @@ def commit_blocks(
     store: BlobStore,
     path: str,
     block_ids: Sequence[str],
-    settings: BlobSettings | None = None,
+    settings: BlobSettings | CopiedSettings | None = None,
     *,
     if_etag: str | None = None,
     if_missing: bool = False,
@@ -149,20 +154,23 @@ def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None =
     try:
         store.delete(path, if_etag=if_etag, cancel=cancel)
         return Result(Outcome.DONE)
-    except BlobChangedError as error:
-        return Result(Outcome.LOST, error=error)
     except StoreError as error:
-        if not error.may_be_done:
+        # A blob that is not there breaks the condition, too, and Azurite says so (412, not 404).
+        refused = isinstance(error, BlobChangedError)
+        if not refused and not error.may_be_done:
             raise
+        unknown = Result(Outcome.UNKNOWN, error=error)
         if isinstance(error, ServiceUnavailableError):
-            return Result(Outcome.UNKNOWN, error=error)
+            return unknown
+        # Without a doubt, the refusal alone proves that the blob with this ETag is not there any more.
+        unclear = unknown if error.may_be_done else Result(Outcome.LOST, error=error)
         try:
             now = store.stat(path).etag
-        except BlobNotFoundError as missing:
-            return Result(Outcome.DONE if missing.error_code == "BlobNotFound" else Outcome.UNKNOWN, error=error)
+        except BlobNotFoundError:
+            return Result(Outcome.DONE, error=error)
         except StoreError:
-            return Result(Outcome.UNKNOWN, error=error)
-        return Result(Outcome.UNKNOWN if now == if_etag else Outcome.LOST, error=error)
+            return unclear
+        return unknown if now == if_etag else Result(Outcome.LOST, error=error)
 
 
 def _settle_write(error: StoreError, look: Callable[[], _Found], if_etag: str | None) -> Result:
@@ -175,11 +183,9 @@ def _settle_write(error: StoreError, look: Callable[[], _Found], if_etag: str | 
     for _ in range(_LOOKS):
         try:
             found = look()
-        except BlobNotFoundError as missing:
-            # Of the service's own words only: what lies between may have a 404 of its own. And a condition that
-            # there is no blob holds again now, for an attempt that is still on its way.
-            settled = if_etag is not None or not error.may_be_done
-            gone = refused and settled and missing.error_code == "BlobNotFound"
+        except BlobNotFoundError:
+            # The condition that there is no blob holds again now, for an attempt that is still on its way.
+            gone = refused and (if_etag is not None or not error.may_be_done)
             return Result(Outcome.LOST, removed=True, error=error) if gone else unknown
         except StoreError:
             return unknown

@@ -159,7 +159,15 @@ class BlobStore(ListedContainer):
         told: bytes = responses[-1].http_response.content
         return [name.decode() for name in _BLOCK_NAME.findall(told.partition(b"<UncommittedBlocks>")[2])]
 
-    def put(self, path: str, data: bytes, *, if_etag: str | None = None, if_missing: bool = False) -> str:
+    def put(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        if_etag: str | None = None,
+        if_missing: bool = False,
+        doubt: Doubt | None = None,
+    ) -> str:
         """Put Blob: write a whole blob with one request, and return its ETag.
 
         The service checks the content's MD5 on arrival and keeps it (`BlobInfo.md5`):
@@ -169,11 +177,12 @@ class BlobStore(ListedContainer):
         Args:
             if_etag: write only over the blob with this ETag.
             if_missing: write only if there is no such blob.
+            doubt: learns whether an attempt before the last one may have been carried out.
 
         Raises:
             BlobChangedError: the condition does not hold.
         """
-        doubt = Doubt()
+        doubt = doubt or Doubt()
         with self._translated("write", path, doubt):
             result = self._blob(path).upload_blob(
                 data,
@@ -184,6 +193,28 @@ class BlobStore(ListedContainer):
                 overwrite=not if_missing,
                 doubt=doubt,
                 **_if(if_etag),
+            )
+            return str(result["etag"])
+
+    def append(self, path: str, data: bytes, at: int) -> str:
+        """Append Block: add to an append blob, and return its ETag. A retry may find what the first attempt did.
+
+        https://learn.microsoft.com/rest/api/storageservices/append-block.
+
+        Args:
+            at: only if the blob has so many bytes.
+
+        Raises:
+            BlobChangedError: the blob has another size.
+        """
+        doubt = Doubt()
+        with self._translated("append to", path, doubt):
+            result = self._blob(path).append_block(
+                data,
+                length=len(data),
+                appendpos_condition=at,
+                headers={"Content-MD5": base64.b64encode(md5(data)).decode()},
+                doubt=doubt,
             )
             return str(result["etag"])
 
@@ -201,9 +232,7 @@ class BlobStore(ListedContainer):
         try:
             with self._translated("delete", path, doubt):
                 self._blob(path).delete_blob(delete_snapshots="include", cancel=cancel, doubt=doubt, **_if(if_etag))
-        except BlobNotFoundError as error:
-            if error.error_code != "BlobNotFound":  # somebody on the way may answer 404, too
-                raise
+        except BlobNotFoundError:
             return False
         return True
 

@@ -119,6 +119,9 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
     if status in (401, 403) or code in ("InvalidAuthenticationInfo", "PublicAccessNotPermitted"):  # 400 and 409
         return AccessDeniedError(f"{said}. {_access_advice(code, location, anonymous)}")
     if status == 404:
+        if not code and not anonymous:
+            # Whether a blob is there decides what may be deleted, and the service names its reason.
+            return RequestRefusedError(f"{said}, without the error code that the service sends: a proxy answered")
         return _not_there(code, said, location, anonymous)
     if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
         return BlobChangedError(said)

@@ -43,8 +43,12 @@ class Done:
     err: str
 
     def json(self, command: str) -> Any:
-        """The printed document, which must be as the command's schema has it."""
+        """The printed document of a command that did what it was told."""
         assert self.code in (0, 1), self.err
+        return self.document(command)
+
+    def document(self, command: str) -> Any:
+        """The printed document, which must be as the command's schema has it."""
         document = json.loads(self.out)
         jsonschema.validate(document, json.loads((SCHEMAS / f"{command}.json").read_text(encoding="utf-8")))
         return document

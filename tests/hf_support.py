@@ -69,7 +69,7 @@ def model(version: int = 0) -> LlamaForCausalLM:
 
 
 def writer(url: str, **options: Any) -> AzureBlobHuggingFaceWriter:
-    return AzureBlobHuggingFaceWriter(url, **{"credential": KEY, "options": SMALL, **options})
+    return AzureBlobHuggingFaceWriter(url, **{"credential": KEY, "options": SMALL, "overwrite": True, **options})
 
 
 def reader(url: str, **options: Any) -> AzureBlobHuggingFaceReader:

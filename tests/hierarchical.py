@@ -22,6 +22,7 @@ Azurite keeps the blobs; this is a proxy in front of it that makes directories o
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import hashlib
 import hmac
@@ -159,6 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
     account: HierarchicalAccount
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client went away
+            super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -120,16 +120,16 @@ def test_an_empty_argument_is_no_folder_and_no_credential(container: str) -> Non
     for arguments in (("cp", f"{container}/step-1", ""), ("cp", "", f"{container}/x")):
         done = cli(*arguments)
         assert done.code == 2 and "The path is empty" in done.err
-    for option, arguments in {
-        "--sas": ("ls", container),
-        "--target-sas": ("cp", f"{container}/step-1", f"{container}/x"),
-        "--b-sas": ("diff", container, container),
-    }.items():
-        done = cli(*arguments, option, "")
+    for option, *command in (
+        ("--sas", "ls", container),
+        ("--target-sas", "cp", f"{container}/step-1", f"{container}/x"),
+        ("--b-sas", "diff", container, container),
+    ):
+        done = cli(*command, option, "")
         assert done.code == 2 and f"{option} is empty" in done.err
-        done = cli(*arguments, option, "junk")
+        done = cli(*command, option, "junk")
         assert done.code == 2 and f"{option} is no shared access signature" in done.err and "junk" not in done.err
-        done = cli(*arguments, option, "-")
+        done = cli(*command, option, "-")
         assert done.code == 2 and f"{option} - reads the SAS from standard input" in done.err
 
 

@@ -260,12 +260,19 @@ def test_a_worker_that_goes_through_the_epochs_by_itself_does_not_disturb_the_ot
     assert sorted(found[2]) == sorted(whole[2])
 
 
-def test_more_samples_than_there_are_and_what_is_no_state_are_refused():
+def test_more_samples_than_there_are_are_all_of_them():
+    for world_size in (1, 2):
+        dataset = Numbers(9, rank=0, world_size=world_size)
+        dataset.load_state_dict(dataset.state_at(12))  # three batches of four
+        assert list(dataset) == []
+        assert list(dataset) == list(range(0, 9, world_size))
+
+
+def test_what_is_no_state_is_refused():
     dataset = Numbers(9, rank=0, world_size=2)
     dataset.load_state_dict(dataset.state_at(3))
-    for samples in (-1, 3):
-        with pytest.raises(ConfigurationError, match="from 0 to 2"):
-            dataset.state_at(samples)
+    with pytest.raises(ConfigurationError, match="must not be negative"):
+        dataset.state_at(-1)
     before = dataset.state_dict()
     state = dataset.state_at(1)
     some_wrong: tuple[dict[str, Any], ...] = (

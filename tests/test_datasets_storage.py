@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
 import pickle
 import stat
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
+from azure.storage.blob import ContainerClient, ContainerSasPermissions, generate_container_sas
 from torch.utils.data import DataLoader
 
-from azure_torch_ckpt import BlobIO
+from azure_torch_ckpt import BlobIO, LocationError
+from azure_torch_ckpt.blobinfo import BlobInfo
 from azure_torch_ckpt.datasets import BlobCache, BlobDataset, BlobListing, IterableBlobDataset
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.newfile import NewFile
+from azure_torch_ckpt.store import BlobStore
 from tests.datasets_support import fill, number_of, numbered
 from tests.proxy import FaultProxy
 
@@ -39,6 +43,46 @@ def test_a_listing_is_filtered(container: str):
     assert names(glob="?/[12]*", suffix=".txt") == ["a/1.txt"]
     assert names(container + "/a") == ["a/1.jpg", "a/1.txt", "a/b/2.jpeg"]
     assert names(container + "/a", prefix="b") == ["a/b/2.jpeg"]
+
+
+def test_blobs_that_mark_folders_are_no_samples_and_odd_names_are(container: str, azurite: Azurite, tmp_path: Path):
+    location = BlobLocation.parse(container)
+    client = ContainerClient(location.endpoint, location.container, azurite.account_key)
+    for name, metadata in (("a", {"hdi_isfolder": "true"}), ("b", {"Hdi_isFolder": "True"}), ("c/", {}), ("a/d//", {})):
+        client.upload_blob(name, b"", metadata=metadata)
+    samples = {"a//b": b"1", "/a": b"2", "c/e": b"3", "full/": b"4", "empty": b"", "f": b""}
+    for name, data in samples.items():
+        client.upload_blob(name, data, metadata={"hdi_isfolder": "false"})
+    for dataset in (
+        IterableBlobDataset[dict[str, Any]].from_container_url(container),
+        IterableBlobDataset[dict[str, Any]].from_blob_urls([f"{container}/{name}" for name in samples]),
+    ):
+        found = {sample["url"].removeprefix(f"{container}/"): sample["data"] for sample in dataset}
+        assert found == samples
+        dataset.listing.save(tmp_path / "listing")
+        assert list(BlobListing.load(tmp_path / "listing")) == list(dataset.listing)
+
+
+@pytest.mark.parametrize("name", ["a/../b", "a/./b", "a\tb", "a?sig=secret"])
+def test_a_name_that_nobody_can_read_is_refused_when_it_is_listed(container: str, name: str, azurite: Azurite):
+    """And not in the middle of an epoch, where no on_error= would help."""
+    fill(container, {"a/1.jpg": b"1"})
+    location = BlobLocation.parse(container)
+    client = ContainerClient(location.endpoint, location.container, azurite.account_key)
+    client.upload_blob("x" * len(name), b"")
+
+    def renamed(self: BlobStore, prefix: str) -> Iterator[BlobInfo]:
+        for info in listed(self, prefix):
+            yield info if "/" in info.path else dataclasses.replace(info, path=name)
+
+    # Azurite, or a proxy before it, resolves such names; the service lists them.
+    listed = BlobStore.list
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlobStore, "list", renamed)
+        with pytest.raises(LocationError, match=r"has a blob that cannot be read.*leave it out with prefix=") as caught:
+            BlobListing.from_container_url(container)
+        assert "secret" not in str(caught.value)
+        assert len(BlobListing.from_container_url(container, suffix=".jpg")) == 1
 
 
 def test_a_listing_knows_sizes_and_etags(container: str):

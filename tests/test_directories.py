@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,18 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
+from azure_torch_ckpt.bodies import Gather
 from azure_torch_ckpt.catalog import copy, latest, list_checkpoints
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.store import BlobStore
+from tests.faults import Cut
 from tests.hierarchical import HierarchicalAccount
+from tests.proxy import FaultProxy
 from tests.store_support import KEY
+from tests.tally import Tally
 
 
 def state(value: float) -> dict[str, Any]:
@@ -67,6 +74,33 @@ def test_save_load_replace_verify_remove(directories: str, hierarchical: Hierarc
     assert names(hierarchical, url) == ["run/"]
 
 
+@pytest.mark.parametrize("lost", ["the request", "the answer"])
+def test_no_directory_is_left_where_one_request_is_lost(
+    directories: str, hierarchical: HierarchicalAccount, tally: Tally, lost: str
+) -> None:
+    """Of an overwriting save and of a removal, each request in turn: it is sent again."""
+    outcomes: Counter[str] = Counter()
+    container = directories.rpartition("/")[2]
+    for number in itertools.count(1):
+        with FaultProxy(hierarchical.endpoint) as proxy:
+            url = f"{proxy.endpoint}/{container}/step-{number}"
+            save(f"{directories}/step-{number}", 1)
+            fault = proxy.when(lambda seen: True, nth=number)
+            fault.do(Cut("request" if lost == "the request" else "answer"))
+            save(url, 2)
+            between = hierarchical.paths(directories)
+            assert len([path for path in between if path.endswith(".distcp")]) == 1
+            assert len([path for path in between if path.endswith("/")]) == 2  # of the checkpoint and of its save
+            assert load(f"{directories}/step-{number}") == 2
+            remove_checkpoint(url, credential=KEY)
+            assert hierarchical.paths(directories) == []
+            if fault.seen < number:
+                break
+        outcomes["healed, no directory left"] += 1
+    assert outcomes.total() > 12
+    tally.add_all(f"hierarchical namespace: overwriting save and removal, {lost} lost, each request", outcomes)
+
+
 def test_prune_leaves_no_directory(directories: str, hierarchical: HierarchicalAccount) -> None:
     for step in (1, 2, 3):
         save(f"{directories}/run/step-{step}", step)
@@ -76,6 +110,26 @@ def test_prune_leaves_no_directory(directories: str, hierarchical: HierarchicalA
     report = prune(f"{directories}/run", keep_last=1, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
     assert (len(report.removed), len(report.remains)) == (2, 2)
     kept = ["run/", "run/step-3/", "run/step-3/*/", "run/step-3/*/__0_0.distcp", "run/step-3/.metadata"]
+    assert sorted(names(hierarchical, directories)) == sorted(kept)
+
+
+def test_prune_removes_the_directories_of_saves_that_stored_nothing(
+    directories: str, hierarchical: HierarchicalAccount
+) -> None:
+    """A block makes its blob's directory, and if the save is killed then, nothing else does."""
+    save(f"{directories}/run/step-1", 1)
+    store = BlobStore(BlobLocation.parse(directories), KEY)
+    for folder in (f"run/step-1/{'0' * 32}", f"run/step-2/{'1' * 32}"):
+        store.stage_block(f"{folder}/__0_0.distcp", "0001", Gather([memoryview(b"data")]))
+    store.put("run/notes/x", b"")
+    store.delete("run/notes/x")  # an empty directory of somebody else
+    there = hierarchical.paths(directories)
+    assert len(there) == 9
+    prune(f"{directories}/run", dry_run=False, credential=KEY)  # it may belong to a save that is running
+    prune(f"{directories}/run", grace=datetime.timedelta(0), credential=KEY)
+    assert hierarchical.paths(directories) == there
+    prune(f"{directories}/run", grace=datetime.timedelta(0), dry_run=False, credential=KEY)
+    kept = ["run/", "run/notes/", "run/step-1/", "run/step-1/*/", "run/step-1/*/__0_0.distcp", "run/step-1/.metadata"]
     assert sorted(names(hierarchical, directories)) == sorted(kept)
 
 
@@ -122,8 +176,9 @@ def test_the_filesystem_looks(fs: AzureBlobFileSystem, root: str, hierarchical: 
         f"{root}/d/e": ([], ["b"]),
         f"{root}/gone": ([], []),
     }
-    with pytest.raises(FileNotFoundError):
-        fs.cat_file(f"{root}/d")
+    for read in (fs.cat_file, fs.cat, fs.open, lambda path: fs.open(path, "r")):
+        with pytest.raises(FileNotFoundError, match="is a folder"):
+            read(f"{root}/d")
     with pytest.raises(FileNotFoundError):
         fs.ls(f"{root}/d/a/below")
 
@@ -238,11 +293,10 @@ def test_blobio(directories: str) -> None:
 def test_datasets(directories: str, fs: AzureBlobFileSystem, root: str) -> None:
     fs.pipe({f"{root}/train/a/1": b"one", f"{root}/train/b/2": b"two", f"{root}/train/gone/3": b""})
     fs.rm(f"{root}/train/gone/3")
-    for dataset in (
-        IterableBlobDataset.from_container_url(directories, prefix="train/", credential=KEY),
-        BlobDataset.from_container_url(f"{directories}/train", credential=KEY),
-    ):
-        assert sorted(sample["data"] for sample in dataset) == [b"one", b"two"]
+    iterable: Iterable[Any] = IterableBlobDataset.from_container_url(directories, prefix="train/", credential=KEY)
+    assert sorted(sample["data"] for sample in iterable) == [b"one", b"two"]
+    mapped: Any = BlobDataset.from_container_url(f"{directories}/train", credential=KEY)
+    assert sorted(mapped[number]["data"] for number in range(len(mapped))) == [b"one", b"two"]
 
 
 def test_lightning(directories: str, hierarchical: HierarchicalAccount, tmp_path: Path) -> None:

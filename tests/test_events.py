@@ -24,15 +24,21 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from azure_torch_ckpt import (
     AccessDeniedError,
+    AzureBlobHuggingFaceReader,
+    AzureBlobHuggingFaceWriter,
     AzureBlobReader,
     AzureBlobWriter,
+    BlobLocation,
+    CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     CommitConflictError,
+    CorruptCheckpointError,
     TransferOptions,
 )
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
+from azure_torch_ckpt.store import BlobStore
 from tests.faults import Answer, Call
 from tests.proxy import FaultProxy
 
@@ -131,6 +137,87 @@ def test_a_load_of_nothing_is_one_event_with_its_error(container: str) -> None:
     assert event.operation == "load" and isinstance(event.error, CheckpointNotFoundError)
 
 
+@pytest.mark.parametrize("reader", [AzureBlobReader, AzureBlobHuggingFaceReader])
+def test_metadata_that_cannot_be_read_is_one_event_whoever_asks(container: str, reader: type[AzureBlobReader]) -> None:
+    for name in ("run/.metadata", "run/model.safetensors"):
+        BlobStore(BlobLocation.parse(container), KEY).put(name, b"garbage")
+    heard: list[TransferEvent] = []
+    with listening(heard.append):
+        with pytest.raises(CheckpointException):
+            dcp.load(state(), storage_reader=reader(f"{container}/run", credential=KEY))
+        with pytest.raises(CorruptCheckpointError):
+            reader(f"{container}/run", credential=KEY).read_metadata()
+    assert [(event.operation, type(event.error)) for event in heard] == [("load", CorruptCheckpointError)] * 2
+
+
+class EndsEarly(dcp.DefaultLoadPlanner):
+    """Raises in one of its steps."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self._step = step
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and name == self._step:
+            raise ZeroDivisionError(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("step", ["missing key", "create_local_plan", "create_global_plan", "finish_plan"])
+def test_a_load_that_its_planner_ends_is_told_when_the_thread_begins_another(container: str, step: str) -> None:
+    save(f"{container}/run")
+    heard: list[TransferEvent] = []
+    wanted = {"other": torch.zeros(1)} if step == "missing key" else state()
+    reader = AzureBlobReader(f"{container}/run", credential=KEY)
+    with listening(heard.append):
+        with pytest.raises(CheckpointException):
+            dcp.load(wanted, storage_reader=reader, planner=EndsEarly(step))
+        load(f"{container}/run")
+        load(f"{container}/run")
+    ended, loaded, _ = heard
+    assert ended.operation == "load" and ended.url == f"{container}/run" and loaded.error is None
+    assert isinstance(ended.error, CheckpointError) and "broken off, by an error of its planner" in str(ended.error)
+    assert ended.started <= ended.finished <= loaded.started
+
+
+def test_a_save_that_its_planner_ends_and_a_look_are_no_load(container: str) -> None:
+    class Planner(dcp.DefaultSavePlanner):
+        def create_global_plan(self, all_plans: Any) -> Any:
+            raise ZeroDivisionError
+
+    heard: list[TransferEvent] = []
+    with listening(heard.append):
+        with pytest.raises(CheckpointException):
+            dcp.save(state(), storage_writer=AzureBlobWriter(f"{container}/run", credential=KEY), planner=Planner())
+        with pytest.raises(CheckpointError, match="use_collectives"):
+            writer = AzureBlobHuggingFaceWriter(f"{container}/run", credential=KEY)
+            dcp.save({"w": torch.ones(1)}, storage_writer=writer, use_collectives=False)
+        save(f"{container}/run")
+        AzureBlobReader(f"{container}/run", credential=KEY).read_metadata()  # that is all that is wanted
+        load(f"{container}/run")
+    told = [(event.operation, type(event.error)) for event in heard]
+    ended = ("save", CheckpointError)
+    assert told == [ended, ended, ("save", type(None)), ("load", type(None))]
+
+
+def test_what_was_broken_off_is_told_at_the_end_of_the_process(container: str) -> None:
+    save(f"{container}/run")
+    code = (
+        "import torch, torch.distributed.checkpoint as dcp\n"
+        "from azure_torch_ckpt import AzureBlobReader\n"
+        "from azure_torch_ckpt.events import add_listener\n"
+        "add_listener(lambda event: print(event.operation, type(event.error).__name__, flush=True))\n"
+        f"reader = AzureBlobReader({container + '/run'!r}, credential={KEY!r})\n"
+        "dcp.load({'other': torch.zeros(1)}, storage_reader=reader)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1 and "Missing key" in done.stderr
+    assert done.stdout == "load CheckpointError\n"
+
+
 def test_a_listener_that_raises_is_logged_and_the_others_are_called(
     container: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,11 +287,12 @@ def events_of_this_rank(url: str) -> list[tuple[str, int, int, int | None, str]]
 def test_every_rank_has_its_own_event_and_the_coordinator_knows_the_whole(ranks: Ranks, container: str) -> None:
     first, second = ranks(2).run(events_of_this_rank, f"{container}/run")
     assert [event[1] for event in first] == [0] * len(first) and {event[1] for event in second} == {1}
-    # The coordinator's own part of the save that failed was well; it cannot know of the end, for nobody calls it.
+    # The coordinator's own part of the save that failed was well; nobody tells it of the end before it saves again.
     assert [(event[0], event[4]) for event in first] == [
         ("save", "NoneType"),
         ("load", "NoneType"),
         ("load", "NoneType"),
+        ("save", "CheckpointError"),
         ("save", "NoneType"),
     ]
     assert [(event[0], event[4]) for event in second] == [

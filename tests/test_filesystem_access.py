@@ -90,7 +90,7 @@ def test_two_credentials_at_a_time_are_refused():
     with pytest.raises(CredentialError, match="account_key, sas_token"):
         AzureBlobFileSystem(account_key=KEY, sas_token="sv=1&sig=x")
     with pytest.raises(TypeError, match="account_name"):
-        AzureBlobFileSystem(account_name="account")  # type: ignore[call-arg]
+        AzureBlobFileSystem(account_name="account")
 
 
 def test_the_environment_counts_where_nothing_was_passed_and_is_looked_at_anew(

@@ -23,7 +23,10 @@ from azure_torch_ckpt import (
     CheckpointError,
     CheckpointExistsError,
     CommitConflictError,
+    UnsafeMetadataError,
+    UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.huggingface.format import dump_header, dump_index, parse_header, parse_index
 from azure_torch_ckpt.huggingface.layout import FileLayout, arrange
 from azure_torch_ckpt.store import BlobStore
 from tests import hf_support as hf
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
+FLOAT4 = torch.float4_e2m1fn_x2
 
 
 @pytest.fixture
@@ -105,6 +110,41 @@ def test_odd_tensors_of_two_ranks_are_right_and_aligned(url: str, tmp_path: Path
         assert_same(state[key], value, key)
 
 
+def test_packed_numbers_of_four_bits_are_written_as_safetensors_writes_them(url: str, tmp_path: Path):
+    packed = torch.arange(48, dtype=torch.uint8).reshape(6, 8).view(FLOAT4)
+    state = {"rows": packed, "columns": packed.t(), "part": packed[:, 2:5], "none": packed[:0], "norm": torch.ones(3)}
+    dcp.save(state, storage_writer=hf.writer(url))
+    [name] = [name for name in hf.files(url) if name != hf.INDEX]
+    data = hf.get(url, name)
+    (tmp_path / name).write_bytes(data)
+    loaded = {key: torch.zeros(state[key].shape, dtype=torch.uint8).view(FLOAT4) for key in state.keys() - {"norm"}}
+    dcp.load(loaded, storage_reader=hf.reader(url))
+    found = load_file(tmp_path / name)
+    for key, value in loaded.items():
+        wanted = state[key].contiguous().view(torch.uint8)
+        assert torch.equal(value.view(torch.uint8), wanted), key
+        assert found[key].dtype == FLOAT4 and torch.equal(found[key].view(torch.uint8), wanted), key
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert header["rows"]["dtype"] == "F4" and header["rows"]["shape"] == [6, 16]
+
+
+def test_a_header_or_an_index_that_nobody_could_read_is_not_made(monkeypatch: pytest.MonkeyPatch):
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"w": (torch.float32, (2,)), "v": (torch.int8, ())}
+    data = dump_header(tensors)
+    assert list(parse_header(data[8:], len(data) + 9, "x")) == ["w", "v"]
+    with pytest.raises(UnsupportedCheckpointError, match="__metadata__"):
+        dump_header({"__metadata__": (torch.int8, (4,))})
+    monkeypatch.setattr("azure_torch_ckpt.huggingface.format._MAX_HEADER", 100)
+    with pytest.raises(UnsupportedCheckpointError, match=r"2 tensors takes \d+ bytes, and readers take 100"):
+        dump_header(tensors)
+    assert parse_index(dump_index({"w": "a.safetensors"}, 4, "id", {"w": 5}), "x").crc64 == {"w": 5}
+    with pytest.raises(UnsafeMetadataError, match="no safetensors file beside it"):
+        dump_index({"w": "../a.safetensors"}, 4, "id", {})
+    monkeypatch.setattr("azure_torch_ckpt.huggingface.format.INDEX_LIMIT", 10)
+    with pytest.raises(UnsupportedCheckpointError, match="could not be read again"):
+        dump_index({"w": "a.safetensors"}, 4, "id", {})
+
+
 def test_files_are_those_of_the_mapping(url: str):
     state = hf.model().state_dict()
     mapping = {name: 2 if "layers.1" in name else 1 for name in state}
@@ -148,6 +188,9 @@ def refusal(url: str, state: dict[str, Any]) -> str:
 def test_what_no_file_can_hold_is_refused_before_anything_is_written(url: str):
     assert "'step'" in refusal(url, {"w": torch.ones(2), "step": 5})
     assert "complex128" in refusal(url, {"w": torch.ones(2, dtype=torch.complex128)})
+    assert "keeps the name '__metadata__'" in refusal(url, {"w": torch.ones(2), "__metadata__": torch.ones(2)})
+    assert "half a surrogate pair" in refusal(url, {"a\ud800": torch.ones(2)})
+    assert "scalar of torch.float4" in refusal(url, {"w": torch.tensor(1, dtype=torch.uint8).view(FLOAT4)})
     assert "plain tensors only" in refusal(url, {"w": torch.eye(3).to_sparse()})
     with pytest.raises(CheckpointError, match="use_collectives"):
         dcp.save({"w": torch.ones(2)}, storage_writer=hf.writer(url), use_collectives=False)
@@ -250,10 +293,7 @@ def test_a_save_that_fails_is_invisible_and_the_next_one_clears_up(
     dcp.save(hf.model(2).state_dict(), storage_writer=writer)
     hf.load(url, 2)
     named = {*json.loads(hf.get(url, hf.INDEX))["weight_map"].values(), hf.INDEX}
-    if kind == "Put Blob":  # nobody knows whether the index was written, so its files stay
-        assert named < set(hf.files(url))
-    else:
-        assert named == set(hf.files(url))
+    assert named == set(hf.files(url))
 
 
 def test_a_rank_that_fails_fails_the_save_on_all(

@@ -151,9 +151,35 @@ def test_a_damaged_header_is_an_error_that_says_so(url: str, data: bytes, reason
     assert isinstance(error, CorruptCheckpointError) and reason in str(error), error
 
 
-def test_a_dtype_that_torch_does_not_have_is_an_error(url: str):
-    hf.put(url, "model.safetensors", head({"w": {**ENTRY, "dtype": "F7"}}, b"x" * 8))
-    assert isinstance(failure(url), UnsupportedCheckpointError)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F7", "shape": [2]},
+        {"dtype": "F6_E2M3", "shape": [4]},
+        {"dtype": "F4", "shape": [6, 1]},  # two numbers of two rows in a byte, which torch's packed dtype has not
+        {"dtype": "F4", "shape": []},
+    ],
+)
+def test_a_dtype_that_torch_does_not_have_is_an_error_only_if_it_is_asked_for(url: str, entry: dict[str, Any]):
+    odd = {**entry, "data_offsets": [12, 15]}
+    files = {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "odd": odd}
+    hf.put(url, "model.safetensors", head(files, struct.pack("<3f", 1, 2, 3) + b"xyz"))
+    state = {"w": torch.zeros(3)}
+    dcp.load(state, storage_reader=hf.reader(url))
+    assert state["w"].tolist() == [1, 2, 3]
+    error = failure(url, {"w": torch.zeros(3), "odd": torch.zeros(entry["shape"])})
+    assert isinstance(error, UnsupportedCheckpointError)
+    assert f"'odd' of {url} has the dtype '{entry['dtype']}'" in str(error)
+
+
+def test_packed_numbers_of_four_bits_are_read_as_safetensors_reads_them(url: str, tmp_path: Path):
+    packed = torch.arange(24, dtype=torch.uint8).reshape(4, 6).view(torch.float4_e2m1fn_x2)
+    hf.put(url, "model.safetensors", save({"w": packed, "b": torch.ones(3)}))
+    state = {"w": torch.zeros_like(packed.view(torch.uint8)).view(torch.float4_e2m1fn_x2), "b": torch.zeros(3)}
+    dcp.load(state, storage_reader=hf.reader(url))
+    assert torch.equal(state["w"].view(torch.uint8), packed.view(torch.uint8)) and state["b"].tolist() == [1, 1, 1]
+    entry = hf.reader(url).read_metadata().state_dict_metadata["w"]
+    assert (entry.size, entry.properties.dtype) == (torch.Size([4, 6]), torch.float4_e2m1fn_x2)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from azure.storage.blob import ContainerClient
 
 from azure_torch_ckpt import BlobIO, IterableBlobDataset
-from azure_torch_ckpt.catalog import list_checkpoints
+from azure_torch_ckpt.catalog import consolidate, list_checkpoints
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.dcp.survey import survey
 from azure_torch_ckpt.emulator import Azurite
@@ -97,7 +99,7 @@ def test_a_listing_of_a_dataset_and_its_urls_lead_to_the_same_blobs(client: Cont
     again = BlobListing.from_blob_urls([blob.url for blob in listing])
     assert [blob.location.path for blob in listing] == [blob.location.path for blob in again]
     assert sorted(blob.location.path for blob in listing) == sorted([*ODD, *PLAIN])
-    samples = IterableBlobDataset.from_container_url(container, credential=KEY)
+    samples: Iterable[Any] = IterableBlobDataset.from_container_url(container, credential=KEY)
     assert {sample["url"].partition(container + "/")[2]: sample["data"].decode() for sample in samples} == {
         name: f"this is {name}" for name in [*ODD, *PLAIN]
     }
@@ -210,6 +212,13 @@ def test_marks_of_folders_are_no_files(
 
 
 # Checkpoints
+
+
+def test_the_file_that_consolidate_writes_has_no_slash_at_its_end(client: ContainerClient, container: str) -> None:
+    fill(client, ["model.pt"])
+    with pytest.raises(LocationError, match="ends with a slash"):
+        consolidate(f"{container}/run", f"{container}/model.pt/", format="torch", overwrite=True, credential=KEY)
+    assert client.download_blob("model.pt").readall() == b"this is model.pt"
 
 
 def test_no_checkpoint_is_taken_for_another_one(client: ContainerClient, container: str) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from azure_torch_ckpt import BlobIO
+from azure_torch_ckpt.catalog.ends import FileSink
 from azure_torch_ckpt.newfile import NewFile, is_part, remove_abandoned
+from tests.fs_support import azblob, filesystem
 
 
 def test_the_file_appears_when_it_is_published(tmp_path: Path):
@@ -59,3 +62,13 @@ def test_a_part_is_known_and_removed_only_if_nobody_writes_it(tmp_path: Path, na
     (tmp_path / part).write_bytes(b"of a process that was killed")
     remove_abandoned(tmp_path / part)
     assert os.listdir(tmp_path) == [name]
+
+
+def test_a_blob_with_a_name_as_long_as_a_file_can_have_is_fetched(container: str, tmp_path: Path):
+    name = "ü" * 127
+    with BlobIO(f"{container}/{name}", "wb") as file:
+        file.write(b"1")
+    filesystem(container).get(f"{azblob(container)}/{name}", str(tmp_path / name))
+    assert (tmp_path / name).read_bytes() == b"1"
+    FileSink(tmp_path / "copy" / name).publish()
+    assert os.listdir(tmp_path / "copy") == [name]

@@ -115,6 +115,8 @@ def consolidate(
         StoreError: the service could not be asked.
     """
     kind = _format(format, dst)
+    if str(dst).endswith("/"):
+        raise LocationError("The target ends with a slash, which says that it is a folder; append the name of the file")
     whole = options or TransferOptions()
     # A quarter for what is read, one for what is sent, and the rest for up to three windows between the two.
     quarter = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 4, _MIB))

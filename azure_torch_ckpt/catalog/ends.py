@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
 import re
-import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from azure_torch_ckpt.errors import (
     LocationError,
 )
 from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.newfile import NewFile, is_part, remove_abandoned
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.settings import CopiedSettings
 from azure_torch_ckpt.store import BlobInfo, BlobStore
@@ -36,7 +35,6 @@ from azure_torch_ckpt.store import BlobInfo, BlobStore
 __all__ = ["BlobEnd", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
-_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
 
 
 class Sink(Protocol):
@@ -193,7 +191,7 @@ class FolderEnd:
             for folder, _, files in os.walk(self.root, onerror=_raise_unless_missing):
                 for file in files:
                     path = Path(folder, file)
-                    if _PART.fullmatch(file):
+                    if is_part(file):
                         self._parts.append(path)
                         continue
                     status = path.stat()
@@ -203,7 +201,7 @@ class FolderEnd:
 
     def sweep(self) -> None:
         for part in self._parts:
-            _remove_if_abandoned(part)
+            remove_abandoned(part)
 
     def mark_of(self, info: BlobInfo) -> str | None:
         return None
@@ -291,20 +289,19 @@ class FileSink:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._part: Path | None = None
+        self._new: NewFile | None = None
         self._lock = threading.Lock()
-        self._descriptor = -1
 
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
         with local_file_errors(f"could not write {self._path}"):
-            descriptor = self._open()
+            descriptor = self._open().file.fileno()
             written = 0
             while written < part.nbytes:
                 written += os.pwrite(descriptor, part[written:], offset + written)
 
     def commit(self, source: BlobInfo, settings: CopiedSettings) -> None:
         with local_file_errors(f"could not write {self._path}"):
-            descriptor = self._open()  # of an empty file, nothing was written
+            descriptor = self._open().file.fileno()  # of an empty file, nothing was written
             # By its time and its size the copy is known again, as rsync does it.
             os.utime(descriptor, (source.last_modified.timestamp(),) * 2)
         self.publish()
@@ -317,38 +314,27 @@ class FileSink:
             only_new: raise FileExistsError if there is one.
         """
         with local_file_errors(f"could not write {self._path}"):
-            os.fsync(self._open())
-            assert self._part is not None
-            if not only_new:
-                os.replace(self._part, self._path)
-                return
+            new = self._open()
         try:
-            os.link(self._part, self._path)
+            new.publish(only_new=only_new)
         except FileExistsError:
             raise
-        except OSError as error:  # a file system without hard links
-            if self._path.exists():
-                raise FileExistsError(str(self._path)) from error
+        except OSError:
             with local_file_errors(f"could not write {self._path}"):
-                os.replace(self._part, self._path)
+                raise
 
     def abandon(self) -> None:
         with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1
-            if descriptor >= 0 and self._part is not None:
-                self._part.unlink(missing_ok=True)
-                os.close(descriptor)
+            new, self._new = self._new, None
+            if new is not None:
+                new.abandon()
 
-    def _open(self) -> int:
+    def _open(self) -> NewFile:
         with self._lock:
-            if self._descriptor < 0:
+            if self._new is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._part = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}.part")
-                self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                # By this lock another copy knows that the part is not left over.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return self._descriptor
+                self._new = NewFile(self._path)
+            return self._new
 
 
 @contextlib.contextmanager
@@ -371,9 +357,3 @@ def _time(status: os.stat_result) -> datetime.datetime:
 def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
-
-
-def _remove_if_abandoned(part: Path) -> None:
-    with contextlib.suppress(OSError), open(part, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody writes it
-        part.unlink()

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
+from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs, remove_empty_folders
 from azure_torch_ckpt.dcp.prune import Remains, find_remains, place_location, remove_remains
 from azure_torch_ckpt.dcp.standing import read_standing
-from azure_torch_ckpt.dcp.survey import Place
+from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, ServiceUnavailableError
 from azure_torch_ckpt.huggingface.remains import find_model_remains, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
@@ -140,7 +140,8 @@ def prune(
     if any("/" in blob.path[len(prefix) :] for blob in listed) and not any(blob.is_folder for blob in listed):
         store.has_directories = False  # they would be listed
     found = entries_of(location, listed)
-    if not found and not has_saved_files(listed):
+    empty = empty_save_folders(listed)
+    if not (found or empty or has_saved_files(listed)):
         return PruneReport([], [], [])
     now = store.now(prefix)
     rules = _Rules(keep_last, keep_every, None if older_than is None else now - older_than)
@@ -164,6 +165,9 @@ def prune(
         errors = remove_remains(store, remains)
         for one in remains:
             data += _undeleted(one.url, one.blobs, errors, sizes)
+        folders = {folder.path for folder in empty if folder.last_modified <= now - grace}
+        folders |= {folder.rpartition("/")[0] for folder in folders}  # of a checkpoint that there never was, perhaps
+        remove_empty_folders(store, store.location, folders, set())
     freed = sum(entry.size for entry, _ in found if entry.url in removed) + sum(one.size for one in remains)
     gone = {path for one in remains for path in one.blobs}
     return PruneReport(

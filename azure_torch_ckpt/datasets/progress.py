@@ -200,17 +200,15 @@ class Progress:
     def state_at(self, samples: int) -> dict[str, Any]:
         """What `state_dict` is when this rank has got `samples` samples since the epoch began or was resumed.
 
+        More than there are means all: with batches counted, the last one may be a short one.
+
         Raises:
-            ValueError: `samples` is negative, or more than this rank gets.
+            ValueError: `samples` is negative.
         """
+        if samples < 0:
+            raise ConfigurationError(f"samples must not be negative, not {samples}")
         start = self._known()
         base = 0 if int(self._shared[_LATER]) == start.version else start.base
-        most = len(self.plan.share(base))
-        if not 0 <= samples <= most:
-            raise ConfigurationError(
-                f"samples must be from 0 to {most}, the number that this rank gets in this pass, not {samples}. Count "
-                "the samples of this rank since the pass began"
-            )
         return self._state(self._new(start.epoch, base, 0, 1, Place(samples)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""Cuts a tensor into boxes of bounded size whose elements follow one another in row-major order."""
+"""Boxes (rectangular parts) of a tensor: cut from it in row-major order, compared, put together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Box", "boxes"]
+__all__ = ["Box", "are_apart", "boxes", "make_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,30 @@ def boxes(sizes: Sequence[int], limit: int) -> Iterator[Box]:
     """
     if math.prod(sizes) > 0:
         yield from _boxes((), tuple(sizes), max(limit, 1))
+
+
+def are_apart(parts: Sequence[Box]) -> bool:
+    """Whether no element lies in two of the boxes."""
+    if len(parts) < 2:
+        return True
+    dims = range(len(parts[0].sizes))
+    if not dims:
+        return False
+    # Most tensors are cut in one dimension: sorted by it, a box has few others to be compared with.
+    dim = max(dims, key=lambda dim: len({part.offsets[dim] for part in parts}))
+    near: list[Box] = []
+    for part in sorted(parts, key=lambda part: part.offsets[dim]):
+        near = [other for other in near if other.offsets[dim] + other.sizes[dim] > part.offsets[dim]]
+        if any(part.overlap(other.offsets, other.sizes) is not None for other in near):
+            return False
+        near.append(part)
+    return True
+
+
+def make_up(sizes: Sequence[int], parts: Iterable[Box]) -> bool:
+    """Whether the boxes, which lie inside a tensor of these sizes, hold each of its elements once."""
+    filled = [part for part in parts if math.prod(part.sizes)]
+    return sum(math.prod(part.sizes) for part in filled) == math.prod(sizes) and are_apart(filled)
 
 
 def _boxes(before: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[Box]:

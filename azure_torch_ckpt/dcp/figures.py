@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.events import TransferEvent, emit
 from azure_torch_ckpt.pressure import RequestCounts
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
@@ -29,21 +33,33 @@ _PAST = {"save": "saved", "load": "loaded"}
 _DIRECTION = {"save": "to", "load": "from"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    at: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc))
+    clock: float = field(default_factory=time.monotonic)
+
+
 @dataclass(slots=True)
 class _Running:
     url: str
     store: BlobStore
-    time: datetime.datetime
-    clock: float
+    begin: _Moment
+    sign: _Moment  # of life
     counts: RequestCounts
     leads: bool
+    is_certain: bool
+    error: BaseException | None = None
+    process: int = field(default_factory=os.getpid)
     items: int = 0
     bytes: int = 0
     meter: Meter | None = None
 
 
 class Figures:
-    """Of one writer or reader, which does one thing at a time. Pickles without what is running.
+    """Of one save or load. Pickles and copies are without what is running.
+
+    How it ends may remain unknown here: torch tells nobody of an error of the planner before there is a plan (a missing
+    key), nor of one of another rank. That is told once its thread begins something else, or the process ends.
 
     Args:
         operation: ``"save"`` or ``"load"``.
@@ -62,14 +78,32 @@ class Figures:
     def __reduce__(self) -> tuple[type[Figures], tuple[str, ProgressOption]]:
         return type(self), (self._operation, self._progress)
 
-    def begin(self, url: str, store: BlobStore, *, leads: bool = True) -> None:
-        """A save or a load of `url` begins here; `leads` as for `lead`."""
-        self._running = _Running(url, store, _now(), time.monotonic(), store.counts, leads)
+    def begin(self, url: str, store: BlobStore, *, leads: bool | None = None) -> None:
+        """A save or a load of `url` begins here; `leads` as for `lead`, if it is known already."""
+        thread = threading.current_thread()
+        _tell_broken_off(thread)
+        now = _Moment()
+        self._running = _Running(url, store, now, now, store.counts, leads is None or leads, leads is not None)
+        _begun[id(self)] = thread, self
 
     def lead(self, leads: bool) -> None:
-        """Say whether this rank is the one whose log line is at INFO; the others' are at DEBUG."""
+        """Say that this is a save or a load, and no mere look, and whether this rank is the one whose log line is at
+        INFO; the others' are at DEBUG.
+        """
         if self._running is not None:
-            self._running.leads = leads
+            self._running.leads, self._running.is_certain, self._running.sign = leads, True, _Moment()
+
+    def doubt(self, error: BaseException | None) -> None:
+        """With this error it has ended, unless something else follows."""
+        if self._running is not None:
+            self._running.error = error
+
+    def _break_off(self) -> None:
+        """It will not go on: say so, unless it was a mere look, or is the affair of another process."""
+        running = self._running
+        if running is not None and running.process == os.getpid() and (running.error is not None or running.is_certain):
+            self._tell(running.error or _unknown_end(self._operation, running.url), None, running.sign)
+        self._running = None
 
     def transfer(self, items: int, total: int | None) -> Meter:
         """The meter for this rank's share: `items`, of about `total` bytes, or of as many as `expecting` sees."""
@@ -77,7 +111,7 @@ class Figures:
         url = "" if running is None else running.url
         meter = Meter(self._progress, Progress(self._operation, url, job_rank(), 0, total, 0.0))
         if running is not None:
-            running.items, running.meter = items, meter
+            running.items, running.meter, running.sign = items, meter, _Moment()
         return meter
 
     def paused(self) -> AbstractContextManager[Meter | None]:
@@ -102,10 +136,13 @@ class Figures:
 
     def end(self, error: BaseException | None = None, checkpoint_bytes: int | None = None) -> None:
         """It has ended: write the log line, unless there was an error, which speaks for itself; tell the listeners."""
+        if self._running is not None:
+            self._tell(error, checkpoint_bytes, _Moment())
+
+    def _tell(self, error: BaseException | None, checkpoint_bytes: int | None, end: _Moment) -> None:
         running, self._running = self._running, None
-        if running is None:
-            return
-        seconds = time.monotonic() - running.clock
+        _begun.pop(id(self), None)
+        assert running is not None
         counts = running.store.counts
         event = TransferEvent(
             operation=self._operation,
@@ -113,17 +150,42 @@ class Figures:
             rank=job_rank(),
             items=running.items,
             bytes=0 if running.meter is None else running.meter.done,
-            seconds=seconds,
+            seconds=end.clock - running.begin.clock,
             requests=counts.requests - running.counts.requests,
             retries=counts.retries - running.counts.retries,
             checkpoint_bytes=checkpoint_bytes,
             error=error,
-            started=running.time,
-            finished=_now(),
+            started=running.begin.at,
+            finished=end.at,
         )
         if error is None:
             figures_log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
         emit(event)
+
+
+# What was begun and has not ended, by id, with its thread. torch takes all steps of one save or load in one thread.
+_begun: dict[int, tuple[threading.Thread, Figures]] = {}
+
+
+def _tell_broken_off(thread: threading.Thread | None = None) -> None:
+    """`thread` turns to something else, or (None) the process ends: what it has begun will not go on.
+
+    What a thread has begun that is no more will not, either.
+    """
+    for key, (its_thread, figures) in list(_begun.items()):
+        if thread is None or its_thread is thread or not its_thread.is_alive():
+            _begun.pop(key, None)
+            figures._break_off()
+
+
+atexit.register(_tell_broken_off)
+
+
+def _unknown_end(operation: str, url: str) -> CheckpointError:
+    return CheckpointError(
+        f"The {operation} {_DIRECTION[operation]} {url} was broken off, by an error of its planner or of another rank. "
+        "What torch raised there has the reason"
+    )
 
 
 class _HasFigures(Protocol):
@@ -167,10 +229,6 @@ def rate_and_requests(event: TransferEvent) -> str:
 
 def _requests(event: TransferEvent) -> str:
     return f"{event.requests} requests, {event.retries} {'retry' if event.retries == 1 else 'retries'}"
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc)
 
 
 def job_rank() -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from azure_torch_ckpt import outcome
 from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.checksums import md5
+from azure_torch_ckpt.dcp.metadata import data_paths, load_metadata
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobChangedError,
@@ -25,9 +26,10 @@ from azure_torch_ckpt.errors import (
     CommitConflictError,
     CorruptCheckpointError,
     ServiceUnavailableError,
+    StoreError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.outcome import Outcome
+from azure_torch_ckpt.outcome import Outcome, Result
 from azure_torch_ckpt.store import BlobStore
 from azure_torch_ckpt.workers import Workers
 
@@ -108,6 +110,11 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
     path = location.join(metadata_name(rank)).path
     etag = None if replaces is None else replaces.etag
     result = outcome.put(store, path, data, if_etag=etag, if_missing=replaces is None)
+    if result.again:
+        try:
+            result = _settled_again(store, location, data, rank, result)
+        except StoreError as error:
+            result = Result(Outcome.UNKNOWN, error=error)
     if result.outcome is Outcome.DONE:
         return result.etag
     if result.outcome is Outcome.LOST:
@@ -120,6 +127,23 @@ def commit(store: BlobStore, location: BlobLocation, data: bytes, replaces: Stor
         f"Whether this save was committed at {location} is unknown. Either its checkpoint is there, whole, or {before} "
         "as before; nothing was deleted. Load it or save again; prune removes what is left over"
     )
+
+
+def _settled_again(store: BlobStore, location: BlobLocation, data: bytes, rank: int | None, result: Result) -> Result:
+    """What a commit came to that was carried out perhaps twice: somebody may have removed the checkpoint in between.
+
+    Then its data is gone, and the metadata that was written again must not stand without.
+
+    Raises:
+        StoreError: the service could not be asked.
+    """
+    try:
+        for name in sorted(data_paths(load_metadata(data, f"{location}/{metadata_name(rank)}"))):
+            store.stat(location.join(name).path)
+    except BlobNotFoundError:
+        delete_metadata(store, location, rank, result.etag)
+        return Result(Outcome.LOST, removed=True)
+    return result
 
 
 def delete_metadata(

@@ -12,15 +12,21 @@ from azure_torch_ckpt.dcp.payload import readable
 __all__ = ["pieces"]
 
 
-def pieces(tensor: torch.Tensor, limit: int) -> Iterator[memoryview]:
+def pieces(tensor: torch.Tensor, limit: int, *, copies: bool = False) -> Iterator[memoryview]:
     """Yield the row-major bytes of `tensor` (see `is_plain`) as one-dimensional views.
 
     A contiguous CPU tensor is one view of its own memory. Of any other, contiguous copies in CPU memory of at most
     `limit` bytes each (or one element) are made when they are asked for, so their number is up to the caller.
+
+    Args:
+        copies: whether the tensor's own memory must not be among them: it will change.
     """
     if tensor.device.type != "cpu":
         for host in to_host(_parts(tensor, limit)):
             yield readable(host)
+    elif copies:
+        for part in _parts(tensor, limit):
+            yield readable(part.clone(memory_format=torch.contiguous_format))
     elif tensor.is_contiguous():
         yield readable(tensor)
     else:

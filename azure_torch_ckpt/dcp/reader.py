@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,13 +17,16 @@ from torch.futures import Future
 
 from azure_torch_ckpt.collector import CollectorPause, without_collector
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.coverage import find_uncovered
 from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
+from azure_torch_ckpt.dcp.overlaps import find_overlaps, repeats_an_element, repeats_elements
 from azure_torch_ckpt.dcp.payload import own_bytes
 from azure_torch_ckpt.dcp.place import CheckpointPlace, step
+from azure_torch_ckpt.dcp.planners import takes_any_order
 from azure_torch_ckpt.dcp.standing import nothing_at
-from azure_torch_ckpt.dcp.tensors import region_reads
+from azure_torch_ckpt.dcp.tensors import copy_region, region_reads
 from azure_torch_ckpt.dcp.whole import load_tensor, open_item
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
@@ -33,6 +37,7 @@ from azure_torch_ckpt.errors import (
     CheckpointReplacedError,
     CorruptCheckpointError,
     RequestRefusedError,
+    UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -59,7 +64,14 @@ class _Wanted:
 
     request: ReadItem
     item: StoredItem
-    target: torch.Tensor | None = None  # where it goes; None for an object
+    target: torch.Tensor | None = None  # where it goes; None for an object, and until the planner has been asked
+    staged: torch.Tensor | None = None  # its elements, on the way there
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it is a tensor whose raw bytes have a known place."""
+        item = self.item
+        return self.request.type == LoadItemType.TENSOR and item.payload_offset is not None and not item.transforms
 
 
 class AzureBlobReader(CheckpointPlace, StorageReader):
@@ -68,6 +80,11 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     Reads what `AzureBlobWriter`, torch's ``FileSystemWriter`` and ``FsspecWriter`` write. Only the bytes that the
     state dict asks for are fetched, straight into its tensors where those are contiguous CPU memory of the saved dtype.
     After an error the state dict's tensors hold old and new values in no particular order.
+
+    Of tensors in the state dict that share memory, the last one in the plan stays: the last key, as ``dcp.load`` sorts
+    them. A planner that overrides a method by which torch's gives or commits tensors gets its items in the order of the
+    plan: each is resolved, filled and committed before the next. A tensor of which the checkpoint holds a part only is
+    an error, with ``allow_partial_load`` as well, which is for missing keys.
 
     Args:
         url: the checkpoint's place, as for `AzureBlobWriter`.
@@ -117,14 +134,20 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             load._figures.begin(load.checkpoint_id, load._store)
             try:
                 return load._read_metadata(rank)
-            except AzureCheckpointError as error:
-                load._why_no_metadata = error if rank is None else None
+            except BaseException as error:
+                if rank is None and isinstance(error, AzureCheckpointError):
+                    load._why_no_metadata = error
+                if rank is None and isinstance(error, CheckpointNotFoundError):
+                    load._figures.doubt(error)  # the rank may have metadata of its own
+                else:
+                    load._figures.end(error)
                 raise
         # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
         # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
         first, load._why_no_metadata = load._why_no_metadata, None
         if not isinstance(first, CheckpointNotFoundError):
             return load._unreadable(first)
+        load._figures.doubt(None)
         try:
             return load._read_metadata(rank)
         except CheckpointNotFoundError:
@@ -169,27 +192,24 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         """Fetch what the plan names into the planner's tensors, and hand it the pickled objects.
 
         Raises:
-            CorruptCheckpointError: a blob is missing or too short, or a checksum does not match.
+            CorruptCheckpointError: a blob is missing or too short, a checksum does not match, or the checkpoint has not
+                all of a tensor that is wanted.
+            UnsupportedCheckpointError: it was saved with ``use_collectives=False``, and what this rank saved is not all
+                that it wants.
             CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
             StoreError: the service could not be asked.
         """
-        in_place: list[_Wanted] = []
-        whole: list[_Wanted] = []
-        for request in without_collector(plan.items):
-            wanted = self._look_up(request)
-            if request.type == LoadItemType.TENSOR:
-                wanted.target = self._target(wanted, planner)
-            if wanted.target is None or wanted.item.payload_offset is None or wanted.item.transforms:
-                whole.append(wanted)
-            else:
-                in_place.append(wanted)
+        self._check_covered(plan, planner)
+        all_wanted = [self._look_up(request) for request in without_collector(plan.items)]
+        at_once: list[_Wanted] = []
+        in_turn = all_wanted
+        if takes_any_order(planner):
+            at_once, in_turn = self._sort_out(all_wanted, planner)
         with self._figures.transfer(len(plan.items), None):
-            self._fetch_regions(in_place)
-            for wanted in in_place:
-                assert wanted.target is not None
-                planner.commit_tensor(wanted.request, wanted.target)
-            for batch in self._batches(whole):
-                self._load_whole(batch, planner)
+            if at_once:
+                self._fetch_regions(at_once)
+            for batch in self._batches(in_turn):
+                self._load_in_turn(batch, planner)
         self._figures.end()
         future: Future[None] = Future()
         future.set_result(None)
@@ -216,7 +236,41 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 f"The planner gave a tensor of shape {tuple(target.shape)} for {self._name(wanted.request)}, where the "
                 f"plan reads {tuple(wanted.request.lengths)}"
             )
+        if target.layout is torch.strided and not target.is_contiguous() and repeats_an_element(target):
+            raise CheckpointError(
+                f"The tensor to load {self._name(wanted.request)} into is expanded: many of its elements are one in "
+                "memory. Give the state dict a tensor with memory for all of them (clone() makes one)"
+            )
         return target
+
+    def _sort_out(self, all_wanted: list[_Wanted], planner: LoadPlanner) -> tuple[list[_Wanted], list[_Wanted]]:
+        """What is fetched at once, straight into its targets, and what follows in the order of the plan."""
+        for wanted in without_collector(all_wanted):
+            if wanted.request.type == LoadItemType.TENSOR:
+                wanted.target = self._target(wanted, planner)
+        overlaps = find_overlaps([wanted.target for wanted in all_wanted])
+        at_once: list[_Wanted] = []
+        in_turn: list[_Wanted] = []
+        for number, wanted in enumerate(all_wanted):
+            if number in overlaps.hidden:
+                continue
+            (at_once if wanted.is_raw and number not in overlaps.shared else in_turn).append(wanted)
+        return at_once, in_turn
+
+    def _check_covered(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        missing = find_uncovered(plan, planner, self._metadata)
+        if missing is None:
+            return
+        if self._seen is not None and self._seen.name != metadata_name():
+            raise UnsupportedCheckpointError(
+                f"{self.checkpoint_id} was saved with use_collectives=False, each rank for itself, and "
+                f"{self._seen.name} has not all of {missing!r} that this rank wants. Load it on as many ranks as saved "
+                "it, sharded in the same way; to load it in another way, save it from there with collectives"
+            )
+        raise CorruptCheckpointError(
+            f"{self.checkpoint_id} has not all elements of {missing!r}, or some of them twice: the chunks that its "
+            "metadata names do not make up the tensor. Use another checkpoint"
+        )
 
     def _stored_as(self, request: ReadItem) -> tuple[torch.dtype, torch.Size]:
         """The dtype and the sizes of the stored chunk that a request reads from."""
@@ -236,11 +290,11 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         total = sum(wanted.target.nbytes for wanted in all_wanted if wanted.target is not None)
         download = Download(self._store, total, moved=self._figures.moved)
         with CollectorPause():
-            reads = [read for wanted in all_wanted for read in self._reads(wanted, download.part_size)]
+            reads = [read for wanted in all_wanted for read in self._reads(wanted, wanted.target, download.part_size)]
         self._run(download, reads)
 
-    def _reads(self, wanted: _Wanted, limit: int) -> Iterator[Read]:
-        request, item, target = wanted.request, wanted.item, wanted.target
+    def _reads(self, wanted: _Wanted, target: torch.Tensor | None, limit: int) -> Iterator[Read]:
+        request, item = wanted.request, wanted.item
         assert target is not None and item.payload_offset is not None
         dtype, chunk = self._stored_as(request)
         path = self._path(item)
@@ -264,54 +318,80 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                     yield Read(path, start, end - start, None, None, check)
         yield from region_reads(path, payload, dtype, chunk, request.storage_offsets, target, limit=limit, check=check)
 
-    # Items that are read whole
+    # Items that are brought where they belong one after the other
 
     def _batches(self, all_wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
         """As many items at a time as the memory budget holds, but at least one."""
         batch: list[_Wanted] = []
         room = self._store.options.memory_budget
         for wanted in all_wanted:
-            if batch and wanted.item.length > room:
+            size = self._staged_size(wanted)
+            if batch and size > room:
                 yield batch
                 batch, room = [], self._store.options.memory_budget
             batch.append(wanted)
-            room -= wanted.item.length
+            room -= size
         if batch:
             yield batch
 
-    def _load_whole(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
+    def _staged_size(self, wanted: _Wanted) -> int:
+        if not wanted.is_raw:
+            return wanted.item.length
+        return math.prod(wanted.request.lengths) * self._stored_as(wanted.request)[0].itemsize
+
+    def _load_in_turn(self, batch: list[_Wanted], planner: LoadPlanner) -> None:
         # Several requests may read from one item (a chunk that spans several of this rank's shards): fetch it once.
         buffers: dict[tuple[str, int], bytearray] = {}
+        total = sum(self._staged_size(wanted) for wanted in batch)
+        download = Download(self._store, total, moved=self._figures.moved)
 
         def reads() -> Iterator[Read]:
             for wanted in batch:
                 item = wanted.item
-                if (item.relative_path, item.offset) not in buffers:
+                if wanted.is_raw:
+                    yield from self._reads(wanted, self._stage(wanted, planner), download.part_size)
+                elif (item.relative_path, item.offset) not in buffers:
                     self._see_that_it_exists(item, item.length)
                     buffers[item.relative_path, item.offset] = buffer = bytearray(item.length)
                     yield Read(
                         self._path(item), item.offset, item.length, memoryview(buffer), None, self._check(wanted)
                     )
 
-        total = sum(wanted.item.length for wanted in batch)
-        self._run(Download(self._store, total, moved=self._figures.moved), reads())
+        self._run(download, reads())
         for wanted in batch:
-            item, request = wanted.item, wanted.request
-            stream = open_item(buffers[item.relative_path, item.offset], item.transforms, self._name(request))
-            if wanted.target is None:
+            request, item = wanted.request, wanted.item
+            if request.type != LoadItemType.TENSOR:
+                stream = open_item(buffers[item.relative_path, item.offset], item.transforms, self._name(request))
                 planner.load_bytes(request, stream)
                 continue
-            tensor = load_tensor(stream, self._name(request))
-            region = tensor
-            for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-                region = region.narrow(dim, start, size)
-            if region.is_quantized and not _same_quantizer(region, wanted.target):
-                raise CheckpointError(
-                    f"{self._name(request)} was saved with another scale or zero point than the tensor to load into "
-                    "has, and only the integers can be copied. Make that tensor with the saved quantizer"
-                )
-            wanted.target.copy_(region)
-            planner.commit_tensor(request, wanted.target)
+            region = wanted.staged
+            if not wanted.is_raw:
+                region = self._open_region(wanted, buffers[item.relative_path, item.offset])
+            target = self._target(wanted, planner) if wanted.target is None else wanted.target
+            if region is not None:
+                copy_region(region, target, self._name(request))
+            planner.commit_tensor(request, target)
+            wanted.target = wanted.staged = None
+
+    def _stage(self, wanted: _Wanted, planner: LoadPlanner) -> torch.Tensor:
+        """Where to receive an item whose raw bytes have a known place: beside its target, which is not due yet."""
+        size = self._staged_size(wanted)
+        if size > self._store.options.memory_budget:  # so it is alone in its batch, and due
+            wanted.target = self._target(wanted, planner) if wanted.target is None else wanted.target
+            if not repeats_elements(wanted.target):
+                return wanted.target
+        self._see_that_it_exists(wanted.item, size)
+        dtype, _ = self._stored_as(wanted.request)
+        wanted.staged = torch.empty(wanted.request.lengths, dtype=dtype, device="cpu")
+        return wanted.staged
+
+    def _open_region(self, wanted: _Wanted, received: bytearray) -> torch.Tensor:
+        """The part that is asked for of an item that only torch can take apart."""
+        request = wanted.request
+        region = load_tensor(open_item(received, wanted.item.transforms, self._name(request)), self._name(request))
+        for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
+            region = region.narrow(dim, start, size)
+        return region
 
     # Fetching
 
@@ -402,20 +482,6 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         metadata.storage_meta = meta
         self._seen = _Seen(name, stored.etag)
         return metadata
-
-
-def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if not other.is_quantized:
-        return True  # copy_ dequantizes
-    if one.qscheme() != other.qscheme():
-        return False
-    if one.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return one.q_scale() == other.q_scale() and one.q_zero_point() == other.q_zero_point()
-    return (
-        one.q_per_channel_axis() == other.q_per_channel_axis()
-        and torch.equal(one.q_per_channel_scales(), other.q_per_channel_scales())
-        and torch.equal(one.q_per_channel_zero_points(), other.q_per_channel_zero_points())
-    )
 
 
 class _Unreadable(Metadata):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from azure_torch_ckpt.location import has_empty_segment
 from azure_torch_ckpt.store import BlobInfo
 
-__all__ = ["Place", "rank_of", "survey"]
+__all__ = ["Place", "empty_save_folders", "rank_of", "survey"]
 
 # layout.data_name: <save id>/__<rank>_<n>.distcp; torch's own FileSystemWriter has no save id.
 _DATA = re.compile(r"__(\d+)_\d+\.distcp")
@@ -83,6 +83,20 @@ def survey(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Place]:
         if owner is not None:
             owner.blobs.append(blob)
     return [places[path] for path in sorted(places)]
+
+
+def empty_save_folders(blobs: Iterable[BlobInfo]) -> list[BlobInfo]:
+    """The directories among `blobs` of saves that have stored nothing, or nothing that is left.
+
+    A save that was killed leaves one in an account with a hierarchical namespace.
+    """
+    every = list(blobs)
+    occupied = {blob.path.rpartition("/")[0] for blob in every}
+    return [
+        blob
+        for blob in every
+        if blob.is_folder and blob.path not in occupied and _SAVE_ID.fullmatch(blob.path.rpartition("/")[2])
+    ]
 
 
 def _without_folders(blobs: list[BlobInfo]) -> list[BlobInfo]:

@@ -1,4 +1,4 @@
-"""The reads that bring a region of a stored tensor into a tensor in memory."""
+"""How a region of a stored tensor comes into a tensor in memory: the reads, and the copy where one is needed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 
 from azure_torch_ckpt.dcp.payload import own_bytes, writable
 from azure_torch_ckpt.dcp.regions import Band, bands, row_major
+from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.transfer import GAP, Check, Read
 
-__all__ = ["region_reads"]
+__all__ = ["copy_region", "region_reads"]
 
 
 def region_reads(
@@ -47,10 +48,10 @@ def region_reads(
         if in_place and band.dense:
             yield Read(path, payload + band.offset, band.length, writable(part), None, check)
         else:
-            yield Read(path, payload + band.offset, band.length, None, _copy(part, dtype, chunk, band), check)
+            yield Read(path, payload + band.offset, band.length, None, _copying(part, dtype, chunk, band), check)
 
 
-def _copy(part: torch.Tensor, dtype: torch.dtype, chunk: Sequence[int], band: Band) -> Callable[[memoryview], None]:
+def _copying(part: torch.Tensor, dtype: torch.dtype, chunk: Sequence[int], band: Band) -> Callable[[memoryview], None]:
     strides = row_major(band.sizes if band.dense else chunk)
     return functools.partial(_copy_into, part, dtype, band.sizes, strides)
 
@@ -58,6 +59,38 @@ def _copy(part: torch.Tensor, dtype: torch.dtype, chunk: Sequence[int], band: Ba
 def _copy_into(
     part: torch.Tensor, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], received: memoryview
 ) -> None:
+    _copy(torch.frombuffer(received, dtype=dtype).as_strided(sizes, strides), part)
+
+
+def copy_region(region: torch.Tensor, target: torch.Tensor, what: str) -> None:
+    """``target.copy_(region)`` in any thread and mode.
+
+    Raises:
+        CheckpointError: both are quantized, and differently; `what` names the item.
+    """
+    if region.is_quantized and not _same_quantizer(region, target):
+        raise CheckpointError(
+            f"{what} was saved with another scale or zero point than the tensor to load into has, and only the "
+            "integers can be copied. Make that tensor with the saved quantizer"
+        )
+    _copy(region, target)
+
+
+def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not other.is_quantized:
+        return True  # copy_ dequantizes
+    if one.qscheme() != other.qscheme():
+        return False
+    if one.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return one.q_scale() == other.q_scale() and one.q_zero_point() == other.q_zero_point()
+    return (
+        one.q_per_channel_axis() == other.q_per_channel_axis()
+        and torch.equal(one.q_per_channel_scales(), other.q_per_channel_scales())
+        and torch.equal(one.q_per_channel_zero_points(), other.q_per_channel_zero_points())
+    )
+
+
+def _copy(values: torch.Tensor, target: torch.Tensor) -> None:
     # A tensor that was made in inference mode may only be written to in that mode, which is a thread's own affair.
-    with torch.inference_mode(part.is_inference()), torch.no_grad():
-        part.copy_(torch.frombuffer(received, dtype=dtype).as_strided(sizes, strides))
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(values)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azure_torch_ckpt.dcp.boxes import Box, boxes
+from azure_torch_ckpt.dcp.coverage import is_whole
 from azure_torch_ckpt.dcp.metadata import StoredItem, stored_item
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.standing import StandingCheckpoint
@@ -53,7 +54,7 @@ def tensors_of(
     """The tensors of a checkpoint by their keys, those that `keys` accepts.
 
     Raises:
-        CorruptCheckpointError: the chunks of one do not cover it.
+        CorruptCheckpointError: the chunks of one do not make it up.
         UnsupportedCheckpointError: one is of a dtype that has no raw form (a quantized one, say).
     """
     found = {}
@@ -61,8 +62,8 @@ def tensors_of(
         if not isinstance(entry, TensorStorageMetadata) or (keys is not None and not keys(key)):
             continue
         what = f"{key!r} of {checkpoint.url}"
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) < math.prod(entry.size):
-            raise CorruptCheckpointError(f"The chunks of {what} do not cover it. Use another checkpoint")
+        if not is_whole(entry):
+            raise CorruptCheckpointError(f"The chunks of {what} do not make it up. Use another checkpoint")
         if not _has_raw_form(entry.properties.dtype):
             raise UnsupportedCheckpointError(
                 f"{what} is of {entry.properties.dtype}, which has no raw form. Load it with dcp.load"

@@ -43,6 +43,7 @@ from azure_torch_ckpt.dcp.names import with_plain_names
 from azure_torch_ckpt.dcp.payload import is_plain, own_bytes
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import SavingPlace, step
+from azure_torch_ckpt.dcp.planners import keeps_its_memory
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
@@ -202,6 +203,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         checksums = self._store.options.checksums
         written: list[tuple[WriteItem, Item, int | None]] = []
         path = self._location.join(name).path
+        lent = not keeps_its_memory(planner)
         with (
             self._figures.transfer(len(plan.items), total) as meter,
             Upload(self._store, path, total, moved=meter.moved) as upload,
@@ -209,7 +211,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             for write_item in without_collector(plan.items):
                 data = planner.resolve_data(write_item)
                 # Pieces of a quarter of a block, of which every block takes whole ones, leave little of it empty.
-                views, payload_offset, copies = _views(write_item, data, upload.block_size // 4)
+                views, payload_offset, copies = _views(write_item, data, upload.block_size // 4, lent)
                 written.append((write_item, upload.add(views, copies=copies), payload_offset))
             upload.finish()
         results = [
@@ -327,13 +329,17 @@ def _planned_size(item: WriteItem) -> int:
 
 
 def _views(
-    item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int
+    item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: bool
 ) -> tuple[Iterable[memoryview], int | None, bool]:
-    """An item's bytes as torch.save writes them, where in them the raw bytes start, and whether they are copies."""
+    """An item's bytes as torch.save writes them, where in them the raw bytes start, and whether they are copies.
+
+    Args:
+        lent: whether the planner may use the memory of `data` for the next item, so that they must be copies.
+    """
     if item.type == WriteItemType.BYTE_IO:
         if not isinstance(data, io.BytesIO):
             raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not io.BytesIO")
-        return [data.getbuffer().toreadonly()], None, True
+        return [memoryview(data.getvalue()) if lent else data.getbuffer().toreadonly()], None, True
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not a tensor")
     if data.layout is not torch.strided:
@@ -349,7 +355,8 @@ def _views(
         if not tensor.is_quantized:
             tensor = tensor.resolve_conj().resolve_neg()
         if not is_plain(tensor):
-            return serialize(_alone(tensor)), None, True
+            views = serialize(_alone(tensor))
+            return [memoryview(bytes(view)) for view in views] if lent else views, None, True
         own = own_bytes(tensor)
     around = envelope(tensor.dtype, tensor.shape)
     planned = item.tensor_data
@@ -359,9 +366,9 @@ def _views(
     )
     payload_offset = len(around.head) if as_planned else None
     head, trailer = memoryview(around.head), memoryview(around.trailer)
-    if own is not None:
+    if own is not None and not lent:
         return (head, own, trailer), payload_offset, False
-    return itertools.chain((head,), pieces(tensor.detach(), limit), (trailer,)), payload_offset, True
+    return itertools.chain((head,), pieces(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

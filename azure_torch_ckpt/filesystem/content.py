@@ -117,7 +117,8 @@ def save_to_disk(
             progress(number, 0, 0)
             return
         folder, base = os.path.split(os.path.abspath(path))
-        temporary = os.path.join(folder, f".{base[:100]}.{uuid.uuid4().hex}")
+        # Not a `NewFile`, which stays open until it is complete: there may be thousands of large ones.
+        temporary = os.path.join(folder, f".{base[:40]}.{uuid.uuid4().hex}")  # of at most 255 bytes, in UTF-8
         with _removed_on_error(temporary):
             with open(temporary, "xb") as file:
                 file.write(begun.data)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.errors import BlobNotFoundError
+from azure_torch_ckpt.filesystem.appending import AppendWriter
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.settings import CopiedSettings
 
 __all__ = ["BlobFile", "BlobText"]
 
@@ -45,9 +50,25 @@ class BlobFile(BlobIO):
         self._autocommit = autocommit
         self._pending = False
         super().__init__(location, mode, credential=credential, options=options, ca_file=ca_file, **settings)
-        if mode == "rb":
-            # One request more than BlobIO, for those who look for the error, or the size, right after opening.
-            self._for_reading("open").info()
+        # One request more than BlobIO, for those who look for the error, or the size, right after opening.
+        if mode == "rb" and self._for_reading("open").info().is_folder:
+            raise BlobNotFoundError(f"{location} is a folder, not a blob")
+
+    def append_to(self, writer: AppendWriter) -> None:
+        """Append what is written, instead of writing a blob anew."""
+        self._writer = writer  # type: ignore[assignment]  # it does what BlobIO asks of a BlockWriter
+
+    def carry(self, old: CopiedSettings, given: Mapping[str, Any]) -> None:
+        """The blob keeps what it carried before, except for the settings that are given."""
+        assert self._writer is not None
+        content = copy.copy(old.content)
+        if content is not None:
+            content.content_md5 = None
+            content.content_type = given.get("content_type") or content.content_type
+        metadata, tags = given.get("metadata"), given.get("tags")
+        self._writer.settings = CopiedSettings(
+            content, old.metadata if metadata is None else metadata, old.tags if tags is None else tags
+        )
 
     @property
     def size(self) -> int:

@@ -47,6 +47,17 @@ def file_entry(parts: PathParts, info: BlobInfo) -> Entry:
     }
 
 
+def full_entry(parts: PathParts, info: BlobInfo) -> Entry:
+    """`file_entry`, with all that the service tells of a single blob."""
+    return {
+        **file_entry(parts, info),
+        "metadata": dict(info.metadata or {}),
+        "content_settings": info.content,
+        "tag_count": info.tag_count,
+        "blob_type": info.kind,
+    }
+
+
 def folder_entry(parts: PathParts, name: str) -> Entry:
     return {"name": parts.child(name).rstrip("/"), "size": 0, "type": "directory"}
 
@@ -63,14 +74,11 @@ def look_up(store: BlobStore, parts: PathParts) -> Entry:
     if not parts.name:
         next(store.list("", limit=1), None)  # fails if there is no container
         return folder_entry(parts, "")
-    try:
-        blob = store.stat(parts.name)
-    except BlobNotFoundError:
-        blob = None
+    blob = _blob(store, parts.name)
     if blob is not None and blob.is_folder:
         return folder_entry(parts, parts.name)
     if blob is not None and (blob.size or blob.resource_type is not None):
-        return file_entry(parts, blob)
+        return full_entry(parts, blob)
     try:
         if next(store.list(parts.folder, limit=1), None) is not None:
             return folder_entry(parts, parts.name)
@@ -81,7 +89,7 @@ def look_up(store: BlobStore, parts: PathParts) -> Entry:
         pass
     if blob is None:
         raise BlobNotFoundError(f"there is no blob and no folder {store.location}/{parts.name}")
-    return file_entry(parts, blob)
+    return full_entry(parts, blob)
 
 
 def own_blob(store: BlobStore, parts: PathParts, *, only_folder: bool) -> list[BlobInfo]:
@@ -90,11 +98,8 @@ def own_blob(store: BlobStore, parts: PathParts, *, only_folder: bool) -> list[B
     Args:
         only_folder: and if it stands for a folder.
     """
-    try:
-        blob = store.stat(parts.name)
-    except BlobNotFoundError:
-        return []
-    return [] if only_folder and not blob.is_folder else [blob]
+    blob = _blob(store, parts.name)
+    return [] if blob is None or (only_folder and not blob.is_folder) else [blob]
 
 
 def folder_entries(store: BlobStore, parts: PathParts) -> list[Entry]:
@@ -115,11 +120,15 @@ def folder_entries(store: BlobStore, parts: PathParts) -> list[Entry]:
     return sorted([*files, *folders.values()], key=lambda entry: str(entry["name"]))
 
 
-def tree_entries(store: BlobStore, parts: PathParts) -> tuple[list[Entry], list[Entry]]:
-    """All blobs below a folder, at any depth, and all folders on the way."""
+def tree_entries(store: BlobStore, parts: PathParts, begins: str = "") -> tuple[list[Entry], list[Entry]]:
+    """All blobs below a folder, at any depth, and all folders on the way.
+
+    Args:
+        begins: only what begins so, after the folder.
+    """
     blobs: list[BlobInfo] = []
     folders: dict[str, Entry] = {}
-    for blob in store.list(parts.folder):
+    for blob in store.list(parts.folder + begins):
         if not blob.is_folder:
             blobs.append(blob)
         name = blob.path if blob.is_folder else blob.path.rpartition("/")[0]
@@ -131,6 +140,20 @@ def tree_entries(store: BlobStore, parts: PathParts) -> tuple[list[Entry], list[
         file_entry(parts, blob) for blob in blobs if (blob.size or blob.path not in folders) and _has_path(store, blob)
     ]
     return files, list(folders.values())
+
+
+def _blob(store: BlobStore, name: str) -> BlobInfo | None:
+    """The blob of a name, for whoever may read it or list it."""
+    try:
+        return store.stat(name)
+    except BlobNotFoundError:
+        return None
+    except AccessDeniedError as error:
+        try:
+            first = next(store.list(name, limit=1), None)
+        except AccessDeniedError:
+            raise error from None
+        return first if first is not None and first.path == name else None
 
 
 def _children(store: BlobStore, prefix: str) -> Iterator[BlobInfo | str]:

@@ -17,6 +17,7 @@ from azure_torch_ckpt.errors import (
     RequestRefusedError,
 )
 from azure_torch_ckpt.filesystem.access import Access, one_credential
+from azure_torch_ckpt.filesystem.hints import refuse_unknown
 from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, tree_entries
 from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
 from azure_torch_ckpt.location import BlobLocation
@@ -44,7 +45,9 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         anon: bool | None = None,
         options: TransferOptions | None = None,
         ca_file: str | None = None,
+        **hints: Any,
     ) -> None:
+        refuse_unknown(type(self).__name__, hints)
         super().__init__(use_listings_cache=False)
         given = one_credential(credential, account_key, sas_token, connection_string, anon)
         self._access = Access(endpoint, given, options, ca_file)
@@ -59,7 +62,7 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
 
     def _public_options(self) -> dict[str, Any]:
         options: dict[str, Any] = self.storage_options
-        return {name: value for name, value in options.items() if name not in _SECRET}
+        return {name: value for name, value in options.items() if name not in _SECRET and name != "loop"}
 
     def to_dict(self, *, include_password: bool = True) -> dict[str, Any]:
         """fsspec's form, without the credential (whoever restores the filesystem has one of its own) and `options`."""
@@ -79,24 +82,28 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return [strip(one) for one in path] if isinstance(path, list) else strip(path)
 
     def unstrip_protocol(self, name: str) -> str:
-        """The URL of a path, percent-encoded."""
+        """The path with its protocol. Nothing is encoded, as `open` and the other methods decode nothing."""
         return unstrip(name)
 
-    def info(self, path: str, **_: Any) -> Entry:
-        """What is there: ``name``, ``size``, ``type`` and, of a blob, ``etag``, ``last_modified`` and ``created``.
+    def info(self, path: str, **hints: Any) -> Entry:
+        """What is there: ``name``, ``size``, ``type`` and, of a blob, what `ls` tells and ``metadata`` (a dict),
+        ``content_settings`` (Content-Type and the like, under azure-storage-blob's names), ``tag_count`` and
+        ``blob_type``.
 
         Raises:
             BlobNotFoundError: nothing is there.
         """
+        refuse_unknown("info", hints)
         store, parts = self._at(path)[1:]
         return look_up(store, parts)
 
-    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+    def ls(self, path: str, detail: bool = True, **hints: Any) -> list[Any]:
         """What lies right in a folder, or the blob itself: infos, or only their names.
 
         Raises:
             BlobNotFoundError: nothing is there.
         """
+        refuse_unknown("ls", hints)
         store, parts = self._at(path)[1:]
         try:
             entries = folder_entries(store, parts)
@@ -112,9 +119,22 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return entries if detail else [entry["name"] for entry in entries]
 
     def find(
-        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **_: Any
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        prefix: str = "",
+        **hints: Any,
     ) -> Any:
-        """All blobs below a folder, with one request for 5,000 of them; the blob itself if it is one."""
+        """All blobs below a folder, with one request for 5,000 of them; the blob itself if it is one.
+
+        Args:
+            prefix: only what has a path that starts with the folder's, a slash, and this.
+        """
+        refuse_unknown("find", hints)
+        if prefix:
+            return self._find_with(prefix, path, maxdepth, withdirs, detail)
         if maxdepth is not None:
             return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
         store, parts = self._at(path)[1:]
@@ -138,14 +158,32 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         names = sorted(found)
         return {name: found[name] for name in names} if detail else names
 
-    def du(self, path: str, total: bool = True, maxdepth: int | None = None, withdirs: bool = False, **_: Any) -> Any:
-        """Bytes of all blobs below a folder, or of each of them."""
-        found = self.find(path, maxdepth=maxdepth, withdirs=withdirs, detail=True)
+    def _find_with(self, prefix: str, path: str, maxdepth: int | None, withdirs: bool, detail: bool) -> Any:
+        """`find`, of what begins with a prefix, and no more of the container is listed."""
+        root = self._strip_protocol(path)
+        above, _, begins = f"{root}/{prefix}".rpartition("/")
+        found: dict[str, Entry] = {}
+        depth = None if maxdepth is None else maxdepth - (above.count("/") - root.count("/"))
+        store, parts = self._at(above)[1:]
+        if depth is None:
+            files, folders = tree_entries(store, parts, begins)
+            found = {entry["name"]: entry for entry in (*files, *(folders if withdirs else ()))}
+        elif depth >= 1:
+            found = super().find(above, maxdepth=depth, withdirs=withdirs, detail=True)
+        names = sorted(name for name in found if name.startswith(f"{root}/{prefix}"))
+        return {name: found[name] for name in names} if detail else names
+
+    def du(
+        self, path: str, total: bool = True, maxdepth: int | None = None, withdirs: bool = False, **more: Any
+    ) -> Any:
+        """Bytes of all blobs below a folder, or of each of them. `more` is for `find`."""
+        found = self.find(path, maxdepth=maxdepth, withdirs=withdirs, detail=True, **more)
         sizes = {name: entry["size"] for name, entry in found.items()}
         return sum(sizes.values()) if total else sizes
 
-    def exists(self, path: str, **_: Any) -> bool:
+    def exists(self, path: str, **hints: Any) -> bool:
         """Whether a blob or a folder is there. Raises if the service cannot be asked or does not tell."""
+        refuse_unknown("exists", hints)
         return self._info_or_none(path) is not None
 
     def isfile(self, path: str) -> bool:

@@ -53,10 +53,11 @@ class PathParts:
 
 
 def strip(path: str | os.PathLike[str]) -> str:
-    """The path without its protocol: ``azblob://account/container/a%20b`` is ``account/container/a b``.
+    """The path without its protocol: ``azblob://account/container/name`` is ``account/container/name``.
 
-    A URL is percent-encoded and a path is not, so that what comes out can go in again. The host of an account in the
-    public cloud becomes the account. A ``?`` is a character of the name, or of a pattern for ``glob``.
+    Nothing is decoded, for libraries join ``azblob://`` and a path: ``%20`` may well be a part of a blob's name. A URL
+    with ``https://`` is one, and its escapes are decoded. The host of an account in the public cloud becomes the
+    account. A ``?`` is a character of the name, or of a pattern for ``glob``.
 
     Raises:
         LocationError: a SAS in the URL, for no path below it could be made; or ``http://``.
@@ -79,7 +80,8 @@ def strip(path: str | os.PathLike[str]) -> str:
         )
     account = account.lower()
     public = _PUBLIC_CLOUD.fullmatch(account)
-    return ((public[1] if public else account) + slash + unquote(name)).rstrip("/")
+    name = unquote(name) if scheme == "https" else name
+    return ((public[1] if public else account) + slash + name).rstrip("/")
 
 
 def refuse_folder(*paths: Any) -> None:
@@ -97,8 +99,8 @@ def refuse_folder(*paths: Any) -> None:
 
 
 def unstrip(path: str) -> str:
-    """The URL of a path: the inverse of `strip`."""
-    return path if path.startswith(f"{PROTOCOL}://") else f"{PROTOCOL}://{quote(path, safe='/~=,@+:')}"
+    """The path with its protocol: the inverse of `strip`."""
+    return path if path.startswith(f"{PROTOCOL}://") else f"{PROTOCOL}://{path}"
 
 
 def locate(path: str, endpoint: str | None) -> BlobLocation:

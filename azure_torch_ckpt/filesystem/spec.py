@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 import threading
 from glob import has_magic
@@ -21,9 +20,8 @@ from azure_torch_ckpt.errors import (
     RequestRefusedError,
 )
 from azure_torch_ckpt.filesystem.content import Range, delete_all, each, read_blob, read_ranges, save_to_disk
-from azure_torch_ckpt.filesystem.files import BlobFile, BlobText
+from azure_torch_ckpt.filesystem.hints import refuse_unknown, without_hints
 from azure_torch_ckpt.filesystem.listing import own_blob
-from azure_torch_ckpt.filesystem.looking import LookingFileSystem
 from azure_torch_ckpt.filesystem.moving import (
     Progress,
     commit_last,
@@ -34,6 +32,7 @@ from azure_torch_ckpt.filesystem.moving import (
     removal_order,
     without_folders,
 )
+from azure_torch_ckpt.filesystem.opening import OpeningFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
 from azure_torch_ckpt.location import has_empty_segment
 from azure_torch_ckpt.options import TransferOptions
@@ -46,7 +45,7 @@ _PIECE = 32 * 1024 * 1024
 _ONE_REQUEST = 8 * 1024 * 1024
 
 
-class AzureBlobFileSystem(LookingFileSystem):
+class AzureBlobFileSystem(OpeningFileSystem):
     """Blob Storage for everything that takes an fsspec URL: ``azblob://ACCOUNT/CONTAINER/NAME``.
 
         fs = fsspec.filesystem("azblob", credential=DefaultAzureCredential())
@@ -83,82 +82,9 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     # Reading and writing
 
-    def open(
-        self,
-        path: str,
-        mode: str = "rb",
-        block_size: int | None = None,
-        cache_options: dict[str, Any] | None = None,
-        compression: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """A blob as a file: `BlobIO` for binary modes, a text file on one for others.
-
-        ``r``, ``w`` and ``x`` are those of Python. ``a`` reads what is there and writes all of it anew with what comes,
-        if nobody else has written meanwhile; it suits a small log. Other modes do not exist: a blob is written whole.
-
-        Args:
-            block_size, cache_options: ignored; see `TransferOptions`.
-            kwargs: for a text, ``encoding``, ``errors``, ``newline``; when writing, ``content_type``, ``metadata`` and
-                ``tags``; ``if_etag`` for either. All as for `BlobIO`.
-
-        Raises:
-            BlobNotFoundError: there is no such blob to read.
-            BlobExistsError: there is one, and `mode` is ``"x"``.
-            ValueError: another mode, or `compression` while writing, whose files would not commit.
-        """
-        refuse_folder(path)
-        if compression is not None and not mode.startswith("r"):
-            raise ValueError(
-                "compression= works for reading only. To write, use fsspec.open(url, 'wb', compression=...), or "
-                "gzip.open(file, 'wb') on a file of this filesystem"
-            )
-        if "b" in mode:
-            return super().open(path, mode, compression=compression, **kwargs)
-        text = {name: kwargs.pop(name) for name in ("encoding", "errors", "newline") if name in kwargs}
-        file = self.open(path, mode.replace("t", "") + "b", compression=compression, **kwargs)
-        if isinstance(file, BlobFile):
-            return BlobText(file, **text)
-        return io.TextIOWrapper(file, **text)
-
-    def _open(
-        self,
-        path: str,
-        mode: str = "rb",
-        block_size: int | None = None,
-        autocommit: bool = True,
-        cache_options: dict[str, Any] | None = None,
-        cache_type: str | None = None,
-        **settings: Any,
-    ) -> BlobFile:
-        location = self._access.locate(path)
-        opened = functools.partial(
-            BlobFile,
-            path,
-            location,
-            autocommit=autocommit,
-            credential=self._access.credential(),
-            options=self._access.options,
-            ca_file=self._access.ca_file,
-        )
-        if mode != "ab":
-            return opened(mode, **settings)  # type: ignore[arg-type]  # BlobIO refuses what is none of its modes
-        try:
-            old = opened("rb")
-        except BlobNotFoundError:
-            return opened("xb", **settings)
-        with old:
-            file = opened("wb", **{"if_etag": old.etag, **settings})
-            try:
-                while piece := old.read(_PIECE):
-                    file.write(piece)
-            except BaseException:
-                file.abort()
-                raise
-        return file
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **hints: Any) -> bytes:
         """A blob's bytes, or a slice of them; large ones in parallel."""
+        refuse_unknown("cat_file", hints)
         refuse_folder(path)
         store, parts = self._at(path)[1:]
         return read_blob(store, Range(parts.name, start, end))
@@ -170,14 +96,16 @@ class AzureBlobFileSystem(LookingFileSystem):
         ends: int | list[int] | None,
         max_gap: int | None = None,
         on_error: str = "return",
-        **_: Any,
+        **hints: Any,
     ) -> list[bytes | Exception]:
         """Slices of blobs, small ones side by side and large ones in parallel parts, each of one state of its blob.
 
         Args:
             max_gap: ignored.
-            on_error: ``"return"`` puts an error into the place of a slice; anything else raises it.
+            on_error: ``"return"`` puts an error into the place of a slice; ``"raise"`` raises it.
         """
+        refuse_unknown("cat_ranges", hints)
+        _check("on_error", on_error, "return", "raise")
         starts_ = starts if isinstance(starts, list) else [starts] * len(paths)
         ends_ = ends if isinstance(ends, list) else [ends] * len(paths)
         if len(starts_) != len(paths) or len(ends_) != len(paths):
@@ -194,8 +122,14 @@ class AzureBlobFileSystem(LookingFileSystem):
             raise errors[0]
         return result
 
-    def cat(self, path: Any, recursive: bool = False, on_error: str = "raise", **_: Any) -> Any:
-        """The bytes of one blob, or a dict with those of many, fetched in parallel."""
+    def cat(self, path: Any, recursive: bool = False, on_error: str = "raise", **hints: Any) -> Any:
+        """The bytes of one blob, or a dict with those of many, fetched in parallel.
+
+        Args:
+            on_error: ``"raise"``; ``"return"`` has the error in the place of the bytes, ``"omit"`` nothing.
+        """
+        refuse_unknown("cat", hints)
+        _check("on_error", on_error, "raise", "return", "omit")
         found = expand(self, path, recursive, None)
         paths = list(found)
         if len(paths) == 1 and not isinstance(path, list) and paths[0] == self._strip_protocol(path):
@@ -213,8 +147,11 @@ class AzureBlobFileSystem(LookingFileSystem):
         """Write a blob.
 
         Args:
-            mode: ``"create"`` raises `BlobExistsError` if there is one.
+            mode: ``"overwrite"``, or ``"create"``, which raises `BlobExistsError` if there is one.
+            settings: those of `open`.
         """
+        _check("mode", mode, "overwrite", "create")
+        settings = without_hints(settings)
         refuse_folder(path)
         _, store, parts = self._at(path)
         view = memoryview(value)
@@ -238,9 +175,10 @@ class AzureBlobFileSystem(LookingFileSystem):
     # Between a disk and blobs
 
     def get_file(
-        self, rpath: str, lpath: Any, callback: Callback = DEFAULT_CALLBACK, outfile: Any = None, **_: Any
+        self, rpath: str, lpath: Any, callback: Callback = DEFAULT_CALLBACK, outfile: Any = None, **hints: Any
     ) -> None:
         """Copy a blob to a local file, which appears when all of it is there. A folder becomes a local one."""
+        refuse_unknown("get_file", hints)
         if outfile is not None or hasattr(lpath, "write"):
             super().get_file(rpath, lpath, callback=callback, outfile=outfile)
             return
@@ -258,9 +196,10 @@ class AzureBlobFileSystem(LookingFileSystem):
         recursive: bool = False,
         callback: Callback = DEFAULT_CALLBACK,
         maxdepth: int | None = None,
-        **_: Any,
+        **hints: Any,
     ) -> None:
         """Copy blobs to a local disk, small ones several at a time."""
+        refuse_unknown("get", hints)
         if isinstance(rpath, list) and isinstance(lpath, list):
             pairs = list(zip(rpath, lpath, strict=True))
             blobs = {source for source, _ in pairs}
@@ -294,7 +233,11 @@ class AzureBlobFileSystem(LookingFileSystem):
     def put_file(
         self, lpath: str, rpath: str, callback: Callback = DEFAULT_CALLBACK, mode: str = "overwrite", **settings: Any
     ) -> None:
-        """Copy a local file to a blob, which appears when all of it is there. A folder is nothing to copy."""
+        """Copy a local file to a blob, which appears when all of it is there. A folder is nothing to copy.
+
+        `mode` and `settings` are those of `pipe_file`.
+        """
+        _check("mode", mode, "overwrite", "create")
         if os.path.isdir(lpath):
             return
         size = os.stat(lpath).st_size
@@ -340,8 +283,9 @@ class AzureBlobFileSystem(LookingFileSystem):
 
     # Between blobs
 
-    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+    def cp_file(self, path1: str, path2: str, **hints: Any) -> None:
         """Copy a blob, on the service's side within an account, through this machine to another one."""
+        refuse_unknown("cp_file", hints)
         refuse_folder(path1, path2)
         self._copy(path1, path2, strict=False)
 
@@ -352,7 +296,7 @@ class AzureBlobFileSystem(LookingFileSystem):
         recursive: bool = False,
         maxdepth: int | None = None,
         on_error: str | None = None,
-        **_: Any,
+        **hints: Any,
     ) -> None:
         """Copy blobs, several at a time; what makes a checkpoint complete comes last.
 
@@ -360,11 +304,13 @@ class AzureBlobFileSystem(LookingFileSystem):
             on_error: ``"ignore"`` leaves out what is not there any more, and is the default with `recursive`;
                 ``"raise"`` raises `BlobNotFoundError`.
         """
+        refuse_unknown("copy", hints)
+        _check("on_error", on_error, None, "ignore", "raise")
         ignore = recursive if on_error is None else on_error == "ignore"
         pairs = copy_pairs(self, path1, path2, recursive, expand(self, path1, recursive, maxdepth))
         self._copy_all(pairs, ignore_missing=ignore, strict=False)
 
-    def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
+    def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **hints: Any) -> None:
         """Copy blobs, wait for the copies, then remove the sources.
 
         A source that somebody wrote to meanwhile stays, and raises `BlobChangedError`. Whatever goes wrong, each blob
@@ -374,6 +320,7 @@ class AzureBlobFileSystem(LookingFileSystem):
             AccessDeniedError: a blob has index tags, and they may not be read or written. Nothing of it was moved.
             BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
         """
+        refuse_unknown("mv", hints)
         found = expand(self, path1, recursive, maxdepth)
         pairs = copy_pairs(self, path1, path2, recursive, found)
         if not pairs:
@@ -477,8 +424,9 @@ class AzureBlobFileSystem(LookingFileSystem):
         for group in removal_order(blobs):
             delete_all(store, group)
 
-    def mkdir(self, path: str, create_parents: bool = True, *, create_container: bool = False, **_: Any) -> None:
+    def mkdir(self, path: str, create_parents: bool = True, *, create_container: bool = False, **hints: Any) -> None:
         """Nothing, for folders come with the blobs in them; with `create_container`, make the container if need be."""
+        refuse_unknown("mkdir", hints)
         if create_container:
             self._at(path)[1].create_container()
 
@@ -494,3 +442,8 @@ class AzureBlobFileSystem(LookingFileSystem):
     @property
     def _threads(self) -> int:
         return (self._access.options or TransferOptions()).concurrency
+
+
+def _check(name: str, value: str | None, *allowed: str | None) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}= is one of {', '.join(map(repr, allowed))}, not {value!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -24,12 +24,13 @@ __all__ = [
     "SINGLE",
     "Index",
     "Stored",
-    "dtype_name",
     "dump_header",
     "dump_index",
     "header_length",
     "parse_header",
     "parse_index",
+    "why_no_text",
+    "why_not",
 ]
 
 INDEX: Final = "model.safetensors.index.json"
@@ -42,12 +43,14 @@ _MAX_HEADER: Final = 100_000_000
 # Of ours, in the index' metadata, of which transformers reads `total_size` only.
 _EXTRA: Final = "azure_torch_ckpt"
 
+# By the format's names, which count the bits of an element. As far as this torch has the dtype.
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     name: getattr(torch, attribute)
     for name, attribute in {
         "BOOL": "bool",
         "U8": "uint8",
         "I8": "int8",
+        "F4": "float4_e2m1fn_x2",
         "F8_E4M3": "float8_e4m3fn",
         "F8_E4M3FNUZ": "float8_e4m3fnuz",
         "F8_E5M2": "float8_e5m2",
@@ -68,6 +71,9 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     if hasattr(torch, attribute)
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+# Two numbers make one element of torch's dtype. The format counts the numbers, in the last dimension.
+_PACKED: Final = frozenset({"F4"})
+_METADATA: Final = "__metadata__"
 _FILE: Final = re.compile(r"[^/\\:\x00-\x1f\x7f]{1,255}\.safetensors")
 
 
@@ -76,12 +82,16 @@ class Stored:
     """A tensor, or a part of one, in a file.
 
     Attributes:
+        dtype: None if this torch cannot hold it.
+        dtype_name: the format's name of it.
+        shape: in elements of `dtype`.
         offset: of its first byte in the file.
         length: bytes.
         at: where it starts in the tensor; zeros, unless torch's HuggingFaceStorageWriter saved shards.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    dtype_name: str
     shape: tuple[int, ...]
     offset: int
     length: int
@@ -101,21 +111,63 @@ class Index:
     crc64: Mapping[str, int]
 
 
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """What safetensors calls a dtype; None if it has no name there."""
-    return _NAMES.get(dtype)
+def why_not(name: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """Why a tensor has no place in a safetensors file, for a message; None if it has one."""
+    if dtype not in _NAMES:
+        return f"{name!r} has the dtype {dtype}, which safetensors does not have"
+    if _NAMES[dtype] in _PACKED and not shape:
+        return f"{name!r} is a scalar of {dtype}, and safetensors has no shape for its two numbers"
+    if name == _METADATA:
+        return f"safetensors keeps the name {name!r} for something else than a tensor"
+    return why_no_text(name)
 
 
-def dump_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The beginning of a file whose tensors follow in this order. Its length is a multiple of eight."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def why_no_text(text: str) -> str | None:
+    """Why a text has no place in a safetensors file, for a message; None if it has one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # json would write the half as an escape, which safetensors refuses to read
+        return f"{text[:200]!r} has half a surrogate pair, which is no text"
+    return None
+
+
+def dump_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], texts: Mapping[str, str] | None = None
+) -> bytes:
+    """The beginning of a file whose tensors follow in this order. Its length is a multiple of eight.
+
+    It was parsed again, and says what it was made of.
+
+    Args:
+        tensors: those for which `why_not` knows no reason.
+        texts: for the file's ``__metadata__``; ``format`` is added, as other writers do it.
+
+    Raises:
+        UnsupportedCheckpointError: nobody could read it.
+    """
+    entries: dict[str, Any] = {_METADATA: {"format": "pt", **(texts or {})}}
     position = 0
     for name, (dtype, shape) in tensors.items():
         end = position + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        numbers = [*shape]
+        if _NAMES[dtype] in _PACKED:
+            numbers[-1] *= 2
+        entries[name] = {"dtype": _NAMES[dtype], "shape": numbers, "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER:
+        raise UnsupportedCheckpointError(
+            f"The header of a safetensors file with {len(tensors)} tensors takes {len(text)} bytes, and readers take "
+            f"{_MAX_HEADER}. Spread the tensors over more files"
+        )
+    try:
+        stored = parse_header(text, HEADER_LENGTH_BYTES + len(text) + position, "The header of the file to be written")
+    except CorruptCheckpointError as error:
+        raise UnsupportedCheckpointError(f"A safetensors file cannot hold this state dict: {error}") from error
+    for name, (dtype, shape) in tensors.items():
+        if name not in stored or (stored[name].dtype, stored[name].shape) != (dtype, shape):
+            raise UnsupportedCheckpointError(f"{name[:200]!r} has no place in a safetensors file. Rename it")
     return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
 
 
@@ -140,11 +192,10 @@ def parse_header(text: bytes, size: int, where: str) -> dict[str, Stored]:
 
     Raises:
         CorruptCheckpointError: it is no header, or does not fit the file.
-        UnsupportedCheckpointError: a dtype that this torch does not have.
     """
     entries = _object(text, where)
     start = HEADER_LENGTH_BYTES + len(text)
-    extra = entries.pop("__metadata__", None) or {}
+    extra = entries.pop(_METADATA, None) or {}
     sharding = _sharding(extra, where)
     tensors: dict[str, Stored] = {}
     for name, entry in entries.items():
@@ -155,26 +206,41 @@ def parse_header(text: bytes, size: int, where: str) -> dict[str, Stored]:
             _corrupt(where, f"{name[:200]!r} has no dtype, shape or data_offsets")
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             _corrupt(where, f"the shape or data_offsets of {name[:200]!r} are no numbers")
-        if type(dtype) is not str or dtype not in _DTYPES:
-            raise UnsupportedCheckpointError(
-                f"{where}: {name[:200]!r} has the dtype {str(dtype)[:50]!r}, which torch {torch.__version__} does not "
-                "have. Use a newer torch"
-            )
-        length = math.prod(shape) * _DTYPES[dtype].itemsize
-        if end - begin != length or start + end > size:
+        if type(dtype) is not str:
+            _corrupt(where, f"the dtype of {name[:200]!r} is no string")
+        held = _DTYPES.get(dtype)
+        if dtype in _PACKED and held is not None:
+            if shape and shape[-1] % 2 == 0:
+                shape = (*shape[:-1], shape[-1] // 2)
+            else:
+                held = None  # two numbers of different rows would share an element
+        length = end - begin if held is None else math.prod(shape) * held.itemsize
+        if end - begin != length or length < 0 or start + end > size:
             _corrupt(where, f"{name[:200]!r} needs {length} bytes, from {begin} to {end} of {size - start}")
         at = sharding.get(name, (0,) * len(shape))
         if len(at) != len(shape):
             _corrupt(where, f"the saved offsets of {name[:200]!r} do not fit its shape")
-        tensors[name] = Stored(_DTYPES[dtype], shape, start + begin, length, at)
+        tensors[name] = Stored(held, dtype, shape, start + begin, length, at)
     return tensors
 
 
 def dump_index(files: Mapping[str, str], total_size: int, save_id: str, crc64: Mapping[str, int]) -> bytes:
-    """The index, with a save's id and the checksums beside what HuggingFace defines."""
+    """The index, with a save's id and the checksums beside what HuggingFace defines.
+
+    It was parsed again, and says what it was made of.
+
+    Raises:
+        UnsupportedCheckpointError: nobody could read it.
+    """
     ours = {"save_id": save_id, "crc64": {name: f"{crc:016x}" for name, crc in crc64.items()}}
     index = {"metadata": {"total_size": total_size, _EXTRA: ours}, "weight_map": dict(sorted(files.items()))}
-    return json.dumps(index, indent=1).encode()
+    data = json.dumps(index, indent=1).encode()
+    if len(data) > INDEX_LIMIT or parse_index(data, "The index of this save") != Index(files, crc64):
+        raise UnsupportedCheckpointError(
+            f"The index of this model ({len(data)} bytes for {len(files)} tensors) could not be read again. Save fewer "
+            "tensors in one model"
+        )
+    return data
 
 
 def parse_index(data: bytes, where: str) -> Index:

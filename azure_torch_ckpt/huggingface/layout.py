@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from azure_torch_ckpt.dcp.boxes import Box
 from azure_torch_ckpt.dcp.regions import row_major
 from azure_torch_ckpt.errors import CheckpointError
-from azure_torch_ckpt.huggingface.format import dtype_name
+from azure_torch_ckpt.huggingface.format import why_not
 
 __all__ = [
     "LARGEST_IN_BLOCKS",
@@ -248,8 +248,8 @@ def _gather(plans: Sequence[SavePlan]) -> dict[str, _Tensor]:
             data = item.tensor_data
             assert data is not None  # the writer has refused the others
             name, dtype = item.index.fqn, data.properties.dtype
-            if dtype_name(dtype) is None:
-                raise CheckpointError(f"{name!r} has the dtype {dtype}, which safetensors does not have. Cast it first")
+            if (reason := why_not(name, dtype, data.size)) is not None:
+                raise CheckpointError(f"{reason}. Cast or rename it first, or save it with AzureBlobWriter")
             tensor = tensors.setdefault(name, _Tensor(name, dtype, tuple(data.size)))
             if (tensor.dtype, tensor.shape) != (dtype, tuple(data.size)):
                 raise CheckpointError(

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from azure_torch_ckpt.dcp.coverage import is_whole
 from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info
 from azure_torch_ckpt.dcp.place import step
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
@@ -29,6 +30,7 @@ from azure_torch_ckpt.errors import (
     CheckpointNotFoundError,
     CheckpointReplacedError,
     CorruptCheckpointError,
+    UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.huggingface.format import (
     HEADER_LENGTH_BYTES,
@@ -76,9 +78,22 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
 
     _opened: _Opened | None = None
     _etags: dict[str, str]
+    _odd_dtypes: dict[str, str]  # dtypes of the tensors that this torch cannot hold
 
     @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """See that this torch can hold what is asked for.
+
+        Raises:
+            UnsupportedCheckpointError: a tensor has a dtype that it does not have.
+        """
+        for item in plan.items:
+            name = item.storage_index.fqn
+            if name in self._odd_dtypes:
+                raise UnsupportedCheckpointError(
+                    f"{name[:200]!r} of {self.checkpoint_id} has the dtype {self._odd_dtypes[name][:50]!r}, and torch "
+                    f"{torch.__version__} has none for its shape. Use a newer torch, or load without this tensor"
+                )
         return dataclasses.replace(plan, storage_data=self._opened)
 
     @step
@@ -125,7 +140,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None:
             raise CheckpointNotFoundError(f"A model at {self.checkpoint_id} has no metadata of a single rank")
-        self._etags = {}
+        self._etags, self._odd_dtypes = {}, {}
         index, files = self._find()
         headers = self._headers(sorted(set(index.files.values())) if files is None else files)
         metadata = self._metadata_of(index, headers, files is None)
@@ -216,30 +231,29 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
                     file,
                     stored.offset,
                     stored.length,
-                    payload_offset=0,
+                    payload_offset=None if stored.dtype is None else 0,
                     crc64=index.crc64.get(name) if len(found) == 1 else None,
                 )
         return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(checkpoint_id=self.checkpoint_id))
 
     def _tensor(self, name: str, stored: list[Stored]) -> TensorStorageMetadata:
         first = stored[0]
-        if any((one.dtype, len(one.shape)) != (first.dtype, len(first.shape)) for one in stored):
+        if first.dtype is None:
+            self._odd_dtypes[name] = first.dtype_name
+        if any((one.dtype_name, len(one.shape)) != (first.dtype_name, len(first.shape)) for one in stored):
             raise CorruptCheckpointError(f"{self.checkpoint_id} has parts of {name[:200]!r} that do not fit together")
         ends = [[start + size for start, size in zip(one.at, one.shape, strict=True)] for one in stored]
         shape = torch.Size([max(column) for column in zip(*ends, strict=True)])
-        count = sum(math.prod(one.shape) for one in stored)
-        if count != math.prod(shape) or len({one.at for one in stored if one.length}) < sum(
-            1 for one in stored if one.length
-        ):
+        chunks = [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored]
+        # Nobody asks for the dtype of a tensor that cannot be loaded.
+        entry = TensorStorageMetadata(TensorProperties(first.dtype or torch.uint8), shape, chunks)
+        if not is_whole(entry):
+            count = sum(math.prod(one.shape) for one in stored)
             raise CorruptCheckpointError(
                 f"{self.checkpoint_id} has {count} of the {math.prod(shape)} elements of {name[:200]!r}: files are "
-                "missing, or there are two of one. Use another checkpoint"
+                "missing, or some elements are there twice. Use another checkpoint"
             )
-        return TensorStorageMetadata(
-            TensorProperties(first.dtype),
-            shape,
-            [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored],
-        )
+        return entry
 
     def _replaced(self) -> CheckpointReplacedError:
         return CheckpointReplacedError(

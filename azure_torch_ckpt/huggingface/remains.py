@@ -11,12 +11,12 @@ from azure_torch_ckpt.bodies import Cancel
 from azure_torch_ckpt.dcp.prune import Remains
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, parse_index
-from azure_torch_ckpt.huggingface.layout import SAVED_FILE
+from azure_torch_ckpt.huggingface.layout import SAVED_FILE, file_prefix
 from azure_torch_ckpt.location import BlobLocation, has_empty_segment
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["find_model_remains", "has_saved_files"]
+__all__ = ["find_model_remains", "has_saved_files", "strays_at"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -83,6 +83,23 @@ def find_model_remains(
                 size = sum(blob.size for blob in stray)
                 found.append(Remains(url, save_id, [blob.path for blob in stray], size, _newest(blobs)))
     return found
+
+
+def strays_at(store: BlobStore, location: BlobLocation, save_id: str) -> set[str]:
+    """Names of the files of other saves at `location`, for the save with this id, which is about to commit its index.
+
+    Once it has, they are nobody's. A save that still runs may have made some of them, but it began before that commit,
+    under the condition that the index is what it was then. So it will not be committed any more.
+
+    Raises:
+        StoreError: the service could not be asked.
+    """
+    prefix = location.path + "/" if location.path else ""
+    names = [blob.path[len(prefix) :] for blob in store.list_folder(prefix) if isinstance(blob, BlobInfo)]
+    if any(name.endswith(_INDEX_SUFFIX) and name != INDEX for name in names):
+        return set()  # another model lies beside this one, and may consist of them
+    own = file_prefix(save_id)
+    return {name for name in names if SAVED_FILE.fullmatch(name) and not name.startswith(own)}
 
 
 def _models(listed: Sequence[BlobInfo]) -> list[_Model]:

@@ -27,6 +27,7 @@ from azure_torch_ckpt.dcp.names import with_plain_names
 from azure_torch_ckpt.dcp.payload import is_plain
 from azure_torch_ckpt.dcp.pieces import pieces
 from azure_torch_ckpt.dcp.place import SavingPlace, step
+from azure_torch_ckpt.dcp.planners import keeps_its_memory
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobNotFoundError,
@@ -37,6 +38,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, SINGLE, dump_header, dump_index, parse_index
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, Arrangement, Place, arrange, file_prefix
+from azure_torch_ckpt.huggingface.remains import strays_at
 from azure_torch_ckpt.huggingface.runs import Block, Runs, run_id
 from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
@@ -86,12 +88,16 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
     reads them again and joins them, range by range in bounded memory: their bytes are moved three times, twice by it.
 
     The files of a save have names that no other save has, and the index, which names them, is written last. A save that
-    raised, or died, left what stood at the URL before.
+    raised, or died, left what stood at the URL before. What dead saves left at the URL is removed by the next one.
 
     Args:
         url, credential, options, ca_file: as for `AzureBlobWriter`.
-        overwrite: whether a model that stands at the URL may be replaced. Its files are removed once the new index is
-            there.
+        overwrite: whether a model at the URL may be replaced. Its files are removed once the new index is there. **For
+            readers that go by the index** (transformers, torch, this package) the model is at every moment the old or
+            the new one. **Readers that list ``*.safetensors`` instead** (vLLM and SGLang on an ``az://`` URL) find the
+            files of both models, and load a mixture without an error: while the files are exchanged, and after a
+            process has died in that moment, until the next save or `prune`. Blob Storage has no way to exchange several
+            files at once. Save each model at a URL of its own where such readers may come.
         fqn_to_index_mapping: the number of each tensor's file, from 1 on, as for torch's ``HuggingFaceStorageWriter``.
             None fills files one after the other.
         max_file_size: bytes of a file, without `fqn_to_index_mapping`. A larger tensor has a file of its own.
@@ -110,7 +116,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         url: str | os.PathLike[str] | BlobLocation,
         *,
         credential: Credential = None,
-        overwrite: bool = True,
+        overwrite: bool = False,
         fqn_to_index_mapping: Mapping[str, int] | None = None,
         max_file_size: int = 5_000_000_000,
         options: TransferOptions | None = None,
@@ -134,14 +140,16 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         return StorageMeta(checkpoint_id=self.checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if not kwargs.get("use_collectives", True):
-            raise CheckpointError(
-                "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
-            )
         save = self._begin_save()
         save._is_coordinator = is_coordinator
         save._nonce = new_save_id()
         save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
+        if not kwargs.get("use_collectives", True):
+            error = CheckpointError(
+                "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
+            )
+            save._figures.end(error)
+            raise error
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -216,13 +224,14 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         own = sum(place.length for place in ticket.places.values())
         to_join = sum(tensor.length for tensor in self._plan.scattered) if self._is_coordinator else 0
         written = []
+        lent = not keeps_its_memory(planner)
         with (
             self._figures.transfer(len(items), own + to_join) as meter,
             Runs(self._store, ticket.save_id, ticket.rank, ticket.block_size, meter.moved) as runs,
         ):
             for item in items:
                 place = ticket.places[item.index]
-                views = _views(item, planner.resolve_data(item), ticket.block_size // 4)
+                views = _views(item, planner.resolve_data(item), ticket.block_size // 4, lent)
                 written.append(runs.add(self._location.join(place.file).path, place.starts, place.run, views))
             runs.finish()
             if to_join:
@@ -273,10 +282,11 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
             self._save_id,
             checksums_of(results, items) if self._store.options.checksums else {},
         )
+        strays = self._strays()
         # From here on the files may belong to a model: a commit without an answer may have been carried out.
         self._unfinished = None
         self._commit(index)
-        self._remove_replaced()
+        self._remove_replaced(strays)
         self._figures.end(checkpoint_bytes=sum(file.length for file in self._plan.files))
 
     def _join(self, blocks: dict[str, list[Block]], written: list[Written]) -> dict[str, list[Item]]:
@@ -343,8 +353,9 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
             single = None
         if (index or single) and not self._overwrite:
             raise CheckpointExistsError(
-                f"A model stands at {self.checkpoint_id} already and overwrite=False. Use another URL, or "
-                "overwrite=True to replace it once the new one is complete"
+                f"A model stands at {self.checkpoint_id} already and overwrite=False. Use another URL; or "
+                "overwrite=True to replace it, if no reader comes meanwhile that lists files instead of reading the "
+                "index (vLLM, SGLang)"
             )
         return _Standing(None, None, single) if index is None else _Standing(*index, single)
 
@@ -354,7 +365,14 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         except BlobNotFoundError:
             return None
 
-    def _remove_replaced(self) -> None:
+    def _strays(self) -> set[str]:
+        try:
+            return strays_at(self._store, self._location, self._save_id)
+        except AzureCheckpointError as error:
+            _log.info("what dead saves left at %s stays, for it cannot be listed: %s", self.checkpoint_id, error)
+            return set()
+
+    def _remove_replaced(self, strays: set[str]) -> None:
         standing = self._standing
         if standing.single_etag is not None:
             # Not merely storage: of the two, transformers loads this one.
@@ -370,13 +388,12 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
                     f"The new model is at {self.checkpoint_id}, but whether the old {SINGLE} beside it was removed is "
                     "unknown, and transformers loads that one where it is. Remove it"
                 )
-        if standing.index is None:
-            return
-        try:
-            old = set(parse_index(standing.index, f"{self.checkpoint_id}/{INDEX}").files.values())
-        except AzureCheckpointError as error:
-            _log.warning("the files of the replaced model stay, for its index says too little: %s", error)
-            return
+        old = strays
+        if standing.index is not None:
+            try:
+                old |= set(parse_index(standing.index, f"{self.checkpoint_id}/{INDEX}").files.values())
+            except AzureCheckpointError as error:
+                _log.warning("files of the replaced model stay, for its index says too little: %s", error)
         remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._plan.files}))
 
     def _remove_save(self, location: BlobLocation, save_id: str) -> None:
@@ -401,7 +418,7 @@ def _size_of(plan: SavePlan) -> int:
     return sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in planned)
 
 
-def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> Iterable[memoryview]:
+def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: bool) -> Iterable[memoryview]:
     planned = item.tensor_data
     name = item.index.fqn
     if not isinstance(data, torch.Tensor) or planned is None:
@@ -419,4 +436,4 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int) -> Iter
             f"{name!r} is a {type(data).__name__} with layout {data.layout}, and safetensors holds plain tensors only. "
             "Make it dense, or save it with AzureBlobWriter"
         )
-    return pieces(tensor, max(limit, 1))
+    return pieces(tensor, max(limit, 1), copies=lent)
