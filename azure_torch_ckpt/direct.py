@@ -146,8 +146,7 @@ class DirectRequests:
     def _send(
         self, request: HttpRequest, cancel: Cancel | None = None, dest: Scatter | None = None
     ) -> HttpResponse | None:
-        # Before azure-core 1.33, the first says no where only the second was set.
-        if settings.tracing_enabled() or settings.tracing_implementation() is not None:
+        if settings.tracing_enabled():
             return None  # a span for each call is the client's
         response = self._pipeline.run(request, cancel=cancel, dest=dest).http_response
         if response.status_code == 401:

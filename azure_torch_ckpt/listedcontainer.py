@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from azure.core.exceptions import AzureError
 from azure.core.paging import ItemPaged
 from azure.core.rest import HttpResponse
 
@@ -90,5 +91,10 @@ class ListedContainer(ContainerConnection):
                 pages = container.list_blobs(**options)
             else:
                 pages = container.walk_blobs(delimiter=delimiter, **options)
-            next(pages.by_page(marker or None), None)
+            try:
+                next(pages.by_page(marker or None), None)
+            except AzureError:
+                if not responses or responses[-1].status_code >= 300:
+                    raise
+                # It came, and is no listing; that is told in one way.
             return responses[-1]  # those before may be answers of something on the way

@@ -229,7 +229,8 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
             request.method, f"{absolute}{path}" if absolute else path, skip_host=True, skip_accept_encoding=True
         )
         connection.putheader("Host", target.netloc)
-        content = request.content
+        # azure-storage-blob before 12.23 sends requests of azure-core's older class.
+        content = request.content if isinstance(request, HttpRequest) else request.data
         headers = request.headers
         for name, value in headers.items():
             connection.putheader(name, str(value))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from azure.core.credentials import AzureSasCredential
-from azure.storage.blob import BlobClient, ContainerClient
+from azure.storage.blob import BlobBlock, BlobClient, ContainerClient
 
 from azure_torch_ckpt.blobcopy import BlobSink
 from azure_torch_ckpt.blockwriter import BlockWriter
@@ -114,7 +114,7 @@ def test_blocks_of_others_are_not_overwritten(store: BlobStore, blob: BlobClient
         ids = upload.stage()
         taken = [name.decode() for name in names]
         assert len(ids) == 6 and len({*ids, *taken}) == 56
-        blob.commit_block_list([*taken[:1]])  # type: ignore[arg-type]
+        blob.commit_block_list([BlobBlock(taken[0])])
     assert read(store, "blob") == b"foreign"
 
 
