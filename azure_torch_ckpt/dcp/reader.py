@@ -262,8 +262,9 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 "it, sharded in the same way; to load it in another way, save it from there with collectives"
             )
         raise CorruptCheckpointError(
-            f"{self.checkpoint_id} has not all elements of {missing!r}, or some of them twice: the chunks that its "
-            "metadata names do not make up the tensor. Use another checkpoint"
+            f"{self.checkpoint_id} has not all elements of {missing!r} that this rank wants, or some of them twice. "
+            "Its metadata is damaged, or one of several ranks saved its shards alone (no_dist=True), and only that rank "
+            "can load them. Use another checkpoint"
         )
 
     def _stored_as(self, request: ReadItem) -> tuple[torch.dtype, torch.Size]:
