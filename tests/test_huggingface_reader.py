@@ -83,6 +83,10 @@ def test_puts_the_shards_of_several_files_together(url: str):
     assert_same(state["w"], whole, "w")
     hf.put(url, "shard-00002-model-00001-of-00001.safetensors", save({"w": whole[5:]}, sharding({"w": [5, 0]})))
     assert "files are missing" in str(failure(url, {"w": torch.zeros(6, 4)}))
+    # As many rows as there should be, one of them twice and one not at all.
+    hf.put(url, "shard-00002-model-00001-of-00001.safetensors", save({"w": whole[3:4]}, sharding({"w": [3, 0]})))
+    hf.put(url, "shard-00003-model-00001-of-00001.safetensors", save({"w": whole[5:]}, sharding({"w": [5, 0]})))
+    assert "there twice" in str(failure(url, {"w": torch.zeros(6, 4)}))
 
 
 def test_fetches_no_more_than_the_shard(proxied: str, proxy: FaultProxy):

@@ -268,8 +268,9 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 "it, sharded in the same way; to load it in another way, save it from there with collectives"
             )
         raise CorruptCheckpointError(
-            f"{self.checkpoint_id} has not all elements of {missing!r}, or some of them twice: the chunks that its "
-            "metadata names do not make up the tensor. Use another checkpoint"
+            f"{self.checkpoint_id} has not all elements of {missing!r} that this rank wants, or some of them twice. "
+            "Its metadata is damaged, or one of several ranks saved its shards alone (no_dist=True), so that only that "
+            "rank can load them. Use another checkpoint"
         )
 
     def _stored_as(self, request: ReadItem) -> tuple[torch.dtype, torch.Size]:
@@ -321,14 +322,14 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     # Items that are brought where they belong one after the other
 
     def _batches(self, all_wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
-        """As many items at a time as the memory budget holds, but at least one."""
+        """As many items at a time as half of the memory budget holds, but at least one."""
         batch: list[_Wanted] = []
-        room = self._store.options.memory_budget
+        room = self._store.options.memory_budget // 2
         for wanted in all_wanted:
             size = self._staged_size(wanted)
             if batch and size > room:
                 yield batch
-                batch, room = [], self._store.options.memory_budget
+                batch, room = [], self._store.options.memory_budget // 2
             batch.append(wanted)
             room -= size
         if batch:
@@ -344,6 +345,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         buffers: dict[tuple[str, int], bytearray] = {}
         total = sum(self._staged_size(wanted) for wanted in batch)
         download = Download(self._store, total, moved=self._figures.moved)
+        download.part_size = -(-download.part_size // 2)  # for the other half of the budget: what is in flight
 
         def reads() -> Iterator[Read]:
             for wanted in batch:
@@ -376,7 +378,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     def _stage(self, wanted: _Wanted, planner: LoadPlanner) -> torch.Tensor:
         """Where to receive an item whose raw bytes have a known place: beside its target, which is not due yet."""
         size = self._staged_size(wanted)
-        if size > self._store.options.memory_budget:  # so it is alone in its batch, and due
+        if size > self._store.options.memory_budget // 2:  # so it is alone in its batch, and due
             wanted.target = self._target(wanted, planner) if wanted.target is None else wanted.target
             if not repeats_elements(wanted.target):
                 return wanted.target
