@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt.bodies import Cancel, Gather
 from azure_torch_ckpt.checksums import combine, crc64
+from azure_torch_ckpt.collector import CollectorPause
 from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.staging import Staging
@@ -318,7 +319,8 @@ class Download:
                 parts.append(read)
             else:
                 parts += self._split(read)
-        parts.sort(key=operator.attrgetter("path", "offset"))
+        with CollectorPause():
+            parts.sort(key=operator.attrgetter("path", "offset"))
         requests: list[list[Read]] = []
         path, start, end = "", 0, 0
         most = self.part_size + GAP  # an item's envelope must not cost a request

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import pickletools
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -142,11 +144,35 @@ def test_an_object_sees_its_tensors_as_torch_would_show_them(case: str) -> None:
         assert torch.equal(got["values"], wanted["values"])
 
 
-def test_a_state_without_objects_has_the_form_that_older_versions_read() -> None:
-    optimizer = torch.optim.Adam(NET.parameters())
-    state = {"state_dict": NET.state_dict(), "optimizer_states": [optimizer.state_dict()], "epoch": 3}
-    for value in (state, {"w": BASE, "x": Scaler(torch.ones(2))}):
-        assert read_by_torch(pack(value).skeleton)[0] == 1
+def test_the_form_of_earlier_versions_is_read() -> None:
+    """A value, and a table of its tensors behind it."""
+    first, shared = torch.empty(0), torch.nn.Parameter(torch.empty(0))
+    table = {
+        "w": [first, 0, 0, [3, 4], [4, 1], "w"],
+        "view": [shared, 0, 16, [2, 2], [4, 2], None],
+    }
+    stream = io.BytesIO()
+    torch.save((1, {"state_dict": {"w": first}, "view": shared}, collections.OrderedDict(table)), stream)
+    unpacked = unpack(torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8), weights_only=True)
+    items = unpacked.allocate()
+    items["w"].copy_(BASE)
+    wanted = {"state_dict": {"w": BASE}, "view": torch.nn.Parameter(BASE[1:, ::2])}
+    assert_alike(unpacked.value, wanted)
+
+
+def test_a_tensor_takes_few_bytes_and_a_few_steps_of_the_unpickler() -> None:
+    """The unpickler of weights_only is a loop in Python, and a model may have 20,000 tensors."""
+
+    def steps(count: int) -> tuple[int, int]:
+        state = {"state_dict": {f"layers.{number}.weight": torch.ones(3) for number in range(count)}}
+        skeleton = pack(state).skeleton
+        with zipfile.ZipFile(io.BytesIO(skeleton.numpy().tobytes())) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return sum(1 for _ in pickletools.genops(archive.read(name))), skeleton.numel()
+
+    (few, short), (many, long) = steps(1000), steps(2000)
+    assert (many - few) / 1000 < 10
+    assert (long - short) / 1000 < 120
 
 
 def read_by_torch(skeleton: torch.Tensor) -> Any:

@@ -12,20 +12,22 @@ objects, and sparse, quantized and other special ones, stay in the skeleton with
 share it again after loading, and the memory is stored once.
 
 The code that rebuilds an object may look at its tensors: it checks a shape, or takes a copy. So items that an object
-has in it (a named tuple's, or the weights of a model that is among the hyperparameters, too) are loaded *early*. The
-skeleton then begins with a table of them, and reading it calls `fill_early`, which fills them before ``torch.load``
-goes on to the objects.
+has in it (a named tuple's, or the weights of a model that is among the hyperparameters, too) are loaded *early*: in
+front of the object, the skeleton has a table of them, and reading that calls `fill_early`, which fills them before
+``torch.load`` goes on.
+
+A skeleton is short: ``torch.load`` reads it with an unpickler that is written in Python, opcode by opcode.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import json
 import pickle
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,12 +35,13 @@ from typing import Any, TypeAlias
 import torch
 import torch.types
 
+from azure_torch_ckpt.collector import CollectorPause
 from azure_torch_ckpt.dcp.payload import is_plain, readable
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpointError
-from azure_torch_ckpt.objects.geometry import Geometry, carve, needed
+from azure_torch_ckpt.objects.geometry import Geometry, carve, contiguous, needed
 from azure_torch_ckpt.objects.walk import Walk, is_sharded, tensors_in
 
-__all__ = ["SKELETON", "Fetch", "MapLocation", "Packed", "Slot", "Unpacked", "fill_early", "pack", "unpack"]
+__all__ = ["SKELETON", "Fetch", "MapLocation", "Packed", "Slot", "Unpacked", "blank", "fill_early", "pack", "unpack"]
 
 MapLocation: TypeAlias = (
     Callable[[torch.types.Storage, str], torch.types.Storage] | torch.device | str | dict[str, str] | None
@@ -47,8 +50,8 @@ MapLocation: TypeAlias = (
 SKELETON = "azure_torch_ckpt.skeleton"
 """Name of the skeleton's item: one dimension, uint8."""
 
-_FORMAT = 1
-_FORMAT_WITH_EARLY = 2
+_FORMAT = 2
+_FIRST_FORMAT = 1  # still read
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +116,27 @@ class Unpacked:
             together.setdefault((slot.storage, slot.tensor.device), []).append(slot)
         items: dict[str, torch.Tensor] = {}
         for (_, device), slots in together.items():
-            stored = {slot.item: slot.geometry.stored() for slot in slots if slot.item is not None}
-            filled = max((geometry.end for geometry in stored.values()), default=0)
-            if any(slot.geometry.end > filled for slot in slots):
-                raise CorruptCheckpointError("The skeleton has a tensor without an item. Use another checkpoint")
-            tensors = carve([*(slot.geometry for slot in slots), *stored.values()], device)
-            for slot, tensor in zip(slots, tensors, strict=False):
+            if len(slots) == 1 and slots[0].item is not None and slots[0].geometry.is_contiguous:
+                (slot,) = slots
+                tensors = [torch.empty(slot.geometry.size, dtype=slot.geometry.dtype, device=device)]
+                stored = {slot.item: tensors[0]}
+            else:
+                tensors, stored = _laid_out(slots, device)
+            for slot, tensor in zip(slots, tensors, strict=True):
                 slot.tensor.data = tensor
             if device.type != "meta":
-                items.update(zip(stored, tensors[len(slots) :], strict=True))
+                items.update(stored)
         return items
+
+
+def _laid_out(slots: list[Slot], device: torch.device) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """New tensors for slots that share memory, and the items that have their values."""
+    stored = {slot.item: slot.geometry.stored() for slot in slots if slot.item is not None}
+    filled = max((geometry.end for geometry in stored.values()), default=0)
+    if any(slot.geometry.end > filled for slot in slots):
+        raise CorruptCheckpointError("The skeleton has a tensor without an item. Use another checkpoint")
+    tensors = carve([*(slot.geometry for slot in slots), *stored.values()], device)
+    return tensors[: len(slots)], dict(zip(stored, tensors[len(slots) :], strict=True))
 
 
 Fetch: TypeAlias = Callable[[Unpacked], None]
@@ -137,12 +151,11 @@ def pack(value: Any) -> Packed:
     Raises:
         Whatever ``torch.save`` raises for an object that cannot be pickled.
     """
-    packing = _Packing(value)
-    parts: tuple[Any, ...] = (_FORMAT, value, packing.table)
-    if packing.early.mets:
-        parts = (_FORMAT_WITH_EARLY, packing.early, value, packing.table)
-    stream = io.BytesIO()
-    torch.save(parts, stream, pickle_module=_pickle_module(packing))
+    with CollectorPause():
+        packing = _Packing(value)
+        stream = io.BytesIO()
+        content = (_FORMAT, packing.early, value, packing.late.tensors, packing.late.rows)
+        torch.save(content, stream, pickle_module=_pickle_module(packing))
     return Packed(packing.items, torch.frombuffer(stream.getbuffer(), dtype=torch.uint8))
 
 
@@ -171,7 +184,9 @@ def unpack(
     """
     outer = _reading.set((what, fetch))
     try:
-        loaded = torch.load(io.BytesIO(readable(skeleton)), map_location=map_location, weights_only=weights_only)
+        with CollectorPause():
+            loaded = torch.load(io.BytesIO(readable(skeleton)), map_location=map_location, weights_only=weights_only)
+            return Unpacked(*_value_and_slots(loaded, what))
     except pickle.UnpicklingError as error:
         raise UnsupportedCheckpointError(
             f"{what} holds more than tensors and plain values, and weights_only is on. If you trust the checkpoint, "
@@ -180,18 +195,32 @@ def unpack(
         ) from error
     finally:
         _reading.reset(outer)
+
+
+def _value_and_slots(loaded: Any, what: str) -> tuple[Any, dict[str, Slot]]:
     if not isinstance(loaded, tuple) or len(loaded) < 3:
         raise CorruptCheckpointError(f"The skeleton of {what} is none. Use another checkpoint")
-    version, *_, value, table = loaded
-    if (version, len(loaded)) not in ((_FORMAT, 3), (_FORMAT_WITH_EARLY, 4)):
+    if (loaded[0], len(loaded)) == (_FIRST_FORMAT, 3):
+        _, value, table = loaded
+        return value, _slots(_rows_of_first_format(table), what)
+    if (loaded[0], len(loaded)) != (_FORMAT, 5):
         raise UnsupportedCheckpointError(
-            f"The skeleton of {what} has the form {version!r}, and this version knows {_FORMAT} and "
-            f"{_FORMAT_WITH_EARLY}. Upgrade azure-torch-ckpt"
+            f"The skeleton of {what} has the form {loaded[0]!r}, and this version knows {_FIRST_FORMAT} and {_FORMAT}. "
+            "Upgrade azure-torch-ckpt"
         )
-    return Unpacked(value, _slots(table, what))
+    _, _, value, tensors, rows = loaded
+    return value, _slots(_rows(tensors, rows), what)
 
 
-def fill_early(rows: list[tuple[str, list[Any]]]) -> None:
+def blank(kind: torch.Tensor, requires_grad: bool = False, is_parameter: bool = False) -> torch.Tensor:
+    """Called by ``torch.load`` for a skeleton that names it: a new empty tensor of the dtype and device of `kind`."""
+    empty = kind.detach()
+    if is_parameter:
+        return torch.nn.Parameter(empty, requires_grad)
+    return empty.requires_grad_() if requires_grad else empty
+
+
+def fill_early(tensors: list[torch.Tensor], rows: str) -> None:
     """Called by ``torch.load`` in the middle of a skeleton that names it: give these tensors their values now.
 
     Raises:
@@ -204,18 +233,33 @@ def fill_early(rows: list[tuple[str, list[Any]]]) -> None:
             "This is the skeleton of a checkpoint, whose tensors lie elsewhere. Load the checkpoint with "
             "azure_torch_ckpt.lightning"
         )
-    fetch(Unpacked(None, _slots(rows, what)))
+    fetch(Unpacked(None, _slots(_rows(tensors, rows), what)))
 
 
-# It does nothing but what the running `unpack` has told it.
-torch.serialization.add_safe_globals([fill_early])
+# The one makes empty tensors, and the other does nothing but what the running `unpack` has told it.
+torch.serialization.add_safe_globals([blank, fill_early])
+
+# Name, tensor, storage, offset, size, stride, item.
+_Row: TypeAlias = tuple[str, torch.Tensor, int, int, list[int], list[int], str | None]
 
 
-def _slots(table: Any, what: str) -> dict[str, Slot]:
+def _rows(tensors: list[torch.Tensor], rows: str) -> Iterator[_Row]:
+    """The rows that `_Table` has written."""
+    for tensor, (name, storage, offset, size, stride, item) in zip(tensors, json.loads(rows), strict=True):
+        stride = contiguous(size) if stride is None else stride
+        yield name, tensor, storage, offset, size, stride, name if item is True else item
+
+
+def _rows_of_first_format(table: dict[str, list[Any]]) -> Iterator[_Row]:
+    for name, (tensor, storage, offset, size, stride, item) in table.items():
+        yield name, tensor, storage, offset, size, stride, item
+
+
+def _slots(rows: Iterator[_Row], what: str) -> dict[str, Slot]:
     try:
         return {
             name: Slot(tensor, Geometry(tensor.dtype, offset, tuple(size), tuple(stride)), storage, item)
-            for name, (tensor, storage, offset, size, stride, item) in dict(table).items()
+            for name, tensor, storage, offset, size, stride, item in rows
         }
     except (AttributeError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"The skeleton of {what} is damaged: {error}. Use another checkpoint") from error
@@ -237,18 +281,17 @@ class _Met:
 
 
 class _Table:
-    """Stands in the pickle where a table of slots goes."""
+    """What the skeleton says of some tensors: the tensors, and a row for each as JSON."""
 
-    def __init__(self) -> None:
-        self.mets: list[_Met] = []
+    def __init__(self, tensors: list[torch.Tensor], rows: list[list[Any]]) -> None:
+        self.tensors = tensors
+        self.rows = json.dumps(rows, separators=(",", ":"))
 
 
 class _Packing:
     """What one `pack` knows while torch.save writes the object."""
 
     def __init__(self, value: Any) -> None:
-        self.early = _Table()
-        self.table = _Table()
         self.items: dict[str, torch.Tensor] = {}
         self._named: dict[int, _Met] = {}  # by id; holding the tensor keeps the id its own
         self._names = {SKELETON}
@@ -262,41 +305,40 @@ class _Packing:
             # An object need not pickle what it holds.
             if id(tensor) not in self._named and (not within_object or id(tensor) in pickled):
                 self._name(name, tensor)
-        self._early_storages = {met.storage for tensor in within_objects if (met := self._shared(tensor))}
-        if self._early_storages:
-            self.early.mets = [met for met in self._named.values() if met.storage in self._early_storages]
+        early = {met.storage for tensor in within_objects if (met := self._shared(tensor))}
+        by_storage: dict[int, list[_Met]] = {}
+        for met in self._named.values():
+            by_storage.setdefault(met.storage, []).append(met)
+        self.early = self._table(group for storage, group in by_storage.items() if storage in early) if early else None
+        self.late = self._table(group for storage, group in by_storage.items() if storage not in early)
 
     def reduce(self, thing: Any) -> Any:
         """How to pickle `thing`, as `pickle.Pickler.reducer_override` says it."""
         if isinstance(thing, torch.Tensor):
-            met = self._named.get(id(thing))
-            if met is None:
-                return NotImplemented
-            if met.storage not in self._early_storages:
-                self.table.mets.append(met)
-            return self._placeholder(thing).__reduce_ex__(2)
-        if thing is self.table:
-            # An OrderedDict: its content is asked for only now, and torch.load knows it with weights_only too.
-            return OrderedDict, (), None, None, self._rows(self.table.mets)
-        if thing is self.early:
-            return fill_early, ([*self._rows(self.early.mets)],)
+            return self._placeholder(thing) if id(thing) in self._named else NotImplemented
+        if thing is self.early and self.early is not None:
+            return fill_early, (self.early.tensors, self.early.rows)
         return NotImplemented
 
-    def _rows(self, mets: list[_Met]) -> Iterator[tuple[str, list[Any]]]:
-        """The rows of a table; only now it is known which tensors there are, and which of them must be stored."""
-        together: dict[int, list[_Met]] = {}
-        for met in mets:
-            together.setdefault(met.storage, []).append(met)
-        item_of: dict[tuple[int, Geometry], str] = {}
-        for storage, group in together.items():
-            for position in needed([met.geometry for met in group]):
-                item_of[storage, group[position].geometry] = group[position].name
-        for met in mets:
-            item = item_of.get((met.storage, met.geometry))
-            if item == met.name:
-                self.items[item] = met.tensor if is_sharded(met.tensor) else _stored(met)
-            geometry = met.geometry
-            yield met.name, [met.tensor, met.storage, geometry.offset, [*geometry.size], [*geometry.stride], item]
+    def _table(self, groups: Iterable[list[_Met]]) -> _Table:
+        """The table of the tensors of some storages; what must be stored of them becomes items."""
+        tensors = []
+        rows = []
+        for group in groups:
+            if len(group) == 1:
+                (met,) = group
+                item_of = {met.geometry: met.name}
+            else:
+                item_of = {group[at].geometry: group[at].name for at in needed([met.geometry for met in group])}
+            for met in group:
+                geometry = met.geometry
+                item = item_of.get(geometry)
+                if item == met.name:
+                    self.items[item] = _stored(met)
+                stride = None if geometry.is_contiguous else geometry.stride
+                tensors.append(met.tensor)
+                rows.append([met.name, met.storage, geometry.offset, geometry.size, stride, item == met.name or item])
+        return _Table(tensors, rows)
 
     def _name(self, name: str, tensor: torch.Tensor) -> _Met | None:
         """Make an item of the tensor, if it can be one."""
@@ -316,19 +358,21 @@ class _Packing:
             met = self._name("shared.0", tensor)
         return met
 
-    def _placeholder(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An empty tensor of the same dtype, device and class, with the same attributes."""
+    def _placeholder(self, tensor: torch.Tensor) -> Any:
+        """How to pickle an empty tensor of the same dtype, device and class, with the same attributes."""
         kind = (tensor.dtype, tensor.device)
-        if kind not in self._empty:  # one storage for all of a kind: torch.save writes a record for each
-            self._empty[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        empty = self._empty[kind].detach()
-        if isinstance(tensor, torch.nn.Parameter):
-            empty = torch.nn.Parameter(empty, tensor.requires_grad)
-        elif tensor.requires_grad:
-            empty.requires_grad_()
-        if not is_sharded(tensor):
-            empty.__dict__.update(tensor.__dict__)
-        return empty
+        empty = self._empty.get(kind)
+        if empty is None:  # one for all of a kind: torch.save writes a record for each storage
+            empty = self._empty[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        attributes = None if is_sharded(tensor) else tensor.__dict__
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if not attributes:
+            if not tensor.requires_grad and not is_parameter:
+                return blank, (empty,)
+            return blank, (empty, tensor.requires_grad, is_parameter)
+        made = blank(empty, tensor.requires_grad, is_parameter)
+        made.__dict__.update(attributes)
+        return made.__reduce_ex__(2)
 
     def _storage_of(self, tensor: torch.Tensor) -> int:
         """The number of a tensor's storage. One without bytes shares nothing."""
@@ -370,6 +414,10 @@ def _geometry_of_whole(tensor: torch.Tensor) -> Geometry:
 
 
 def _stored(met: _Met) -> torch.Tensor:
+    if is_sharded(met.tensor):
+        return met.tensor
+    if met.geometry.is_contiguous:
+        return met.tensor.detach()
     stored = met.geometry.stored()
     offset = stored.offset // stored.dtype.itemsize
     return met.tensor.detach().as_strided(stored.size, stored.stride, offset)

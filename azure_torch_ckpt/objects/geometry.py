@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Geometry", "carve", "needed"]
+__all__ = ["Geometry", "carve", "contiguous", "needed"]
 
 # The largest element of any dtype, a complex128: an offset rounded down to it is one that every dtype can have.
 _ALIGNMENT = 16
@@ -51,6 +51,11 @@ class Geometry:
         return self.offset + (last + 1) * self.dtype.itemsize
 
     @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one after the other, in row-major order."""
+        return self.stride == contiguous(self.size)
+
+    @property
     def is_dense(self) -> bool:
         """Whether as many elements lie between the first and the last as the tensor has."""
         return math.prod(self.size) * self.dtype.itemsize == self.end - self.offset
@@ -70,6 +75,18 @@ class Geometry:
                 return Geometry(self.dtype, self.offset, (length,), (1,))
             reach += (size - 1) * stride
         return Geometry(self.dtype, self.offset, once, self.stride)
+
+
+def contiguous(size: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, as torch gives them to a new one."""
+    if len(size) == 1:
+        return (1,)
+    strides = []
+    stride = 1
+    for extent in reversed(size):
+        strides.append(stride)
+        stride *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 def needed(geometries: Sequence[Geometry]) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from azure_torch_ckpt.collector import CollectorPause
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpointError
@@ -35,10 +36,11 @@ def save_state_dict(state_dict: dict[str, torch.Tensor], writer: AzureBlobWriter
     """
     planner = DefaultSavePlanner(flatten_state_dict=False)
     writer.set_up_storage_writer(is_coordinator=True)
-    planner.set_up_planner(state_dict, writer.storage_meta(), is_coordinator=True)
-    local = writer.prepare_local_plan(planner.create_local_plan())
-    plans, metadata = planner.create_global_plan([local])
-    (plan,) = writer.prepare_global_plan(plans)
+    with CollectorPause():
+        planner.set_up_planner(state_dict, writer.storage_meta(), is_coordinator=True)
+        local = writer.prepare_local_plan(planner.create_local_plan())
+        plans, metadata = planner.create_global_plan([local])
+        (plan,) = writer.prepare_global_plan(plans)
     results = writer.write_data(planner.finish_plan(plan), planner).wait()
     writer.finish(metadata, [results])
 
@@ -53,8 +55,10 @@ def load_object(reader: AzureBlobReader, map_location: MapLocation = None, weigh
     skeleton = read_skeleton(reader, metadata)
 
     def fetch(unpacked: Unpacked) -> None:
-        check_items(unpacked, metadata, reader.checkpoint_id)
-        read_items(reader, metadata, unpacked.allocate())
+        with CollectorPause():
+            check_items(unpacked, metadata, reader.checkpoint_id)
+            items = unpacked.allocate()
+        read_items(reader, metadata, items)
 
     unpacked = unpack(skeleton, map_location, weights_only, reader.checkpoint_id, fetch)
     fetch(unpacked)
@@ -92,9 +96,10 @@ def read_items(reader: AzureBlobReader, metadata: Metadata, items: dict[str, tor
         return
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    planner.set_up_planner(items, metadata, is_coordinator=True)
-    local = reader.prepare_local_plan(planner.create_local_plan())
-    (plan,) = reader.prepare_global_plan(planner.create_global_plan([local]))
+    with CollectorPause():
+        planner.set_up_planner(items, metadata, is_coordinator=True)
+        local = reader.prepare_local_plan(planner.create_local_plan())
+        (plan,) = reader.prepare_global_plan(planner.create_global_plan([local]))
     reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
