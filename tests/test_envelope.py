@@ -195,13 +195,17 @@ def test_settings_of_torch_make_no_difference(settings: dict[str, Any], tmp_path
     tensor = random_tensor(torch.float16, (33, 5))
     path = tmp_path / "item"
     path.write_bytes(file_of(tensor))
-    before = envelope(tensor.dtype, tensor.shape)
     with config.patch(settings):  # type: ignore[attr-defined]
         if not settings.get("load.mmap"):
             assert_same(torch.load(path, weights_only=True), tensor)
         assert_same(torch.load(path, weights_only=True, mmap=True), tensor)
+        # torch keeps the settings per thread since 2.13; before, those of alignment move the payload.
         envelope.cache_clear()
-        assert envelope(tensor.dtype, tensor.shape) == before
+        again = tmp_path / "again"
+        again.write_bytes(file_of(tensor))
+        envelope.cache_clear()
+    assert_same(torch.load(again, weights_only=True), tensor)
+    assert_same(torch.load(again, weights_only=True, mmap=True), tensor)
 
 
 def test_modes_of_the_caller_do_not_reach_it() -> None:

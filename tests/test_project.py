@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -170,6 +173,34 @@ def test_every_dependency_is_pinned_for_the_tests() -> None:
     assert {clause.operator for pin in pins for clause in pin.specifier} == {"=="}
     pinned = {canonicalize_name(pin.name) for pin in pins}
     assert {canonicalize_name(requirement.name) for requirement in requirements()} <= pinned
+
+
+def test_the_floors_are_tested() -> None:
+    """``tox -e floors`` runs with the lower bounds of what users install; other bounds are guesses."""
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    bounds = [Requirement(line) for line in [*project["dependencies"], *extras["cli"], *extras["lightning"]]]
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    pins = [Requirement(line) for line in tox["testenv:floors"]["deps"].split("\n") if line]
+    floors = {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+    assert floors == {bound.name: Version(str(bound.specifier).removeprefix(">=")) for bound in bounds}
+    oldest, newest = (tox[f"testenv:{name}"]["base_python"].removeprefix("python") for name in ("floors", "newest"))
+    assert project["requires-python"] == f">={oldest}"
+    prefix = "Programming Language :: Python :: 3."
+    minors = [int(line.removeprefix(prefix)) for line in project["classifiers"] if line.startswith(prefix)]
+    assert (f"3.{min(minors)}", f"3.{max(minors)}") == (oldest, newest)
+
+
+def test_the_workflows_run_environments_that_exist() -> None:
+    text = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    known = set(re.findall(r"^\[testenv:([\w-]+)\]", text, flags=re.MULTILINE)) | {"py310", "py311", "py312", "py313"}
+    used: set[str] = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+            used |= {line["environment"] for line in job.get("strategy", {}).get("matrix", {}).get("include", [])}
+            used |= set(re.findall(r"tox -e ([\w-]+)", "\n".join(step.get("run", "") for step in job["steps"])))
+    assert {"floors", "newest", "lint"} <= used <= known
 
 
 def test_nothing_else_lies_at_the_top() -> None:
