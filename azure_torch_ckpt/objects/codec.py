@@ -27,7 +27,7 @@ import json
 import pickle
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -117,9 +117,9 @@ class Unpacked:
         items: dict[str, torch.Tensor] = {}
         for (_, device), slots in together.items():
             if len(slots) == 1 and slots[0].item is not None and slots[0].geometry.is_contiguous:
-                (slot,) = slots
-                tensors = [torch.empty(slot.geometry.size, dtype=slot.geometry.dtype, device=device)]
-                stored = {slot.item: tensors[0]}
+                geometry = slots[0].geometry
+                tensors = [torch.empty(geometry.size, dtype=geometry.dtype, device=device)]
+                stored = {slots[0].item: tensors[0]}
             else:
                 tensors, stored = _laid_out(slots, device)
             for slot, tensor in zip(slots, tensors, strict=True):
@@ -240,7 +240,7 @@ def fill_early(tensors: list[torch.Tensor], rows: str) -> None:
 torch.serialization.add_safe_globals([blank, fill_early])
 
 # Name, tensor, storage, offset, size, stride, item.
-_Row: TypeAlias = tuple[str, torch.Tensor, int, int, list[int], list[int], str | None]
+_Row: TypeAlias = tuple[str, torch.Tensor, int, int, Sequence[int], Sequence[int], str | None]
 
 
 def _rows(tensors: list[torch.Tensor], rows: str) -> Iterator[_Row]:
