@@ -197,7 +197,7 @@ def test_a_source_is_not_changed(container: str, tmp_path: Path) -> None:
     copy(tmp_path, f"{container}/b", credential=KEY)
     assert files_below(tmp_path) == before and part.read_bytes() == b"1"
     assert sorted(blobs_below(f"{container}/b")) == sorted(
-        path.replace("a/", "b/") for path in blobs_below(f"{container}/a")
+        "b/" + path.removeprefix("a/") for path in blobs_below(f"{container}/a")
     )
 
 
