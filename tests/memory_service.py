@@ -322,7 +322,7 @@ class _Socket(socket.socket):
         self._sent = bytearray()
         self._received = io.BytesIO()
 
-    def sendall(self, data: Any) -> None:
+    def sendall(self, data: Any, *_: Any) -> None:
         self._sent += data
 
     def makefile(self, mode: Any) -> Any:  # type: ignore[override]
