@@ -209,7 +209,8 @@ class MemoryService:
             changed = bytes([answer.body[middle] ^ 1])
             return _bytes(request, Answer(answer.status, answer.headers, _spliced(answer.body, middle, changed)))
         whole = _bytes(request, answer)
-        return whole[: len(whole) - len(answer.body) + middle] if fault is Fault.TRUNCATED and answer.body else whole
+        breaks = fault is Fault.TRUNCATED and answer.body and request.method != "HEAD"
+        return whole[: len(whole) - len(answer.body) + middle] if breaks else whole
 
     # The service
 
@@ -322,7 +323,7 @@ class _Socket(socket.socket):
         self._sent = bytearray()
         self._received = io.BytesIO()
 
-    def sendall(self, data: Any) -> None:
+    def sendall(self, data: Any, *_: Any) -> None:
         self._sent += data
 
     def makefile(self, mode: Any) -> Any:  # type: ignore[override]
