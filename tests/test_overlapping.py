@@ -109,9 +109,9 @@ def begin(writer: AzureBlobWriter, value: float, **arguments: Any) -> Future[Any
 
 @PAIRS
 def test_a_save_that_begins_before_the_last_one_is_done(container: str, writes: Any, reads: Any) -> None:
-    writer, stops = writes(container, credential=KEY), Stops()
+    writer, stops = writes(container, credential=KEY, overwrite=True), Stops()
     for slot in "ab":
-        dcp.save(state(0), storage_writer=writes(f"{container}/{slot}", credential=KEY))
+        dcp.save(state(0), storage_writer=writes(f"{container}/{slot}", credential=KEY, overwrite=True))
     first = begin(writer, 1, checkpoint_id=f"{container}/a", planner=PausedSave(stops))
     assert stops.reached.wait(SECONDS)
     begin(writer, 2, checkpoint_id=f"{container}/b").result(SECONDS)
@@ -125,7 +125,7 @@ def test_a_save_that_begins_before_the_last_one_is_done(container: str, writes: 
 @PAIRS
 def test_data_of_a_save_that_goes_on_is_not_taken_for_leftovers(container: str, writes: Any, reads: Any) -> None:
     a, stops = f"{container}/a", Stops()
-    writer = paused_before_commit(writes, {a: stops})(container, credential=KEY)
+    writer = paused_before_commit(writes, {a: stops})(container, credential=KEY, overwrite=True)
     first = begin(writer, 1, checkpoint_id=a)
     assert stops.reached.wait(SECONDS)
     for url in (f"{container}/b", f"{container}/c"):  # one in a thread of its own, one in this thread
@@ -140,7 +140,7 @@ def test_data_of_a_save_that_goes_on_is_not_taken_for_leftovers(container: str, 
 @PAIRS
 def test_of_two_saves_to_one_url_one_wins_and_the_other_is_told(container: str, writes: Any, reads: Any) -> None:
     url, stops = f"{container}/a", Stops()
-    writer = writes(url, credential=KEY)
+    writer = writes(url, credential=KEY, overwrite=True)
     first = begin(writer, 1, planner=PausedSave(stops))
     assert stops.reached.wait(SECONDS)
     begin(writer, 2).result(SECONDS)
@@ -185,7 +185,7 @@ class Broken(dcp.DefaultSavePlanner):
 def test_a_writer_is_free_after_a_save_that_torch_broke_off(
     container: str, writes: Any, reads: Any, where: str
 ) -> None:
-    writer = writes(f"{container}/a", credential=KEY)
+    writer = writes(f"{container}/a", credential=KEY, overwrite=True)
     for value in (1, 2):
         with pytest.raises(CheckpointException):
             dcp.save(state(0), storage_writer=writer, planner=Broken(where))
@@ -236,7 +236,7 @@ def test_what_a_broken_save_left_is_removed_by_the_next(container: str, threads:
 @PAIRS
 def test_one_reader_in_two_loads_at_once(container: str, writes: Any, reads: Any) -> None:
     for slot, value in ("a", 1), ("b", 2):
-        dcp.save(state(value), storage_writer=writes(f"{container}/{slot}", credential=KEY))
+        dcp.save(state(value), storage_writer=writes(f"{container}/{slot}", credential=KEY, overwrite=True))
     reader, stops, got = reads(container, credential=KEY), Stops(), list[float]()
 
     def load_a() -> None:
@@ -284,7 +284,7 @@ def test_a_thread_stays_where_it_has_turned_to(container: str) -> None:
 
 @PAIRS
 def test_a_copy_of_a_busy_writer_knows_nothing_of_its_saves(container: str, writes: Any, reads: Any) -> None:
-    writer, stops = writes(container, credential=KEY), Stops()
+    writer, stops = writes(container, credential=KEY, overwrite=True), Stops()
     first = begin(writer, 1, checkpoint_id=f"{container}/a", planner=PausedSave(stops))
     assert stops.reached.wait(SECONDS)
     for value, copied in enumerate((pickle.loads(pickle.dumps(writer)), copy.copy(writer)), start=2):
