@@ -65,7 +65,7 @@ def test_a_first_save_that_fails_leaves_nothing_that_loads(
 ):
     """The copy by which torch renames the metadata does not take place, neither by the service nor through here."""
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(proxied_container))
-    proxy.when("Copy Blob").do(Answer(409, "PendingCopyOperation"))
+    proxy.when(lambda seen: "x-ms-copy-source" in seen.headers, times=None).do(Answer(409, "PendingCopyOperation"))
     proxy.when("Get Blob").do(Answer(403, "AuthorizationFailure"))
     with pytest.raises(CheckpointException, match="AuthorizationFailure"):
         dcp.save(plain(0), checkpoint_id=f"{azblob(proxied_container)}/run")

@@ -8,7 +8,7 @@ from azure_torch_ckpt.bytemeter import ByteProgress
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, compare
 from azure_torch_ckpt.dcp.verify import verify as verify_checkpoint
-from azure_torch_ckpt.errors import CheckpointNotFoundError
+from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.huggingface.reader import AzureBlobHuggingFaceReader
 from azure_torch_ckpt.huggingface.remains import saved_files_at
 from azure_torch_ckpt.location import BlobLocation
@@ -53,7 +53,7 @@ def verify(
         reader = AzureBlobHuggingFaceReader(location, credential=credential, options=options, ca_file=ca_file)
         try:
             metadata = reader.read_metadata()
-        except CheckpointNotFoundError:
+        except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):  # the first error says what is unknown
             raise error from None
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
     report = compare(store, location, metadata, sample, progress)
