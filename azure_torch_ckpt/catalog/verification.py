@@ -53,7 +53,7 @@ def verify(
         reader = AzureBlobHuggingFaceReader(location, credential=credential, options=options, ca_file=ca_file)
         try:
             metadata = reader.read_metadata()
-        except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):  # the first error says what is unknown
+        except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):  # the first says what is unknown
             raise error from None
     store = BlobStore(location, credential, options=options, ca_file=ca_file)
     report = compare(store, location, metadata, sample, progress)
