@@ -57,7 +57,10 @@ def fill(tensor: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The row-major bytes of a tensor's value, read without the code under test."""
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype is torch.float4_e2m1fn_x2:  # which torch 2.9 cannot copy
+        tensor = tensor.view(torch.uint8)
+    tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import enum
@@ -210,6 +211,11 @@ def odd_planner_data(metadata: Metadata, plans: list[SavePlan]) -> None:
     metadata.planner_data |= {(("a", (1, 2)), 3): torch.Size([1]), tuple(range(500)): 2**40000, Name("n"): Name("v")}
 
 
+def ordered(metadata: Metadata, plans: list[SavePlan]) -> None:
+    metadata.state_dict_metadata = collections.OrderedDict(metadata.state_dict_metadata)
+    metadata.planner_data = collections.OrderedDict(metadata.planner_data)
+
+
 def no_layout(metadata: Metadata, plans: list[SavePlan]) -> None:
     for entry in metadata.state_dict_metadata.values():
         if isinstance(entry, TensorStorageMetadata):
@@ -226,6 +232,7 @@ KEPT: list[Change] = [
     own_metadata_class,
     own_entry_classes,
     odd_planner_data,
+    ordered,
     no_layout,
     everything,
 ]

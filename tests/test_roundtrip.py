@@ -390,3 +390,65 @@ def test_local_buffers_that_hold_several_shards_of_a_tensor(place: Place) -> Non
     wanted = torch.full((7, 9), -1.0)
     wanted[0:1, 1:7], wanted[3:6, 3:9] = whole[:1], whole[1:]
     assert torch.equal(rows, wanted)
+
+
+# Packed dtypes
+
+FLOAT4 = torch.float4_e2m1fn_x2
+
+
+def packed(*shape: int) -> torch.Tensor:
+    return fill(torch.empty(shape, dtype=FLOAT4))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        packed(6, 4).t(),
+        packed(4, 12)[:, ::2],
+        packed(4, 6),
+    ],
+    ids=["transposed", "strided", "contiguous"],
+)
+def test_packed_elements_come_into_any_layout(place: Place, target: torch.Tensor) -> None:
+    saved = packed(6, 4).t()
+    place.save({"w": saved})
+    place.load({"w": target})
+    assert_same(target, saved)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted"), [(FLOAT4, torch.float32), (FLOAT4, torch.uint8), (torch.float32, FLOAT4)], ids=str
+)
+def test_a_dtype_that_torch_does_not_convert_is_refused_before_anything_is_loaded(
+    place: Place, saved: torch.dtype, wanted: torch.dtype
+) -> None:
+    place.save({"a": torch.ones(3), "w": torch.zeros(4, 6, dtype=saved)})
+    target = {"a": torch.zeros(3), "w": torch.zeros(4, 6, dtype=wanted)}
+    with pytest.raises(CheckpointException) as caught:
+        place.load(target)
+    error = caught.value.failures[0][0]
+    assert isinstance(error, CheckpointError)
+    assert f"'w' at [0, 0] of {place.url} was saved as {saved}" in str(error)
+    assert str(wanted) in str(error)
+    assert target["a"].tolist() == [0, 0, 0]
+
+
+class Quantizes(dcp.DefaultSavePlanner):
+    """Saves what is less exact than what it planned."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        data = super().resolve_data(write_item)
+        return torch.quantize_per_tensor(data, 0.5, 0, torch.qint8)
+
+
+@pytest.mark.parametrize("kind", [None, torch.quint8], ids=["not quantized", "other integers"])
+def test_quantized_values_come_into_tensors_of_their_kind_only(place: Place, kind: torch.dtype | None) -> None:
+    target = torch.zeros(3) if kind is None else torch.quantize_per_tensor(torch.zeros(3), 0.5, 0, kind)
+    dcp.save({"w": torch.ones(3)}, storage_writer=place.writer(), planner=Quantizes())
+    with pytest.raises(CheckpointException) as caught:
+        place.load({"w": target})
+    error = caught.value.failures[0][0]
+    assert isinstance(error, CheckpointError)
+    assert f"'w' at [0] of {place.url} was saved" in str(error)
+    assert "quantizer" in str(error)

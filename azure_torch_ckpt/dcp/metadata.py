@@ -10,6 +10,7 @@ import functools
 import math
 import pickle
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, cast
@@ -205,6 +206,10 @@ def load_metadata(data: bytes, where: str) -> Metadata:
         raise CorruptCheckpointError(
             f"{where} holds {quote(metadata)}, not checkpoint metadata. Check the URL, or use another checkpoint."
         )
+    fields = vars(metadata)
+    for name in ("state_dict_metadata", "storage_data", "planner_data"):
+        if type(fields.get(name)) is OrderedDict:
+            fields[name] = dict(fields[name])
     return metadata
 
 

@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +17,26 @@ from azure_torch_ckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["address_of", "is_plain", "memory", "own_bytes", "readable", "writable"]
+__all__ = [
+    "address_of",
+    "converts",
+    "copy_elements",
+    "copyable",
+    "is_plain",
+    "memory",
+    "no_conversion",
+    "own_bytes",
+    "readable",
+    "writable",
+]
 
 # One array type for every length: a ctypes type per length would cost more than the view and leave a cycle to collect.
 # The views below cut the length that is really there.
 _AnyLength = ctypes.c_ubyte * sys.maxsize
 
 _PYBUF_SIMPLE = 0
+
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 class _PyBuffer(ctypes.Structure):
@@ -126,6 +140,49 @@ def is_plain(tensor: torch.Tensor) -> bool:
     except RuntimeError:  # vmap, grad and other transforms wrap a tensor in one that has no storage
         return False
     return has_memory and _has_raw_form(tensor.dtype)
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; or its elements as bytes where they are packed in bytes, for torch 2.9 cannot copy such dtypes."""
+    return tensor.view(torch.uint8) if tensor.dtype is _FLOAT4 else tensor
+
+
+def copy_elements(values: torch.Tensor, target: torch.Tensor, what: str, *, non_blocking: bool = False) -> None:
+    """``target.copy_(values)``, of any dtype that both have.
+
+    Raises:
+        CheckpointError: torch has no conversion from the one dtype to the other; `what` names the values.
+    """
+    if values.dtype == target.dtype:
+        values, target = copyable(values), copyable(target)
+    try:
+        target.copy_(values, non_blocking=non_blocking)
+    except NotImplementedError as error:
+        raise no_conversion(what, values.dtype, target.dtype) from error
+
+
+@functools.cache
+def converts(saved: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether torch converts from one dtype to the other. Packed ones, of two numbers a byte, it does not."""
+    if saved == wanted:
+        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the user's tensors are, torch warns the user
+        target = torch.empty(1, dtype=wanted, device="cpu")
+        if target.is_quantized:  # what such a tensor takes depends on the tensor
+            return True
+        try:
+            target.copy_(torch.empty(1, dtype=saved, device="cpu"))
+        except NotImplementedError:
+            return False
+    return True
+
+
+def no_conversion(what: str, saved: torch.dtype, wanted: torch.dtype) -> CheckpointError:
+    return CheckpointError(
+        f"{what} was saved as {saved}, the tensor to load it into has {wanted}, and torch {torch.__version__} does not "
+        "convert between the two. Load into a tensor of the saved dtype, and convert that"
+    )
 
 
 @functools.cache

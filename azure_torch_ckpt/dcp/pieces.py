@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from azure_torch_ckpt.dcp.device import to_host
-from azure_torch_ckpt.dcp.payload import readable
+from azure_torch_ckpt.dcp.payload import copyable, readable
 
 __all__ = ["pieces"]
 
@@ -21,6 +21,7 @@ def pieces(tensor: torch.Tensor, limit: int, *, copies: bool = False) -> Iterato
     Args:
         copies: whether the tensor's own memory must not be among them: it will change.
     """
+    tensor = copyable(tensor)
     if tensor.device.type != "cpu":
         for host in to_host(_parts(tensor, limit)):
             yield readable(host)

@@ -22,7 +22,7 @@ from azure_torch_ckpt.dcp.figures import Figures
 from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.overlaps import find_overlaps, repeats_an_element, repeats_elements
-from azure_torch_ckpt.dcp.payload import own_bytes
+from azure_torch_ckpt.dcp.payload import converts, no_conversion, own_bytes
 from azure_torch_ckpt.dcp.place import CheckpointPlace, step
 from azure_torch_ckpt.dcp.planners import takes_any_order
 from azure_torch_ckpt.dcp.standing import nothing_at
@@ -236,6 +236,8 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                 f"The planner gave a tensor of shape {tuple(target.shape)} for {self._name(wanted.request)}, where the "
                 f"plan reads {tuple(wanted.request.lengths)}"
             )
+        if wanted.is_raw and not converts(saved := self._stored_as(wanted.request)[0], target.dtype):
+            raise no_conversion(self._name(wanted.request), saved, target.dtype)
         if target.layout is torch.strided and not target.is_contiguous() and repeats_an_element(target):
             raise CheckpointError(
                 f"The tensor to load {self._name(wanted.request)} into is expanded: many of its elements are one in "

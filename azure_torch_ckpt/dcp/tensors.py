@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from azure_torch_ckpt.dcp.payload import own_bytes, writable
+from azure_torch_ckpt.dcp.payload import copy_elements, own_bytes, writable
 from azure_torch_ckpt.dcp.regions import Band, bands, row_major
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.transfer import GAP, Check, Read
@@ -59,27 +59,31 @@ def _copying(part: torch.Tensor, dtype: torch.dtype, chunk: Sequence[int], band:
 def _copy_into(
     part: torch.Tensor, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], received: memoryview
 ) -> None:
-    _copy(torch.frombuffer(received, dtype=dtype).as_strided(sizes, strides), part)
+    _copy(torch.frombuffer(received, dtype=dtype).as_strided(sizes, strides), part, "A tensor")
 
 
 def copy_region(region: torch.Tensor, target: torch.Tensor, what: str) -> None:
     """``target.copy_(region)`` in any thread and mode.
 
     Raises:
-        CheckpointError: both are quantized, and differently; `what` names the item.
+        CheckpointError: `region` is quantized, and `target` is not, or differently; or torch does not convert between
+            their dtypes. `what` names the item.
     """
+    if region.is_quantized and not target.is_quantized:
+        raise CheckpointError(
+            f"{what} was saved quantized ({region.dtype}), and the tensor to load it into is not. Load into a tensor "
+            "with the saved quantizer, and dequantize() that"
+        )
     if region.is_quantized and not _same_quantizer(region, target):
         raise CheckpointError(
             f"{what} was saved with another scale or zero point than the tensor to load into has, and only the "
             "integers can be copied. Make that tensor with the saved quantizer"
         )
-    _copy(region, target)
+    _copy(region, target, what)
 
 
 def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if not other.is_quantized:
-        return True  # copy_ dequantizes
-    if one.qscheme() != other.qscheme():
+    if one.dtype != other.dtype or one.qscheme() != other.qscheme():
         return False
     if one.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return one.q_scale() == other.q_scale() and one.q_zero_point() == other.q_zero_point()
@@ -90,7 +94,7 @@ def _same_quantizer(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _copy(values: torch.Tensor, target: torch.Tensor) -> None:
+def _copy(values: torch.Tensor, target: torch.Tensor, what: str) -> None:
     # A tensor that was made in inference mode may only be written to in that mode, which is a thread's own affair.
     with torch.inference_mode(target.is_inference()), torch.no_grad():
-        target.copy_(values)
+        copy_elements(values, target, what)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from azure_torch_ckpt.dcp.boxes import Box, boxes
 from azure_torch_ckpt.dcp.coverage import is_whole
 from azure_torch_ckpt.dcp.metadata import StoredItem, stored_item
-from azure_torch_ckpt.dcp.payload import is_plain
+from azure_torch_ckpt.dcp.payload import copy_elements, is_plain
 from azure_torch_ckpt.dcp.standing import StandingCheckpoint
 from azure_torch_ckpt.dcp.tensors import region_reads
 from azure_torch_ckpt.dcp.whole import load_tensor, open_item
@@ -246,7 +246,7 @@ class _Stream:
             )
         for dim, (start, size) in enumerate(zip(offsets, target.shape, strict=True)):
             region = region.narrow(dim, start, size)
-        target.copy_(region)
+        copy_elements(region, target, f"{key!r} of {self._checkpoint.url}")
         if ends:
             del self._whole[index]
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 
+from azure_torch_ckpt.dcp.payload import copy_elements, copyable
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.objects.codec import Slot, Unpacked, pack, unpack
@@ -192,8 +193,8 @@ def _owners(plain: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _broadcast(tensor: torch.Tensor, owner: int, device: torch.device) -> None:
-    sent = tensor.to(device).contiguous()
+    sent = copyable(tensor).to(device).contiguous()
     # As bytes, for a process group does not know every dtype.
     dist.broadcast(sent.reshape(-1).view(torch.uint8), owner)
     if sent is not tensor and dist.get_rank() != owner:
-        tensor.copy_(sent)
+        copy_elements(sent, copyable(tensor), "A tensor")

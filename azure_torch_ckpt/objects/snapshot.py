@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from azure_torch_ckpt.dcp.payload import copy_elements
+
 __all__ = ["Snapshot"]
 
 
@@ -32,7 +34,7 @@ class Snapshot:
             buffer = kept.pop(name, None)
             if buffer is None or not _fits(buffer, tensor, pinned):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-            buffer.copy_(tensor.detach(), non_blocking=pinned)
+            copy_elements(tensor.detach(), buffer, repr(name), non_blocking=pinned)
             self._buffers[name] = buffer
             if pinned:
                 filling.add(tensor.device)
