@@ -280,6 +280,21 @@ def test_a_model_in_one_file_gives_way(url: str, tmp_path: Path):
     assert_pretrained(url, tmp_path / "model", 1)
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "consolidated.safetensors"])
+def test_files_that_listing_readers_would_mix_with_the_model_are_not_joined(url: str, name: str):
+    hf.put(url, name, save({"other": torch.ones(3)}))
+    hf.put(url, "sub/model.safetensors", save({"other": torch.ones(3)}))
+    before = hf.files(url)
+    with pytest.raises(CheckpointException) as caught:
+        hf.save(url, 1, overwrite=False)
+    assert isinstance(error_of(caught), CheckpointExistsError)
+    assert f"{name!r} lies at {url} (1 such in all)" in str(error_of(caught))
+    assert hf.files(url) == before
+    hf.save(url, 1, overwrite=True)
+    hf.load(url, 1)
+    assert set(before) < set(hf.files(url))
+
+
 @pytest.mark.parametrize("kind", ["Put Block", "Put Block List", "Put Blob"])
 def test_a_save_that_fails_is_invisible_and_the_next_one_clears_up(
     url: str, proxied: str, proxy: FaultProxy, kind: Any

@@ -438,7 +438,7 @@ class Quantizes(dcp.DefaultSavePlanner):
     """Saves what is less exact than what it planned."""
 
     def resolve_data(self, write_item: Any) -> Any:
-        data = super().resolve_data(write_item)
+        data: Any = super().resolve_data(write_item)
         return torch.quantize_per_tensor(data, 0.5, 0, torch.qint8)
 
 
@@ -452,3 +452,14 @@ def test_quantized_values_come_into_tensors_of_their_kind_only(place: Place, kin
     assert isinstance(error, CheckpointError)
     assert f"'w' at [0] of {place.url} was saved" in str(error)
     assert "quantizer" in str(error)
+
+
+def test_a_tensor_without_values_is_refused_by_name(place: Place) -> None:
+    with pytest.raises(CheckpointException) as caught:
+        place.save({"a": torch.ones(3), "w": torch.empty(3, device="meta")})
+    error = caught.value.failures[0][0]
+    assert isinstance(error, CheckpointError)
+    assert "'w' is on the meta device" in str(error)
+    with pytest.raises(CheckpointException) as caught:
+        place.load({"a": torch.zeros(3)})
+    assert isinstance(caught.value.failures[0][0], CheckpointNotFoundError)

@@ -342,6 +342,10 @@ def _views(
         return [memoryview(data.getvalue()) if lent else data.getbuffer().toreadonly()], None, True
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(f"The planner gave {type(data).__name__} for {item.index.fqn!r}, not a tensor")
+    if data.is_meta:
+        raise CheckpointError(
+            f"{item.index.fqn!r} is on the meta device, where tensors have no values to save. Materialise it first"
+        )
     if data.layout is not torch.strided:
         # torch.save could write it, but no load could bring it back: planners narrow the tensor that they load into.
         raise CheckpointError(

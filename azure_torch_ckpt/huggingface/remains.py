@@ -16,7 +16,7 @@ from azure_torch_ckpt.location import BlobLocation, has_empty_segment
 from azure_torch_ckpt.store import BlobInfo, BlobStore
 from azure_torch_ckpt.workers import Workers
 
-__all__ = ["find_model_remains", "has_saved_files", "mixed_folders", "saved_files_at"]
+__all__ = ["find_model_remains", "has_saved_files", "mixed_folders", "other_files_at", "saved_files_at"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -93,11 +93,25 @@ def saved_files_at(store: BlobStore, location: BlobLocation) -> set[str]:
     Raises:
         StoreError: the service could not be asked.
     """
-    prefix = location.path + "/" if location.path else ""
-    names = [blob.path[len(prefix) :] for blob in store.list_folder(prefix) if isinstance(blob, BlobInfo)]
+    names = _names_at(store, location)
     if any(name.endswith(_INDEX_SUFFIX) and name != INDEX for name in names):
         return set()
     return {name for name in names if SAVED_FILE.fullmatch(name)}
+
+
+def other_files_at(store: BlobStore, location: BlobLocation) -> list[str]:
+    """Names of the safetensors files right at `location` that `AzureBlobHuggingFaceWriter` did not make.
+
+    Raises:
+        StoreError: the service could not be asked.
+    """
+    names = _names_at(store, location)
+    return sorted(name for name in names if name.endswith(".safetensors") and not SAVED_FILE.fullmatch(name))
+
+
+def _names_at(store: BlobStore, location: BlobLocation) -> list[str]:
+    prefix = location.path + "/" if location.path else ""
+    return [blob.path[len(prefix) :] for blob in store.list_folder(prefix) if isinstance(blob, BlobInfo)]
 
 
 def mixed_folders(listed: Sequence[BlobInfo]) -> list[str]:

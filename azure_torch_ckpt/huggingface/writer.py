@@ -40,7 +40,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, SINGLE, dump_header, dump_index, parse_index
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, Arrangement, Place, arrange, file_prefix
-from azure_torch_ckpt.huggingface.remains import saved_files_at
+from azure_torch_ckpt.huggingface.remains import other_files_at, saved_files_at
 from azure_torch_ckpt.huggingface.runs import Block, Runs, run_id
 from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
@@ -159,7 +159,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
 
         Raises:
             CheckpointError: the state dict has something that is no tensor, or a key that is no string.
-            CheckpointExistsError: a model stands there and ``overwrite`` is False.
+            CheckpointExistsError: a model or another safetensors file is there and ``overwrite`` is False.
         """
         plan = with_plain_names(plan)
         others = [item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO]
@@ -383,7 +383,22 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
                 "overwrite=True to replace it, if no reader comes meanwhile that lists files instead of reading the "
                 "index (vLLM, SGLang)"
             )
+        if not self._overwrite:
+            self._check_alone()
         return _Standing(None, None, single) if index is None else _Standing(*index, single)
+
+    def _check_alone(self) -> None:
+        """See that no files lie at the URL that readers take for a model, though no index names them."""
+        try:
+            found = other_files_at(self._store, self._location)
+        except AccessDeniedError:  # a credential that may not list may save all the same
+            return
+        if found:
+            raise CheckpointExistsError(
+                f"{found[0][:200]!r} lies at {self.checkpoint_id} ({len(found)} such in all), and readers that list "
+                "files (vLLM, SGLang) would load it together with this model. Use another URL, or remove it first; "
+                "overwrite=True saves beside it, for readers that go by the index"
+            )
 
     def _read(self, name: str) -> tuple[bytes, str] | None:
         try:
@@ -461,6 +476,10 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: b
             f"{planned.properties.dtype} of shape {tuple(planned.chunk.sizes)}"
         )
     tensor = data.detach()
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{name!r} is on the meta device, where tensors have no values to save. Materialise it first"
+        )
     if not is_plain(tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
         tensor = tensor.resolve_conj().resolve_neg()
     if not is_plain(tensor):
