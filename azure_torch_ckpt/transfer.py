@@ -319,20 +319,20 @@ class Download:
                 parts.append(read)
             else:
                 parts += self._split(read)
-        with CollectorPause():
-            parts.sort(key=operator.attrgetter("path", "offset"))
         requests: list[list[Read]] = []
         path, start, end = "", 0, 0
         most = self.part_size + GAP  # an item's envelope must not cost a request
-        for part in parts:
-            offset = part.offset
-            part_end = offset + part.length
-            if requests and part.path == path and end <= offset <= end + GAP and part_end - start <= most:
-                requests[-1].append(part)
-            else:
-                requests.append([part])
-                path, start = part.path, offset
-            end = part_end
+        with CollectorPause():
+            parts.sort(key=operator.attrgetter("path", "offset"))
+            for part in parts:
+                offset = part.offset
+                part_end = offset + part.length
+                if requests and part.path == path and end <= offset <= end + GAP and part_end - start <= most:
+                    requests[-1].append(part)
+                else:
+                    requests.append([part])
+                    path, start = part.path, offset
+                end = part_end
         return requests
 
     def _split(self, read: Read) -> Sequence[Read]:
@@ -356,16 +356,17 @@ class Download:
         used = 0  # bytes of scratch memory: gaps, envelopes, and small runs, for which a receive each would cost more
         placed: list[tuple[Read, int]] = []
         direct: list[tuple[int, memoryview]] = []  # destinations, each with the scratch bytes that come before it
-        for read in request:
-            used += read.offset - end
-            placed.append((read, used))
-            dest, length = read.dest, read.length
-            if dest is None or length < _COPY_BELOW:
-                used += length
-            else:
-                direct.append((used + read.skip, dest))
-                used += length - dest.nbytes
-            end = read.offset + length
+        with CollectorPause():
+            for read in request:
+                used += read.offset - end
+                placed.append((read, used))
+                dest, length = read.dest, read.length
+                if dest is None or length < _COPY_BELOW:
+                    used += length
+                else:
+                    direct.append((used + read.skip, dest))
+                    used += length - dest.nbytes
+                end = read.offset + length
         kept = self._scratch(used)
         scratch = memoryview(kept)
         views: list[memoryview] = []

@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from azure_torch_ckpt import (
     AccessDeniedError,
     AzureBlobWriter,
     BlobIO,
     BlobLocation,
+    CheckpointError,
     CheckpointNotFoundError,
     CheckpointReplacedError,
     ContainerNotFoundError,
@@ -172,6 +176,21 @@ def test_storage_options_are_refused_as_lightning_refuses_them(lightning: Namesp
         with pytest.raises(TypeError, match="storage_options"):
             lightning.plugin().save_checkpoint({}, path, storage_options={"a": 1})
     assert jobs.blobs(url) == set()
+
+
+def test_a_shard_of_another_ranks_tensor_is_not_saved_for_the_whole(lightning: Namespace, url: str) -> None:
+    plugin = lightning.plugin()
+    plugin.save_checkpoint({"w": torch.ones(4)}, url)
+    # A group of two ranks in one process: nothing here talks to the other one.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        plugin.save_checkpoint({"w": DTensor.from_local(torch.zeros(4), mesh, [Replicate()])}, url)
+        with pytest.raises(CheckpointError, match="has not all of 'w'"):
+            plugin.save_checkpoint({"w": DTensor.from_local(torch.ones(4), mesh, [Shard(0)])}, url)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(plugin.load_checkpoint(url)["w"], torch.zeros(4))
 
 
 def test_a_save_over_a_checkpoint_leaves_the_new_one_and_nothing_else(lightning: Namespace, url: str) -> None:

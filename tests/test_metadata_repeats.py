@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pathlib
 import pickle
 import pickletools
@@ -162,6 +163,17 @@ def test_it_takes_no_more_memory_than_without() -> None:
         finally:
             tracemalloc.stop()
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+def test_what_was_read_needs_no_collector_to_go_away() -> None:
+    data = pickle.dumps(model(20, 30))
+    gc.collect()
+    gc.disable()
+    try:
+        load_metadata(data, WHERE)
+        assert gc.collect() < 20  # objects; in a cycle with the machine there would be thousands
+    finally:
+        gc.enable()
 
 
 # Metadata of every kind, whole and damaged.

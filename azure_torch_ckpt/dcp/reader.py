@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from azure_torch_ckpt.collector import CollectorPause, without_collector
+from azure_torch_ckpt.collector import CollectorPause
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.coverage import find_uncovered
 from azure_torch_ckpt.dcp.figures import Figures
@@ -199,12 +199,11 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
             StoreError: the service could not be asked.
         """
-        self._check_covered(plan, planner)
-        all_wanted = [self._look_up(request) for request in without_collector(plan.items)]
-        at_once: list[_Wanted] = []
-        in_turn = all_wanted
-        if takes_any_order(planner):
-            at_once, in_turn = self._sort_out(all_wanted, planner)
+        with CollectorPause() as pause:
+            self._check_covered(plan, planner)
+            all_wanted = [self._look_up(request) for request in plan.items]
+            any_order = takes_any_order(planner)
+            at_once, in_turn = self._sort_out(all_wanted, planner, pause) if any_order else ([], all_wanted)
         with self._figures.transfer(len(plan.items), None):
             if at_once:
                 self._fetch_regions(at_once)
@@ -245,9 +244,12 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
             )
         return target
 
-    def _sort_out(self, all_wanted: list[_Wanted], planner: LoadPlanner) -> tuple[list[_Wanted], list[_Wanted]]:
+    def _sort_out(
+        self, all_wanted: list[_Wanted], planner: LoadPlanner, pause: CollectorPause
+    ) -> tuple[list[_Wanted], list[_Wanted]]:
         """What is fetched at once, straight into its targets, and what follows in the order of the plan."""
-        for wanted in without_collector(all_wanted):
+        for wanted in all_wanted:
+            pause.heed_time()
             if wanted.request.type == LoadItemType.TENSOR:
                 wanted.target = self._target(wanted, planner)
         overlaps = find_overlaps([wanted.target for wanted in all_wanted])

@@ -105,10 +105,6 @@ class Repeats:
     Args:
         data: the pickle.
         stack, marks, memo: the machine's own, which it only ever changes in place.
-
-    Attributes:
-        after: by the class of an object that has just got its state, what takes the entries that follow it: from the
-            position after it to the position of the first opcode that was not taken.
     """
 
     def __init__(self, data: bytes, stack: list[Any], marks: list[int], memo: list[Any]) -> None:
@@ -125,13 +121,20 @@ class Repeats:
         # References that were looked at: to a class and the fields that are named beside it.
         self._chunk_names: set[tuple[bytes, ...]] = set()
         self._item_names: set[tuple[bytes | None, ...]] = set()
-        self.after: dict[type[Any], Callable[[int], int]] = {}
-        if _AS_KNOWN:
-            self.after = {
-                ChunkStorageMetadata: self._take_chunks,
-                StorageInfo: self._take_items,
-                TensorStorageMetadata: self._take_tensors,
-            }
+
+    def after(self) -> dict[type[Any], Callable[[int], int]]:
+        """By the class of an object that has just got its state, what takes the entries that follow it: from the
+        position after it to the position of the first opcode that was not taken.
+
+        It is not kept here: in a cycle, all that the machine has met would stay until the collector comes by.
+        """
+        if not _AS_KNOWN:
+            return {}
+        return {
+            ChunkStorageMetadata: self._take_chunks,
+            StorageInfo: self._take_items,
+            TensorStorageMetadata: self._take_tensors,
+        }
 
     # Entries. Nothing is changed before all of an entry has been looked at.
 

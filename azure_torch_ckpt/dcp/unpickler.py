@@ -79,7 +79,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: list[Any] = []
-        self._take_repeats = Repeats(data, self._stack, self._marks, self._memo).after if repeats else {}
+        self._take_repeats = Repeats(data, self._stack, self._marks, self._memo).after() if repeats else {}
         self._budget = 4096 + _COST_PER_BYTE * len(data)
         self._attributes: set[str] = set()  # names that passed the check once
         self._opted_in: dict[str, Any] | None = None

@@ -244,12 +244,14 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
                 or this one, whole, and nothing was deleted.
         """
-        metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
-        metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_meta = storage_meta(self.checkpoint_id, self._unfinished[1] if self._unfinished else None)
         rank = None if self._use_collectives else self._rank
         try:
             with CollectorPause():
+                metadata.storage_data = {result.index: result.storage_data for written in results for result in written}
+                metadata.version = CURRENT_DCP_VERSION
+                save_id = self._unfinished[1] if self._unfinished else None
+                metadata.storage_meta = storage_meta(self.checkpoint_id, save_id)
+                names = data_paths(metadata)
                 try:
                     data = dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")
                 except UnsafeMetadataError as error:
@@ -258,9 +260,8 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
                     raise
         except CheckpointError:
             self._unfinished = None
-            remove_blobs(self._store, self._location, data_paths(metadata), [""])
+            remove_blobs(self._store, self._location, names, [""])
             raise
-        names = data_paths(metadata)
         # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
         self._unfinished = None
         try:

@@ -304,7 +304,7 @@ class _Packing:
         for name, tensor, within_object in walk.tensors:
             # An object need not pickle what it holds.
             if id(tensor) not in self._named and (not within_object or id(tensor) in pickled):
-                self._name(name, tensor)
+                self._name(name, tensor, id(tensor) in walk.plain)
         early = {met.storage for tensor in within_objects if (met := self._shared(tensor))}
         by_storage: dict[int, list[_Met]] = {}
         for met in self._named.values():
@@ -340,12 +340,12 @@ class _Packing:
                 rows.append([met.name, met.storage, geometry.offset, geometry.size, stride, item == met.name or item])
         return _Table(tensors, rows)
 
-    def _name(self, name: str, tensor: torch.Tensor) -> _Met | None:
+    def _name(self, name: str, tensor: torch.Tensor, plain: bool) -> _Met | None:
         """Make an item of the tensor, if it can be one."""
-        if is_sharded(tensor):
-            met = _Met(self._unique(name), tensor, next(self._numbers), _geometry_of_whole(tensor))
-        elif is_plain(tensor):
+        if plain:
             met = _Met(self._unique(name), tensor, self._storage_of(tensor), Geometry.of(tensor))
+        elif is_sharded(tensor):
+            met = _Met(self._unique(name), tensor, next(self._numbers), _geometry_of_whole(tensor))
         else:
             return None
         self._named[id(tensor)] = met
@@ -355,7 +355,7 @@ class _Packing:
         """The tensor as an item, if it is one or has the memory of one."""
         met = self._named.get(id(tensor))
         if met is None and not is_sharded(tensor) and is_plain(tensor) and self._is_shared(tensor):
-            met = self._name("shared.0", tensor)
+            met = self._name("shared.0", tensor, True)
         return met
 
     def _placeholder(self, tensor: torch.Tensor) -> Any:

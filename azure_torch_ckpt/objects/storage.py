@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from azure_torch_ckpt.collector import CollectorPause
+from azure_torch_ckpt.dcp.coverage import is_whole
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
-from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from azure_torch_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from azure_torch_ckpt.objects.codec import SKELETON, MapLocation, Unpacked, pack, unpack
 
 __all__ = ["check_items", "load_object", "read_items", "read_skeleton", "save_object", "save_state_dict"]
@@ -34,15 +39,27 @@ def save_state_dict(state_dict: dict[str, torch.Tensor], writer: AzureBlobWriter
     Raises:
         Those of `AzureBlobWriter`.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer.set_up_storage_writer(is_coordinator=True)
     with CollectorPause():
         planner.set_up_planner(state_dict, writer.storage_meta(), is_coordinator=True)
         local = writer.prepare_local_plan(planner.create_local_plan())
-        plans, metadata = planner.create_global_plan([local])
+        # Not by the planner, which would first look for what several plans have, and there is one.
+        plans, metadata = create_default_global_save_plan([local])
+        _check_whole(metadata, writer.checkpoint_id)
         (plan,) = writer.prepare_global_plan(plans)
     results = writer.write_data(planner.finish_plan(plan), planner).wait()
     writer.finish(metadata, [results])
+
+
+def _check_whole(metadata: Metadata, where: str) -> None:
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and not is_whole(entry):
+            raise CheckpointError(
+                f"This process has not all of {name!r}, a DTensor that is sharded over several ranks, so nothing was "
+                f"saved at {where}. Use the strategy of azure_torch_ckpt.lightning for sharded models, which saves on "
+                "all ranks"
+            )
 
 
 def load_object(reader: AzureBlobReader, map_location: MapLocation = None, weights_only: bool | None = None) -> Any:

@@ -24,11 +24,13 @@ class Walk:
     Attributes:
         tensors: in order, each with its path, and whether some object has it that may be more than its content: one of
             a subclass of those.
+        plain: the ids of those that are plain.
         objects: what is something else, and may hold tensors.
     """
 
     def __init__(self, value: Any) -> None:
         self.tensors: list[tuple[str, torch.Tensor, bool]] = []
+        self.plain: set[int] = set()
         self.objects: list[Any] = []
         seen: set[int] = set()
         stack: list[tuple[str, Any, bool]] = [("", value, False)]
@@ -42,7 +44,9 @@ class Walk:
                 if not is_sharded(thing):
                     if not is_plain(thing):
                         self.objects.append(thing)
-                    elif thing.__dict__:
+                        continue
+                    self.plain.add(id(thing))
+                    if thing.__dict__:
                         self.objects.append(thing.__dict__)
                 continue
             is_container = isinstance(thing, (dict, list, tuple))
