@@ -427,6 +427,19 @@ def test_removals_take_what_they_name_and_nothing_else(fs: AzureBlobFileSystem, 
     assert fs.exists(tree)
 
 
+def test_a_removal_of_trees_takes_each_once(fs: AzureBlobFileSystem, tree: str):
+    for path in (
+        f"{tree}/**",
+        [f"{tree}/a", f"{tree}/d", f"{tree}/d/", f"{tree}/d/x", f"{tree}/dd", f"{tree}/d*"],
+        [f"{tree}/*", f"{tree}/*"],
+    ):
+        fs.pipe({f"{tree}/{name}": b"" for name in ("a", "d/x", "d/y/z", "dd/x")})
+        fs.rm(path, recursive=True)
+        assert below(fs, tree) == []
+    with pytest.raises(BlobNotFoundError, match="there is no blob and no folder"):
+        fs.rm(f"{tree}/none*", recursive=True)
+
+
 def test_folders_come_with_their_blobs_and_containers_only_if_asked(fs: AzureBlobFileSystem, tree: str):
     fs.mkdir(f"{tree}/new")
     fs.makedirs(f"{tree}/new/deep")

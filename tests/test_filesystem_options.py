@@ -158,6 +158,12 @@ def test_every_method_refuses_what_it_does_not_know(fs: AzureBlobFileSystem, roo
     assert fs.find(root, detail=True) == before and not (tmp_path / "g").exists()
 
 
+def test_exists_takes_any_option_that_means_nothing_elsewhere(fs: AzureBlobFileSystem, root: str) -> None:
+    assert fs.exists(f"{root}/run/model.pt", anything=1) and not fs.exists(f"{root}/none", anything=1)
+    with pytest.raises(UnknownOptionError, match="exists does not know timeout=, version_id= and would not"):
+        fs.exists(f"{root}/run/model.pt", anything=1, version_id="x", timeout=1)
+
+
 def test_values_that_mean_nothing_are_refused(fs: AzureBlobFileSystem, root: str, tmp_path: Path) -> None:
     one = f"{root}/run/model.pt"
     for attempt in (

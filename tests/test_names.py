@@ -143,6 +143,49 @@ def test_trees_with_odd_names_are_copied_moved_and_removed_whole(
     assert sorted(blob.name for blob in client.list_blobs()) == ["d//y", "d/e//f/z", "d/x", "other"]
 
 
+def test_what_find_gives_is_no_pattern(
+    client: ContainerClient, fs: AzureBlobFileSystem, root: str, tmp_path: Path
+) -> None:
+    names = ["b[1]/f", "st*r", "wh?t"]
+    fill(client, [*names, "b1/f", "star", "what"])
+    found = [f"{root}/{name}" for name in names]
+    assert fs.cat(found) == {f"{root}/{name}": f"this is {name}".encode() for name in names}
+    # Of a single path, a pattern is meant, and this one matches another blob.
+    assert fs.cat(found[0]) == {f"{root}/b1/f": b"this is b1/f"}
+    fs.rm(found)
+    assert [blob.name for blob in client.list_blobs()] == ["b1/f", "star", "what"]
+    fill(client, ["m[1].pt", "d[1]/x"])
+    fs.get(f"{root}/m[1].pt", str(tmp_path / "m"))
+    assert (tmp_path / "m").read_bytes() == b"this is m[1].pt"
+    fs.mv(f"{root}/m[1].pt", f"{root}/m[2].pt")
+    fs.cp(f"{root}/d[1]", f"{root}/d2", recursive=True)
+    assert list(fs.cat([f"{root}/d[1]"], recursive=True, on_error="raise")) == [f"{root}/d[1]/x"]
+    fs.rm([f"{root}/d[1]"], recursive=True)
+    assert [blob.name for blob in client.list_blobs()] == ["b1/f", "d2/x", "m[2].pt", "star", "what"]
+    with pytest.raises(BlobNotFoundError):
+        fs.rm(f"{root}/none[1]", recursive=True)
+
+
+def test_two_blobs_are_not_copied_or_moved_into_one(
+    client: ContainerClient, fs: AzureBlobFileSystem, root: str
+) -> None:
+    names = ["r/1/x", "r/2/x", "r/old/2/x"]
+    fill(client, names)
+    for act in (fs.mv, fs.cp):
+        with pytest.raises(LocationError, match=r"would both be azblob://.*/r/d/x, and one of them would be lost"):
+            act([f"{root}/r/1/x", f"{root}/r/2/x"], f"{root}/r/d/")
+        # Which of the copies comes first is nobody's business, so r/old/2/x would be either of the two.
+        with pytest.raises(LocationError, match=r"would be written over azblob://.*/r/old/2/x, which is to be copied"):
+            act(f"{root}/r/", f"{root}/r/old", recursive=True)
+        with pytest.raises(LocationError, match="would be written over"):
+            act([f"{root}/r/1/x", f"{root}/r/2/x"], [f"{root}/r/2/x", f"{root}/r/1/x"])
+    assert {blob.name: client.download_blob(blob.name).readall() for blob in client.list_blobs()} == {
+        name: f"this is {name}".encode() for name in names
+    }
+    fs.cp([f"{root}/r/1/x"] * 2, [f"{root}/r/3", f"{root}/r/4"])
+    assert fs.cat_file(f"{root}/r/4") == b"this is r/1/x"
+
+
 def test_two_blobs_are_not_put_into_one_file(
     client: ContainerClient, fs: AzureBlobFileSystem, root: str, tmp_path: Path
 ) -> None:

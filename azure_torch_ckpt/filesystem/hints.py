@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from azure_torch_ckpt.errors import UnknownOptionError
 
-__all__ = ["refuse_unknown", "without_hints"]
+__all__ = ["MEANT_ELSEWHERE", "refuse_unknown", "without_hints"]
 
 # Of caches, buffers and event loops. Whatever their values, what is read, written or found is the same.
 _HINTS: Final = frozenset(
@@ -49,6 +49,8 @@ _INSTEAD: Final = {
     "timeout": "Pass options=TransferOptions(retry_seconds=...)",
     "version_id": "BlobIO reads a version by its URL",
 }
+MEANT_ELSEWHERE: Final = frozenset(_INSTEAD)
+"""Options that mean something in other filesystems of Azure's storage."""
 
 
 def without_hints(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from azure_torch_ckpt.errors import (
     RequestRefusedError,
 )
 from azure_torch_ckpt.filesystem.access import Access, one_credential
-from azure_torch_ckpt.filesystem.hints import refuse_unknown
+from azure_torch_ckpt.filesystem.hints import MEANT_ELSEWHERE, refuse_unknown
 from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, tree_entries
 from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
 from azure_torch_ckpt.location import BlobLocation
@@ -182,8 +182,12 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return sum(sizes.values()) if total else sizes
 
     def exists(self, path: str, **hints: Any) -> bool:
-        """Whether a blob or a folder is there. Raises if the service cannot be asked or does not tell."""
-        refuse_unknown("exists", hints)
+        """Whether a blob or a folder is there. Raises if the service cannot be asked or does not tell.
+
+        As in other filesystems, any option is taken, except those of other filesystems for which the answer would be
+        another one.
+        """
+        refuse_unknown("exists", hints.keys() & MEANT_ELSEWHERE)
         return self._info_or_none(path) is not None
 
     def isfile(self, path: str) -> bool:

@@ -12,7 +12,7 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from fsspec.utils import other_paths
 
-from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError
+from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.filesystem.listing import Entry, is_commit_record
 from azure_torch_ckpt.filesystem.looking import LookingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
@@ -26,7 +26,9 @@ __all__ = [
     "get_pairs",
     "parents",
     "put_pairs",
+    "refuse_mixed",
     "removal_order",
+    "roots_of_trees",
     "without_folders",
 ]
 
@@ -95,14 +97,17 @@ def expand(fs: LookingFileSystem, path: Any, recursive: bool, maxdepth: int | No
         root = fs._strip_protocol(one)
         roots: dict[str, Entry | None] = {root: None}
         depth = maxdepth
-        if has_magic(root):
-            roots = fs.glob(root, maxdepth=maxdepth, detail=True)
+        matched = _matches(fs, root, path, maxdepth)
+        if matched:
+            roots = {**matched}
             found |= roots
-            depth = None if maxdepth is None else maxdepth - 1
+            depth = maxdepth if maxdepth is None or root in matched else maxdepth - 1
         if recursive and depth != 0:
             for each in roots:
                 found |= fs.find(each, maxdepth=depth, withdirs=True, detail=True)
-        if not has_magic(root) and root not in found and (not recursive or fs.exists(root)):
+        # What matches nothing may be a name: of "m[1].pt", say, as `find` gave it.
+        literal = not has_magic(root) or (not matched and (recursive or fs.exists(root)))
+        if literal and root not in found and (not recursive or fs.exists(root)):
             found[root] = None
     if not found:
         raise BlobNotFoundError(f"there is no blob and no folder {path!r}")
@@ -113,6 +118,48 @@ def without_folders(found: dict[str, Entry | None]) -> list[str]:
     """Those of expanded paths that are of blobs, or that nothing is known of."""
     above = parents(found)
     return [one for one, entry in found.items() if one not in above and (entry is None or entry["type"] == "file")]
+
+
+def roots_of_trees(fs: LookingFileSystem, path: Any) -> list[str]:
+    """What `path`, names or patterns, means for a removal with all that lies below: nothing twice, nor in another.
+
+    Raises:
+        BlobNotFoundError: a pattern matches nothing, and is no name either.
+    """
+    roots: list[str] = []
+    for one in path if isinstance(path, (list, tuple, set)) else [path]:
+        roots += _matches(fs, str(one), path, None) or [str(one)]
+    stripped = {fs._strip_protocol(root) for root in roots}
+    kept: dict[str, str] = {}
+    for root in roots:
+        name = fs._strip_protocol(root)
+        if not any(name[:position] in stripped for position in _slashes(name)):
+            # Where both "m/" and "m" are given, "m" means more.
+            kept[name] = min(root, kept.get(name, root), key=lambda one: one.endswith("/"))
+    return list(kept.values())
+
+
+def refuse_mixed(fs: LookingFileSystem, pairs: Iterable[tuple[str, str]]) -> None:
+    """Refuse copies that would write over what another of them reads or has written.
+
+    Raises:
+        LocationError: two sources have one target, or a source is another one's target.
+    """
+    sources: dict[str, str] = {}
+    pairs = [pair for pair in pairs if pair[0] != pair[1]]
+    read = {source for source, _ in pairs}
+    for source, target in pairs:
+        other = sources.setdefault(target, source)
+        if other != source:
+            raise LocationError(
+                f"{fs.unstrip_protocol(other)} and {fs.unstrip_protocol(source)} would both be "
+                f"{fs.unstrip_protocol(target)}, and one of them would be lost. Nothing was copied; name each target"
+            )
+        if target in read:
+            raise LocationError(
+                f"{fs.unstrip_protocol(source)} would be written over {fs.unstrip_protocol(target)}, which is to be "
+                "copied as well. Nothing was copied; copy to another place first"
+            )
 
 
 def copy_pairs(
@@ -135,7 +182,7 @@ def copy_pairs(
         sources = [] if is_folder else [one for one in blobs if found[one] is not None or not fs.isdir(one)]
     if not sources:
         return []
-    if is_one and has_magic(str(path1)):
+    if is_one and _is_pattern(fs, path1, found):
         below = len(sources) == 1
     else:
         below = is_one and str(path1)[-1:] != "/" and _is_folder_to_fill(fs, path2)
@@ -160,7 +207,7 @@ def get_pairs(
     if not sources:
         return []
     target = make_path_posix(os.fspath(lpath)) if isinstance(lpath, (str, os.PathLike)) else lpath
-    if is_one and has_magic(str(rpath)):
+    if is_one and _is_pattern(fs, rpath, found):
         below = len(sources) == 1
     else:
         is_folder = isinstance(target, str) and (target.endswith("/") or LocalFileSystem().isdir(target))
@@ -188,6 +235,28 @@ def put_pairs(
         below = is_one and source[-1:] != "/" and _is_folder_to_fill(fs, rpath)
     targets = other_paths(sources, fs._strip_protocol(rpath), exists=below, flatten=not is_one)
     return list(zip(sources, targets, strict=True))
+
+
+def _matches(fs: LookingFileSystem, one: str, given: Any, maxdepth: int | None) -> dict[str, Entry]:
+    """What matches `one`, if it is a pattern.
+
+    Args:
+        given: `one`, or what it comes from. If that is a list, it may well be of names that `find` gave, so what has
+            the very name is all that matches: other blobs would be removed in place of ``b[1]``, or with ``st*r``.
+    """
+    if not has_magic(one):
+        return {}
+    if not isinstance(given, (str, os.PathLike)):
+        entry = fs._info_or_none(one)
+        if entry is not None:
+            return {entry["name"]: entry}
+    matched: dict[str, Entry] = fs.glob(one, maxdepth=maxdepth, detail=True)
+    return matched
+
+
+def _is_pattern(fs: LookingFileSystem, path: Any, found: dict[str, Entry | None]) -> bool:
+    """Whether an expanded path is a pattern, and not the very name of all that was found, like ``m[1].pt``."""
+    return has_magic(str(path)) and fs._strip_protocol(path) not in found
 
 
 def _is_folder_to_fill(fs: LookingFileSystem, path: Any) -> bool:

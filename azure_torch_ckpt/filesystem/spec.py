@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from glob import has_magic
 from typing import Any
 
 from fsspec.callbacks import DEFAULT_CALLBACK, Callback
@@ -29,7 +28,9 @@ from azure_torch_ckpt.filesystem.moving import (
     expand,
     get_pairs,
     put_pairs,
+    refuse_mixed,
     removal_order,
+    roots_of_trees,
     without_folders,
 )
 from azure_torch_ckpt.filesystem.opening import OpeningFileSystem
@@ -303,6 +304,9 @@ class AzureBlobFileSystem(OpeningFileSystem):
         Args:
             on_error: ``"ignore"`` leaves out what is not there any more, and is the default with `recursive`;
                 ``"raise"`` raises `BlobNotFoundError`.
+
+        Raises:
+            LocationError: two blobs would have one target, or one would be written over another that is to be copied.
         """
         refuse_unknown("copy", hints)
         _check("on_error", on_error, None, "ignore", "raise")
@@ -317,6 +321,8 @@ class AzureBlobFileSystem(OpeningFileSystem):
         is whole at one of its two places, or at both.
 
         Raises:
+            LocationError: two blobs would have one target, or one would be written over another that is to be moved.
+                Nothing was moved.
             AccessDeniedError: a blob has index tags, and they may not be read or written. Nothing of it was moved.
             BlobNotFoundError: nothing is there, or a folder is, and `recursive` is not given.
         """
@@ -363,6 +369,7 @@ class AzureBlobFileSystem(OpeningFileSystem):
         self, pairs: list[tuple[str, str]], *, ignore_missing: bool, strict: bool
     ) -> dict[tuple[str, str], str]:
         """Copy, with everything that belongs to a blob if `strict`; return the ETags of the sources."""
+        refuse_mixed(self, pairs)
         copied: dict[tuple[str, str], str] = {}
 
         def copy(pair: tuple[str, str]) -> None:
@@ -407,9 +414,8 @@ class AzureBlobFileSystem(OpeningFileSystem):
             for group in reversed(commit_last(without_folders(found), str)):
                 each([functools.partial(self.rm_file, one) for one in group], self._threads)
             return
-        for one in path if isinstance(path, list) else [path]:
-            for root in self.glob(one) if has_magic(str(one)) else [one]:
-                self._remove_tree(root)
+        for root in roots_of_trees(self, path):
+            self._remove_tree(root)
 
     def _remove_tree(self, path: str) -> None:
         location, store, parts = self._at(path)
