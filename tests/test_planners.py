@@ -213,5 +213,5 @@ def test_memory_of_a_subclass_that_is_used_for_the_next_item(container: str, tmp
 
 def test_which_planners_keep_their_memory() -> None:
     assert keeps_its_memory(dcp.DefaultSavePlanner())
-    assert keeps_its_memory(SharingPlanner(()))
+    assert keeps_its_memory(SharingPlanner(2))
     assert not keeps_its_memory(Reuses(1))
