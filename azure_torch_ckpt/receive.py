@@ -1,8 +1,9 @@
-"""Response bodies received straight into the caller's memory."""
+"""Responses: a head that is whole or an error, a body received straight into the caller's memory."""
 
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import select
 import socket
@@ -10,11 +11,12 @@ import ssl
 import sys
 import threading
 from collections import deque
+from typing import Any
 
 from azure_torch_ckpt import pool
 from azure_torch_ckpt.bodies import Scatter
 
-__all__ = ["body"]
+__all__ = ["Response", "body"]
 
 # A TLS read gives the GIL away once per record of 16 KiB. Waiting for this much before reading keeps many reading
 # threads from fighting over it.
@@ -35,6 +37,43 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Response(http.client.HTTPResponse):
+    """For ``response_class``: `http.client` takes the end of the connection for the end of the headers.
+
+    What was left of them, even "HTTP/1.1 20", would be a success.
+    """
+
+    def begin(self) -> None:
+        """Receive the head.
+
+        Raises:
+            http.client.IncompleteRead: the connection ended in it.
+        """
+        received = self.fp
+        head: Any = _Head(received)
+        self.fp = head
+        try:
+            super().begin()
+        finally:
+            if self.fp is head:
+                self.fp = received
+
+
+class _Head:
+    """The lines of a response's head, which ends with an empty one."""
+
+    def __init__(self, received: io.BufferedReader) -> None:
+        self._received = received
+        self._begun = False
+
+    def readline(self, limit: int = -1) -> bytes:
+        line = self._received.readline(limit)
+        if not line.endswith(b"\n") and len(line) != limit and (line or self._begun):
+            raise http.client.IncompleteRead(line)
+        self._begun = True
+        return line
 
 
 def body(connection: http.client.HTTPConnection, response: http.client.HTTPResponse, dest: Scatter | None) -> bytes:

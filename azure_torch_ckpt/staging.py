@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from azure_torch_ckpt.bodies import Cancel, Gather
+from azure_torch_ckpt.copyingcontainer import CopySource
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.options import MAX_BLOCKS
-from azure_torch_ckpt.store import BlobStore, CopySource
+from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["BLOCK_ID_LENGTH", "Staging", "block_id"]
 

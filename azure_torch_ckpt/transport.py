@@ -223,6 +223,7 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         self, connection: http.client.HTTPConnection, target: urllib.parse.SplitResult, request: HttpRequest
     ) -> http.client.HTTPResponse:
         """Send the request; return once the response's head has arrived."""
+        connection.response_class = receive.Response
         path = urllib.parse.urlunsplit(("", "", target.path or "/", target.query, ""))
         absolute = getattr(connection, "absolute_target", None)
         connection.putrequest(

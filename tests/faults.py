@@ -98,6 +98,13 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class CutHead:
+    """End the connection in good order when all but so many bytes of the head of the answer have gone back."""
+
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """SIGKILL a process and reset the connection: at ``"request"`` the service never hears of the request."""
 
@@ -146,7 +153,7 @@ class Reframe:
     close: bool = False
 
 
-Action: TypeAlias = "Hold | Cut | Kill | Call | Flip | Answer | Reframe"
+Action: TypeAlias = "Hold | Cut | CutHead | Kill | Call | Flip | Answer | Reframe"
 
 
 @dataclass(slots=True)

@@ -34,6 +34,7 @@ from tests.faults import (
     At,
     Call,
     Cut,
+    CutHead,
     Exchange,
     Flip,
     Gate,
@@ -44,7 +45,7 @@ from tests.faults import (
     Rule,
     exchange_of,
 )
-from tests.wire import PIECE, Headers, HttpStream, is_chunked, lowered
+from tests.wire import PIECE, Headers, HttpStream, head_of, is_chunked, lowered
 
 _T = TypeVar("_T")
 
@@ -351,6 +352,9 @@ class _Connection:
             if isinstance(action, Reframe) and action.close:
                 headers = [(name, value) for name, value in headers if name.lower() not in ("connection", "keep-alive")]
                 headers.append(("Connection", "close"))
+            if isinstance(action, CutHead):
+                await self._client.send(head_of(" ".join(first), headers)[: -action.missing])
+                raise _CutError(reset=False)
         await self._client.send_head(" ".join(first), headers)
         if exchange.method == "HEAD" or exchange.status in (204, 304):
             return
@@ -391,7 +395,7 @@ class _Connection:
 
 async def _reach(point: At, actions: Sequence[Action]) -> None:
     for action in actions:
-        if isinstance(action, (Answer, Flip, Reframe)) or action.at != point:
+        if isinstance(action, (Answer, CutHead, Flip, Reframe)) or action.at != point:
             continue
         if isinstance(action, Hold):
             await (asyncio.sleep(action.until) if isinstance(action.until, (int, float)) else action.until.passed())

@@ -25,8 +25,8 @@ PACKAGE = "azure_torch_ckpt"
 
 # Who may import azure.*: the door to the SDK and what it stands on.
 SDK_MODULES = {
-    *("blobinfo", "connection", "credentials", "direct", "listedcontainer", "listpage", "retry", "settings", "store"),
-    *("translation", "transport"),
+    *("blobinfo", "connection", "copyingcontainer", "credentials", "direct", "listedcontainer", "listpage", "retry"),
+    *("settings", "store", "translation", "transport"),
 }
 
 TOP_LEVEL = {

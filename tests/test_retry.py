@@ -25,7 +25,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.store import BlobStore
-from tests.faults import Answer, Call, Cut, Flip
+from tests.faults import Answer, Call, Cut, CutHead, Flip
 from tests.proxy import FaultProxy
 from tests.waits import Clock, without_waiting
 
@@ -74,6 +74,14 @@ def test_no_retries_without_time(proxied_container: str, proxy: FaultProxy, cloc
     with pytest.raises(ServiceUnavailableError):
         store_with(proxied_container, 0).stat("blob")
     assert (proxy.count(), clock.waits) == (1, [])
+
+
+def test_an_answer_without_the_end_of_its_headers_is_none(store: BlobStore, proxy: FaultProxy, clock: Clock) -> None:
+    """The answer to a HEAD has no body that would be too short."""
+    store.put("blob", b"data")
+    proxy.when("Head").do(CutHead(400))
+    assert store.stat("blob").size == 4
+    assert proxy.count("Head") == 2 and len(clock.waits) == 1
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])

@@ -23,7 +23,7 @@ from azure_torch_ckpt import pool as connections
 from azure_torch_ckpt.bodies import Cancel, Gather, Scatter
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport import GatherTransport
-from tests.faults import Answer, Cut, Hold
+from tests.faults import Answer, Cut, CutHead, Hold
 from tests.proxy import FaultProxy
 from tests.transport_support import KIB, MIB, Blobs, be_impatient, some_bytes
 
@@ -117,6 +117,20 @@ def test_a_body_that_breaks_off_is_an_error_even_on_a_connection_used_again(
     assert dest is None or not dest.received
     assert proxy.count("Get Blob") == 1
     assert len(blobs.get(transport, "blob", 0, 2 * MIB).content) == 2 * MIB
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3, 4, 5, 30, 200, 300])
+def test_a_head_that_breaks_off_is_an_error(either: Any, missing: int) -> None:
+    """`http.client` takes what has come for all of the headers, of a success without a body."""
+    proxy, blobs, transport = either
+    proxy.when("Put Blob").do(CutHead(missing))
+    with pytest.raises(IncompleteReadError):
+        blobs.put(transport, "blob", b"data")
+    proxy.when("Get Blob").do(CutHead(missing))
+    with pytest.raises(IncompleteReadError):
+        blobs.get(transport, "blob", 0, 4)
+    assert blobs.get(transport, "blob", 0, 4).content == b"data"
+    assert proxy.count() == 3
 
 
 def test_an_answer_that_comes_while_the_body_is_sent_is_the_answer(either: Any) -> None:

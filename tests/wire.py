@@ -21,6 +21,11 @@ def is_chunked(headers: dict[str, str]) -> bool:
     return "chunked" in headers.get("transfer-encoding", "")
 
 
+def head_of(first_line: str, headers: Headers) -> bytes:
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
 class HttpStream:
     """One side of the proxy: HTTP messages in and out."""
 
@@ -65,8 +70,7 @@ class HttpStream:
         await self.writer.drain()
 
     async def send_head(self, first_line: str, headers: Headers) -> None:
-        lines = [first_line, *(f"{name}: {value}" for name, value in headers), "", ""]
-        await self.send("\r\n".join(lines).encode("latin-1"))
+        await self.send(head_of(first_line, headers))
 
     async def send_piece(self, piece: bytes | memoryview, chunked: bool) -> None:
         if not chunked:
