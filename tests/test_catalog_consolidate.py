@@ -214,7 +214,7 @@ def test_an_empty_state_dict(container: str, tmp_path: Path) -> None:
 
 
 def test_safetensors_has_the_tensors_by_their_flat_names_and_simple_values(container: str, tmp_path: Path) -> None:
-    names = {"complex128", "complex32"}
+    names = {"bcomplex32", "complex128", "complex32"}  # which safetensors has not; torch 2.15 has the first
     dtypes = [dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") not in names]
     source = nested()
     source["dtypes"] = {str(dtype): fill(torch.empty(3, 5, dtype=dtype)) for dtype in dtypes}
