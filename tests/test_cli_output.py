@@ -52,6 +52,15 @@ def test_a_new_interpreter_with_an_ascii_stdout(odd: str) -> None:
     assert b"gr\\xf6\\xdfe.\\u6a21\\u578b.weight  float32" in done.stdout
 
 
+@pytest.mark.parametrize(("words", "closed", "code"), [("ls", ">&-", 0), ("rm", "<&- >&-", 2)])
+def test_streams_that_the_caller_closed(odd: str, words: str, closed: str, code: int) -> None:
+    """A real interpreter: only at its start does Python see that they are."""
+    command = f'exec "$@" {closed}', "sh", sys.executable, "-m", "azure_torch_ckpt.cli", words, f"{odd}/läufe/step-1"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", *command], env=env, capture_output=True, cwd=Path(__file__).parent.parent)
+    assert (done.returncode, b"Traceback" in done.stderr) == (code, False), done.stderr
+
+
 @pytest.mark.parametrize("env", [ASCII, LATIN])
 def test_no_command_fails_for_the_encoding(odd: str, tmp_path: Path, env: dict[str, str]) -> None:
     one, two = f"{odd}/läufe/step-1", f"{odd}/läufe/step-2"

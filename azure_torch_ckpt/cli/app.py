@@ -97,6 +97,7 @@ for _command in (ls, latest, show, diff, verify, cp, rm, prune, consolidate, emu
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out a command line and return the exit code. Nothing that is printed has a secret in it."""
+    _fill_closed_streams()
     handler = _ToStderr()
     handler.setFormatter(logging.Formatter(f"{NAME}: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -125,6 +126,13 @@ def run(arguments: Sequence[str]) -> int:
         print(failures.without_secrets(traceback.format_exc()), file=sys.stderr, end="")
         return _fail(failures.BUG, "this is a bug in azure-torch-ckpt; please report it with the lines above")
     return int(code or failures.OK)
+
+
+def _fill_closed_streams() -> None:
+    # Python has None for a stream that the caller closed (cron, `>&-`), and a socket would get its number.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _fail(code: int, message: str, hint: str | None = None) -> int:
