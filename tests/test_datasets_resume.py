@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import multiprocessing
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azure_torch_ckpt.datasets import BlobDataset, BlobListing, BlobSampler, IterableBlobDataset, TarDataset, progress
@@ -67,7 +68,9 @@ class Worker:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        process = SimpleNamespace(name=f"Process-{-self._pid}")
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(multiprocessing, "current_process", lambda: process)
             patch.setattr(progress, "get_worker_info", lambda: self._info)
             patch.setattr(os, "getpid", lambda: self._pid)
             yield
@@ -84,20 +87,32 @@ class Loader:
         self._dataset = dataset
         self._batch_size = batch_size
         self._number = workers
-        self._seed = seed
+        self.seed = seed
         self._persistent = persistent
         self._workers: list[Worker] = []
         self._begun: dict[int, Iterator[int]] = {}
+        self._behind: set[int] = set()  # workers that have not begun the pass before this one
 
     def batches(self, late: frozenset[int] = frozenset()) -> Iterator[list[int]]:
-        """A pass. The workers in `late` begin when their first batch is wanted."""
+        """A pass. The workers in `late` begin when their first batch is wanted.
+
+        Before a DataLoader wants a batch of workers that persist, all of them have answered that they will begin the
+        pass. So they have begun the one before, some of them perhaps after others have begun this one.
+        """
         if not self._number:
             return self._from([lambda: iter(self._dataset)])
-        if not self._workers or not self._persistent:
-            self._workers = [Worker(self._dataset, i, self._number, self._seed) for i in range(self._number)]
-        order = sorted(range(self._number), key=lambda i: (-i, i) if self._seed % 2 else (i, i))
-        self._begun = {i: self._workers[i].begin() for i in order if i not in late}
-        return self._from([functools.partial(self._begin, i) for i in range(self._number)])
+        numbers = range(self._number)
+        if self._workers and self._persistent:
+            self._behind = {i for i in numbers if i not in self._begun}
+        else:
+            self._workers = [Worker(self._dataset, i, self._number, self.seed) for i in numbers]
+        self._begun = {}
+        for number in reversed(numbers) if self.seed % 2 else numbers:
+            if number not in late:
+                self._begin(number)
+        for number in list(self._behind):
+            self._catch_up(number)
+        return self._from([functools.partial(self._begin, number) for number in numbers])
 
     def begin_the_rest(self) -> None:
         """Let those begin of which no batch was wanted, though it is of no use any more."""
@@ -106,8 +121,14 @@ class Loader:
 
     def _begin(self, number: int) -> Iterator[int]:
         if number not in self._begun:
+            self._catch_up(number)
             self._begun[number] = self._workers[number].begin()
         return self._begun[number]
+
+    def _catch_up(self, number: int) -> None:
+        if number in self._behind:
+            self._behind.remove(number)
+            self._workers[number].begin()
 
     def _from(self, beginners: list[Any]) -> Iterator[list[int]]:
         sources: list[Any] = list(beginners)
@@ -120,6 +141,13 @@ class Loader:
                 else:
                     sources[index] = None
             sources = [source for source in sources if source is not None]
+
+
+_PERSISTENT_LATE: list[tuple[Any, ...]] = [
+    (0, False, "", None, "here", 1, frozenset(), False, False),
+    (2, True, "", None, "here", 1, frozenset(), False, False),
+    (2, True, "", 1, "here", 1, frozenset({1}), False, False),
+]
 
 
 @st.composite
@@ -135,6 +163,7 @@ def steps(draw: st.DrawFn) -> list[tuple[Any, ...]]:
                 st.integers(1, 3),  # ranks of the new one
                 st.frozensets(st.integers(0, 2)),  # workers that begin late
                 st.booleans(),  # the same seed for all loaders, as with manual_seed before each pass
+                st.booleans(),  # late workers of the pass before, of which nothing was wanted, begin after this pass
             ),
             min_size=1,
             max_size=6,
@@ -144,19 +173,30 @@ def steps(draw: st.DrawFn) -> list[tuple[Any, ...]]:
 
 # A loaded state, and two passes of two workers with the same seed; and one whose second worker begins after a load.
 @example(
-    [(0, False, "", 1, "here", 1, frozenset(), False), *[(2, False, "", None, "", 1, frozenset(), True)] * 2],
+    [
+        (0, False, "", 1, "here", 1, frozenset(), False, False),
+        *[(2, False, "", None, "", 1, frozenset(), True, False)] * 2,
+    ],
     9,
     2,
     1,
     False,
 )
 @example(
-    [(2, False, "", 1, "here", 1, frozenset({1}), False), (1, False, "", None, "", 1, frozenset(), False)],
+    [
+        (2, False, "", 1, "here", 1, frozenset({1}), False, False),
+        (1, False, "", None, "", 1, frozenset(), False, False),
+    ],
     9,
     2,
     1,
     False,
 )
+# Of workers that persist, the second one begins its second pass after a load; then follows a whole pass, or a part.
+@example([*_PERSISTENT_LATE, (0, False, "", None, "here", 1, frozenset(), False, False)], 1, 1, 1, False)
+@example([*_PERSISTENT_LATE, (0, False, "", 1, "here", 1, frozenset(), False, False)], 2, 1, 1, False)
+# And the first one begins its third pass before the second one has begun the second.
+@example([*_PERSISTENT_LATE, (2, True, "", None, "here", 1, frozenset(), False, False)], 9, 1, 1, False)
 @given(
     program=steps(),
     count=st.integers(0, 20),
@@ -178,11 +218,15 @@ def test_any_sequence_of_passes_gives_what_remains_and_then_whole_epochs(
         whole.set_epoch(epoch)
         return list(whole)
 
+    def begin_the_rest(loaders: list[Loader]) -> None:
+        for loader in loaders:
+            loader.begin_the_rest()
+
     seeds = itertools.count(100)
     datasets, kept = make(world_size), dict[int, list[Loader]]()
     epoch = done = 0
     left: list[Loader] = []
-    for workers, persistent, setting, leave, where, ranks, late, same_seed in program:
+    for workers, persistent, setting, leave, where, ranks, late, same_seed, afterwards in program:
         if setting:
             epoch += setting == "next"
             done = 0 if setting == "next" else done
@@ -194,9 +238,13 @@ def test_any_sequence_of_passes_gives_what_remains_and_then_whole_epochs(
             loaders = [Loader(dataset, batch_size, workers, seed, persistent) for dataset in datasets]
             if persistent:
                 kept[workers] = loaders
-        for loader in left:
-            loader.begin_the_rest()
-        left = []
+        if left == loaders:  # these workers persist, and begin one pass after the other
+            left = []
+        # Passes of the same seed in one epoch cannot be told apart by a worker that is the first of its number. A loop
+        # that is left waits for workers that do not persist: they end when they have begun.
+        if not afterwards or {loader.seed for loader in left} & {loader.seed for loader in loaders}:
+            begin_the_rest(left)
+            left = []
         rest = order(epoch)[done:]
         steps_of_all = len(rest) // (len(datasets) * batch_size)
         passes = [loader.batches(late) for loader in loaders]
@@ -205,12 +253,15 @@ def test_any_sequence_of_passes_gives_what_remains_and_then_whole_epochs(
             found = [number for step in itertools.zip_longest(*by_rank) for number in step if number is not None]
             assert found == rest
             done = 0
+            begin_the_rest(left)
+            left = []
             continue
         by_rank = [join(itertools.islice(batches, leave)) for batches in passes]
         found = [number for step in zip(*by_rank, strict=True) for number in step]
         samples = leave * batch_size
         done += samples * len(datasets)
         assert found == rest[: samples * len(datasets)]
+        begin_the_rest(left)
         states = [dataset.state_at(samples) for dataset in datasets]
         if workers:
             for dataset in datasets:
@@ -367,6 +418,42 @@ def test_passes_with_workers_that_persist_and_others_in_turn(listing: BlobListin
         assert join(first) == join(second) == list(range(COUNT))
         dataset.load_state_dict(dataset.state_at(COUNT))
         assert (join(first), join(second)) == ([], list(range(COUNT)))
+
+
+class _HeldUp(IterableDataset[Any]):
+    """Around a dataset: the second pass of worker 1 does not begin before `go` is set."""
+
+    def __init__(self, dataset: IterableDataset[Any]) -> None:
+        self._dataset = dataset
+        self._passes = 0
+        self.go = multiprocessing.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        self._passes += 1
+        if info is not None and info.id == 1 and self._passes == 2:
+            assert self.go.wait(60)
+        return iter(self._dataset)
+
+
+@pytest.mark.parametrize("change", ["load", "epoch"])
+def test_a_worker_that_persists_may_begin_its_pass_after_the_next_one_was_prepared(listing: BlobListing, change: str):
+    """A DataLoader waits until such workers have heard of the next pass, but not until they have begun it."""
+    dataset = IterableBlobDataset(listing, transform=number_of, batch_size=4)
+    held_up = _HeldUp(dataset)
+    loader = DataLoader(held_up, 4, num_workers=2, persistent_workers=True, collate_fn=collate)
+    assert join(loader) == list(range(COUNT))
+    dataset.load_state_dict(dataset.state_at(4))
+    source = iter(loader)
+    assert join(itertools.islice(source, 1)) == [4, 5, 6, 7]
+    if change == "load":
+        dataset.load_state_dict(dataset.state_at(4))
+    else:
+        dataset.set_epoch(1)
+    held_up.go.set()
+    assert join(source) == list(range(8, COUNT))
+    assert list(dataset) == list(range(8 if change == "load" else 0, COUNT))
+    assert list(dataset) == join(loader) == list(range(COUNT))
 
 
 def test_workers_that_are_spawned_begin_where_the_state_was_when_they_were_started(listing: BlobListing):

@@ -7,7 +7,9 @@ shared memory; what belongs to one of them, does not.
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -22,11 +24,15 @@ from azure_torch_ckpt.errors import ConfigurationError
 __all__ = ["Cursor", "OrderSettings", "Place", "Plan", "Progress", "Tally", "split_settings"]
 
 _WORKERS = 1024  # slots: of the process itself and of 1,023 workers
-# What lies in the shared memory: a `_Start`, and from which version on workers read, and later passes than the first
-# have begun; the marks of the first passes from the last few versions; the version that each worker has begun with.
-_VERSION, _EPOCH, _BASE, _OFFSET, _DRAWN, _BLOCK, _BY_WORKERS, _LATER, _MARKS = range(9)
-_VERSIONS = 16
-_SLOTS = _MARKS + _VERSIONS
+# What lies in the shared memory: the latest version, and that of which workers read, and of which later passes than the
+# first have begun; how many passes workers have begun; the last few `_Start`s, each with the mark of its first pass;
+# the names of the last passes, and the version of each; the version that each worker has begun with.
+_VERSION, _BY_WORKERS, _LATER, _COUNT, _STARTS = range(5)
+_VERSIONS, _START, _MARK = 16, 8, 7  # how many, of how many numbers, which of them is the mark
+_PASSES = _STARTS + _VERSIONS * _START
+_LAST_PASSES = 256
+_OF_PASSES = _PASSES + _LAST_PASSES
+_SLOTS = _OF_PASSES + _LAST_PASSES
 _NONE = -1  # no version
 
 
@@ -134,7 +140,9 @@ class Progress:
     """What the iterable datasets and `BlobSampler` have in common: epochs, and how far this one has got.
 
     `set_epoch` and `load_state_dict` make a new `_Start`, in the process that made the dataset. A worker gets it with
-    its copy of the dataset, when it is started, and later ones, if it persists, from the shared memory.
+    its copy of the dataset, when it is started, and later ones, if it persists, from the shared memory. A DataLoader
+    does not wait until such workers have begun a pass, so some may begin after the next `_Start` was made. They take
+    that from which the first worker of their pass has begun.
 
     A loaded state is for one pass, which may consist of many processes that begin at any time. So the first of them
     leaves the mark of its pass (see `_Here.mark`) in the shared memory. A process that finds another mark there belongs
@@ -146,7 +154,8 @@ class Progress:
         self._shared = torch.zeros(_SLOTS + _WORKERS, dtype=torch.int64).share_memory_()
         self._start = _Start(0, 0)
         self._pid = os.getpid()
-        self._taken = -1  # the version from which this process has begun a pass
+        self._taken = _NONE  # the version from which this process has begun a pass
+        self._passes = 0  # that this process has begun
         self._loaded: Cursor | None = None  # in a worker, by torchdata
         self._cursor: Cursor | None = None
         self._begin_from(_Start(1, 0))
@@ -160,7 +169,7 @@ class Progress:
         if get_worker_info() is not None:  # the workers of a pass may come here at different times
             if epoch != start.epoch:
                 self._start = _Start(start.version, epoch)
-        elif epoch != start.epoch or self._shared[_marks(start.version)]:
+        elif epoch != start.epoch or self._shared[_cell(start.version) + _MARK]:
             self._begin_from(_Start(start.version + 1, epoch))
 
     def begin(self) -> Cursor:
@@ -173,13 +182,23 @@ class Progress:
         cursor, self._loaded = self._loaded, None
         if cursor is None:
             cursor = self._next(here, start)
+        self._passes += 1
+        known = self._version_of_pass(here, self._passes) != _NONE
+        late = here.slot and (known or int(self._shared[_VERSION]) != start.version)
         if self._is_first(here, start):
-            self._shared[_marks(start.version)] = here.mark(start.version)
-            self._shared[_SLOTS + here.slot] = start.version
-        else:
+            self._shared[_cell(start.version) + _MARK] = here.mark(start.version)
+            if int(self._shared[_SLOTS + here.slot]) < start.version:
+                self._shared[_SLOTS + here.slot] = start.version
+        elif not late:
             self._shared[_LATER] = start.version
+        if not late:  # else other passes may have begun meanwhile
+            self._shared[_BY_WORKERS] = start.version if here.slot else _NONE
+        if here.slot and not known:
+            number = int(self._shared[_COUNT]) % _LAST_PASSES
+            self._shared[_OF_PASSES + number] = start.version
+            self._shared[_PASSES + number] = here.name(self._passes)
+            self._shared[_COUNT] += 1
         self._taken = start.version
-        self._shared[_BY_WORKERS] = start.version if here.slot else _NONE
         self._cursor = cursor
         return cursor
 
@@ -260,23 +279,40 @@ class Progress:
 
     def _begin_from(self, start: _Start) -> None:
         self._start, self._cursor = start, None
-        self._shared[_marks(start.version)] = 0
-        for slot, value in enumerate((*start[:3], *start.place)):
-            self._shared[slot] = value
+        cell = _cell(start.version)
+        self._shared[cell : cell + _START] = torch.tensor([*start[:-1], *start.place, 0])
+        self._shared[_VERSION] = start.version
 
     def _known(self) -> _Start:
-        """The latest start. A worker that was just started takes the one of the moment at which that was done."""
+        """That of the next pass: the latest, or in a late worker that of the others.
+
+        A worker that was just started takes the one of the moment at which that was done.
+        """
+        here = _here()
         if self._pid != os.getpid():
-            self._pid, self._cursor = os.getpid(), None
-        elif int(self._shared[_VERSION]) != self._start.version:
-            version, epoch, base, *place = (int(value) for value in self._shared[:_BY_WORKERS])
-            self._start = _Start(version, epoch, base, Place(*place))
+            self._pid, self._cursor, self._passes = os.getpid(), None, 0
+        elif not here.slot or self._passes:
+            version = self._version_of_pass(here, self._passes + 1)
+            if version == _NONE:
+                version = int(self._shared[_VERSION])
+            if version != self._start.version:
+                cell = _cell(version)
+                version, epoch, base, *place = (int(value) for value in self._shared[cell : cell + _MARK])
+                self._start = _Start(version, epoch, base, Place(*place))
         return self._start
+
+    def _version_of_pass(self, here: _Here, number: int) -> int:
+        """With which another worker of this loader has begun this pass, if one has."""
+        if not here.slot:
+            return _NONE
+        found = (self._shared[_PASSES:_OF_PASSES] == here.name(number)).nonzero()
+        return int(self._shared[_OF_PASSES + int(found[0])]) if len(found) else _NONE
 
     def _is_first(self, here: _Here, start: _Start) -> bool:
         """Whether a pass that this process begins is the first one from `start`."""
-        mark = int(self._shared[_marks(start.version)])
-        # After manual_seed, a later pass has the same mark; but then another process has been this worker already.
+        mark = int(self._shared[_cell(start.version) + _MARK])
+        # After manual_seed, a later pass has the same mark; but then another process has been this worker already. Only
+        # if workers of one such pass have not begun when the other one begins, they may change places.
         again = here.slot and int(self._shared[_SLOTS + here.slot]) == start.version
         return self._taken != start.version and (not mark or (mark == here.mark(start.version) and not again))
 
@@ -339,24 +375,35 @@ class _Here(NamedTuple):
     Attributes:
         slot: in the shared memory; 0 if this is no worker.
         seed: what all workers of a pass, and hardly those of another one, have in common: their DataLoader draws it.
+        loader: tells loaders of one seed apart, with which a program has begun anew.
     """
 
     slot: int
     worker: int
     workers: int
     seed: int
+    loader: int
 
     def mark(self, version: int) -> int:
         """The same for all workers of a pass, and another one for another pass from the same version; never 0 or -1."""
         return hash((version, bool(self.slot), self.workers, self.seed)) or 1
 
+    def name(self, number: int) -> int:
+        """The same for all workers of their loader's `number`-th pass, and another one for any other pass."""
+        return hash((self.workers, self.seed, self.loader, number))
+
 
 def _here() -> _Here:
     info = get_worker_info()
     if info is None:
-        return _Here(0, 0, 1, 0)
-    return _Here(1 + info.id % (_WORKERS - 1), info.id, info.num_workers, info.seed - info.id)
+        return _Here(0, 0, 1, 0, 0)
+    # A process is called by how many its parent has started: a DataLoader starts its workers one after the other. Where
+    # other names were given, or other processes started in between, a late worker takes the latest start.
+    number = re.search(r"\d+$", multiprocessing.current_process().name)
+    loader = int(number[0]) - info.id if number else os.getpid()
+    return _Here(1 + info.id % (_WORKERS - 1), info.id, info.num_workers, info.seed - info.id, loader)
 
 
-def _marks(version: int) -> int:
-    return _MARKS + version % _VERSIONS
+def _cell(version: int) -> int:
+    """Where the `_Start` of this version lies in the shared memory."""
+    return _STARTS + _START * (version % _VERSIONS)
