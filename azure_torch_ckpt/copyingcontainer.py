@@ -10,6 +10,7 @@ from typing import Any
 
 from azure.core import MatchConditions
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobSasPermissions, generate_blob_sas
 
 from azure_torch_ckpt.bodies import Cancel
@@ -86,7 +87,7 @@ class CopyingContainer(ContainerConnection):
         Raises:
             BlobChangedError: the source has another ETag.
         """
-        responses: list[Any] = []
+        answers: list[HttpResponse] = []
         with self._translated("copy another blob to", path):
             self._blob(path).start_copy_from_url(
                 source.url,
@@ -95,10 +96,10 @@ class CopyingContainer(ContainerConnection):
                 source_etag=source.etag,
                 source_match_condition=MatchConditions.IfNotModified,
                 cancel=cancel,
-                raw_response_hook=responses.append,
+                answers=answers,
                 **_authorized(source),
             )
-        return _told_crc64(responses)
+        return _told_crc64(answers)
 
     def stage_block_from(
         self,
@@ -121,7 +122,7 @@ class CopyingContainer(ContainerConnection):
         Raises:
             BlobChangedError: the source has another ETag.
         """
-        responses: list[Any] = []
+        answers: list[HttpResponse] = []
         with self._translated("copy a part of another blob to", path):
             self._blob(path).stage_block_from_url(
                 block_id,
@@ -130,17 +131,17 @@ class CopyingContainer(ContainerConnection):
                 length,
                 headers={"x-ms-source-if-match": source.etag},
                 cancel=cancel,
-                raw_response_hook=responses.append,
+                answers=answers,
                 **_authorized(source),
             )
-        return _told_crc64(responses)
+        return _told_crc64(answers)
 
 
 def _authorized(source: CopySource) -> dict[str, Any]:
     return {} if source.authorization is None else {"source_authorization": source.authorization}
 
 
-def _told_crc64(responses: Sequence[Any]) -> int | None:
+def _told_crc64(answers: Sequence[HttpResponse]) -> int | None:
     # What the client returns of a copy lacks it.
-    value = responses[-1].http_response.headers.get("x-ms-content-crc64")
+    value = answers[-1].headers.get("x-ms-content-crc64")
     return None if value is None else parse_header_value(value)

@@ -79,12 +79,12 @@ class ListedContainer(ContainerConnection):
             if response is not None:
                 return response
             # The client would take the page apart itself, slowly; what it received is the same.
-            responses: list[HttpResponse] = []
+            answers: list[HttpResponse] = []
             options: dict[str, Any] = {
                 "name_starts_with": prefix or None,
                 "include": "metadata",
                 "results_per_page": limit,
-                "raw_response_hook": lambda response: responses.append(response.http_response),
+                "answers": answers,
             }
             pages: ItemPaged[Any]
             if delimiter is None:
@@ -94,7 +94,7 @@ class ListedContainer(ContainerConnection):
             try:
                 next(pages.by_page(marker or None), None)
             except AzureError:
-                if not responses or responses[-1].status_code >= 300:
+                if not answers or answers[-1].status_code >= 300:
                     raise
                 # It came, and is no listing; that is told in one way.
-            return responses[-1]  # those before may be answers of something on the way
+            return answers[-1]  # those before may be answers of something on the way

@@ -6,10 +6,11 @@ import base64
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from azure.core import MatchConditions
+from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobBlock, ContentSettings
 
 from azure_torch_ckpt import blobinfo
@@ -135,11 +136,11 @@ class BlobStore(CopyingContainer, ListedContainer):
         Raises:
             BlobNotFoundError: there are neither such blocks nor a blob.
         """
-        responses: list[Any] = []
+        answers: list[HttpResponse] = []
         with self._translated("look at the blocks of", path):
             # What the client makes of ids that are no text has lost their length.
-            self._blob(path).get_block_list("uncommitted", raw_response_hook=responses.append)
-        told: bytes = responses[-1].http_response.content
+            self._blob(path).get_block_list("uncommitted", answers=answers)
+        told = answers[-1].content
         return [name.decode() for name in _BLOCK_NAME.findall(told.partition(b"<UncommittedBlocks>")[2])]
 
     def put(
@@ -362,14 +363,10 @@ class BlobStore(CopyingContainer, ListedContainer):
             BlobNotFoundError: there is no such blob.
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
-        headers: list[Mapping[str, str]] = []
+        answers: list[HttpResponse] = []
         with self._translated("look at", path):
-            properties = self._blob(path, moment).get_blob_properties(
-                cancel=cancel,
-                raw_response_hook=lambda response: headers.append(response.http_response.headers),
-                **_if(if_etag),
-            )
-        return blobinfo.of_properties(path, properties, headers[-1])
+            properties = self._blob(path, moment).get_blob_properties(cancel=cancel, answers=answers, **_if(if_etag))
+        return blobinfo.of_properties(path, properties, answers[-1].headers)
 
     def tags(self, path: str) -> dict[str, str]:
         """Get Blob Tags. It takes a permission of its own, which reading the blob does not include.

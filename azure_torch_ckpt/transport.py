@@ -169,6 +169,7 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         dest: Scatter | None = None,
         cancel: Cancel | None = None,
         doubt: Doubt | None = None,
+        answers: list[HttpResponse] | None = None,
         **kwargs: Any,
     ) -> HttpResponse:
         """Send `request` and receive the whole response.
@@ -178,6 +179,8 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
                 the body is kept in the response, and the views are untouched.
             cancel: breaks the request off.
             doubt: learns whether the service may have carried the request out although no answer says so.
+            answers: gets the response, the last one being what the client's method had. The client's own hook for it
+                (``raw_response_hook``) is forgotten once the connection broke and the request was made again.
 
         Raises:
             ServiceRequestError: no connection.
@@ -217,7 +220,10 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
             connection.close()
         else:
             pool.give_back(way, connection)
-        return _Response(request, response, body)
+        answer = _Response(request, response, body)
+        if answers is not None:
+            answers.append(answer)
+        return answer
 
     def _exchange(
         self, connection: http.client.HTTPConnection, target: urllib.parse.SplitResult, request: HttpRequest

@@ -84,6 +84,23 @@ def test_an_answer_without_the_end_of_its_headers_is_none(store: BlobStore, prox
     assert proxy.count("Head") == 2 and len(clock.waits) == 1
 
 
+def test_what_is_read_from_an_answer_s_headers_is_read_after_a_broken_connection(
+    store: BlobStore, proxy: FaultProxy, clock: Clock
+) -> None:
+    """The client's own hook for the response would be forgotten."""
+    store.put("blob", b"data")
+    proxy.when("Head").do(CutHead(10))
+    assert store.stat("blob").size == 4
+    source = store.copy_source("blob", store.stat("blob").etag)
+    proxy.when("Copy Blob").do(CutHead(10))
+    store.copy("whole", source)
+    proxy.when(lambda seen: "x-ms-source-range" in seen.headers).do(CutHead(10))
+    store.stage_block_from("parts", f"{0:048d}", source, 0, 4)
+    proxy.when(lambda seen: seen.query.get("comp") == "blocklist").do(CutHead(10))
+    assert len(store.uncommitted_blocks("parts")) == 1
+    assert len(clock.waits) == 4
+
+
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_heeded(store: BlobStore, proxy: FaultProxy, clock: Clock, form: str) -> None:
     store.put("blob", b"data")

@@ -158,6 +158,8 @@ def copy_elements(values: torch.Tensor, target: torch.Tensor, what: str, *, non_
     try:
         target.copy_(values, non_blocking=non_blocking)
     except NotImplementedError as error:
+        if values.dtype == target.dtype:  # a tensor without values
+            raise
         raise no_conversion(what, values.dtype, target.dtype) from error
 
 
