@@ -13,7 +13,16 @@ from typing import Final
 from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobProperties, ContentSettings
 
-__all__ = ["APPEND_BLOB", "BLOCK_BLOB", "BlobInfo", "of_properties", "of_response", "quoted_etag", "whole_size"]
+__all__ = [
+    "APPEND_BLOB",
+    "BLOCK_BLOB",
+    "LEASED",
+    "BlobInfo",
+    "of_properties",
+    "of_response",
+    "quoted_etag",
+    "whole_size",
+]
 
 _META = "x-ms-meta-"  # before the name of what was stored with a blob
 _RESOURCE_TYPE: Final = "x-ms-resource-type"
@@ -25,6 +34,8 @@ BLOCK_BLOB = "BlockBlob"
 """The kind of blob that everything here writes."""
 APPEND_BLOB = "AppendBlob"
 """The kind of blob that grows block by block, each of which is visible at once."""
+LEASED = "locked"
+"""The status of a lease that is held: https://learn.microsoft.com/rest/api/storageservices/lease-blob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,7 @@ class BlobInfo:
         tag_count: of its index tags; None where whoever asked did not need it.
         kind: ``"BlockBlob"``, ``"AppendBlob"`` or ``"PageBlob"``.
         resource_type: ``"directory"`` or ``"file"`` where an account with a hierarchical namespace tells, else None.
+        leased: whether a lease keeps it from being deleted, as far as a listing or the properties told.
     """
 
     path: str
@@ -58,6 +70,7 @@ class BlobInfo:
     tag_count: int | None = dataclasses.field(default=None, compare=False)
     kind: str = dataclasses.field(default=BLOCK_BLOB, compare=False)
     resource_type: str | None = dataclasses.field(default=None, compare=False)
+    leased: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def is_folder(self) -> bool:
@@ -94,6 +107,7 @@ def of_properties(path: str, properties: BlobProperties, headers: Mapping[str, s
         int(properties.tag_count or 0),
         str(getattr(properties.blob_type, "value", properties.blob_type) or BLOCK_BLOB),
         (headers or {}).get(_RESOURCE_TYPE),
+        properties.lease.status == LEASED,
     )
 
 

@@ -14,7 +14,7 @@ from xml.parsers import expat
 
 from azure.storage.blob import ContentSettings
 
-from azure_torch_ckpt.blobinfo import BLOCK_BLOB, BlobInfo, quoted_etag
+from azure_torch_ckpt.blobinfo import BLOCK_BLOB, LEASED, BlobInfo, quoted_etag
 
 __all__ = ["ListPage"]
 
@@ -133,6 +133,7 @@ class ListPage:
                 int(given("TagCount") or 0),
                 given("BlobType") or BLOCK_BLOB,
                 given("ResourceType"),
+                given("LeaseStatus") == LEASED,
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from azure.storage.blob import BlobClient
 
 from azure_torch_ckpt import BlobLocation, RequestRefusedError, remove_checkpoint, verify
 from azure_torch_ckpt.catalog import list_checkpoints, prune
+from azure_torch_ckpt.store import BlobStore
 from tests.cli_runs import cli
 from tests.mixed import KEY, assert_right, blobs_below, load, save
 
@@ -52,22 +54,46 @@ def run(container: str) -> str:
 def test_prune_goes_on_past_what_is_leased_at_every_run(run: str) -> None:
     data = data_of(run, 1)
     with leased(f"{run}/run/step-0/.metadata"), leased(data):
+        tried = prune(run, keep_last=1, grace=NO_GRACE, credential=KEY)
+        assert [one.url for one in tried.undeleted] == [f"{run}/run/step-1"]
         for first in (True, False):
             report = prune(run, keep_last=1, grace=NO_GRACE, dry_run=False, credential=KEY)
-            assert [entry.step for entry in report.removed] == ([1, 2] if first else [])
-            assert [one.save_id for one in report.remains] == ([] if first else [data.split("/")[-2]])
-            metadata, left = report.undeleted
+            assert [entry.step for entry in report.removed] == ([2] if first else [])
+            assert report.remains == []
+            held, metadata = report.undeleted
+            assert (held.url, held.blobs) == (f"{run}/run/step-1", [data.removeprefix(f"{run}/")])
+            assert isinstance(held.error, RequestRefusedError) and "is leased" in str(held.error)
             assert (metadata.url, metadata.blobs) == (f"{run}/run/step-0", ["run/step-0/.metadata"])
-            assert (left.url, left.blobs) == (f"{run}/run/step-1", [data.removeprefix(f"{run}/")])
-            assert {entry.step for entry in report.kept if entry.complete} == {0, 3}
-            for one in report.undeleted:
-                assert isinstance(one.error, RequestRefusedError) and one.error.error_code == "LeaseIdMissing"
+            assert isinstance(metadata.error, RequestRefusedError) and metadata.error.error_code == "LeaseIdMissing"
             # What could be deleted was, and what could not is counted neither as removed nor as freed.
-            assert report.freed == sum(entry.size for entry in report.removed) + (0 if first else left.size) - left.size
+            assert report.freed == sum(entry.size for entry in report.removed)
             assert not any("/step-2/" in path for path in blobs_below(run))
-            assert steps(run) == [0, 3] and verify(f"{run}/run/step-0", credential=KEY).ok
+            assert steps(run) == [0, 1, 3] == [entry.step for entry in report.kept]
+            assert all(verify(f"{run}/run/step-{step}", credential=KEY).ok for step in (0, 1))
     report = prune(run, keep_last=1, grace=NO_GRACE, dry_run=False, credential=KEY)
-    assert report.undeleted == [] and [entry.step for entry in report.removed] == [0]
+    assert report.undeleted == [] and [entry.step for entry in report.removed] == [0, 1]
+    assert steps(run) == [3] and len(blobs_below(run)) == 2
+
+
+def test_data_that_is_leased_after_the_listing_is_found_by_the_next_prune(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease comes between the listing and the removal: the listing is made to say nothing of it."""
+    data = data_of(run, 1)
+    listed = BlobStore.list
+    with leased(data), monkeypatch.context() as patch:
+        patch.setattr(
+            BlobStore, "list", lambda *args: (dataclasses.replace(one, leased=False) for one in listed(*args))
+        )
+        for first in (True, False):
+            report = prune(run, keep_last=1, grace=NO_GRACE, dry_run=False, credential=KEY)
+            assert [entry.step for entry in report.removed] == ([0, 1, 2] if first else [])
+            assert [one.save_id for one in report.remains] == ([] if first else [data.split("/")[-2]])
+            [left] = report.undeleted
+            assert (left.url, left.blobs) == (f"{run}/run/step-1", [data.removeprefix(f"{run}/")])
+            removed = sum(entry.size for entry in report.removed)
+            assert report.freed == removed + (0 if first else left.size) - left.size
+    assert prune(run, grace=NO_GRACE, dry_run=False, credential=KEY).undeleted == []
     assert steps(run) == [3] and len(blobs_below(run)) == 2
 
 

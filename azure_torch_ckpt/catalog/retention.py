@@ -16,7 +16,7 @@ from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_b
 from azure_torch_ckpt.dcp.prune import Remains, find_remains, place_location, remove_remains
 from azure_torch_ckpt.dcp.standing import read_standing
 from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
-from azure_torch_ckpt.errors import AzureCheckpointError, ServiceUnavailableError
+from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
 from azure_torch_ckpt.huggingface.remains import find_model_remains, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -53,8 +53,8 @@ class PruneReport:
         removed: complete checkpoints, in the order of `list_checkpoints`.
         kept: all other complete checkpoints, and the incomplete ones of which something stays.
         remains: data blobs of failed saves, removed as well.
-        undeleted: what was to be removed and could not be deleted. If it is a checkpoint's metadata, the checkpoint is
-            whole and in `kept`. If it is data, the next `prune` finds it among the `remains`.
+        undeleted: what was to be removed and cannot be deleted. A checkpoint whose metadata or data is leased is whole
+            and in `kept`. Data that turned out to be undeletable is found among the `remains` by the next `prune`.
         freed: bytes of all that was removed.
     """
 
@@ -116,9 +116,9 @@ def prune(
 
     Of each checkpoint ``.metadata`` goes first, with a condition on its ETag. A crash in the middle leaves remains,
     which the next call finds. What cannot be deleted (leased, immutable) stops nothing else: it is in the report's
-    `undeleted`. It costs a listing (5,000 blobs a request), a request for the time, one for the metadata
-    (or the index) of each checkpoint that is removed or in doubt, and one for each blob that is deleted, all but the
-    listing in parallel.
+    `undeleted`, and a checkpoint of which anything is leased stays whole. It costs a listing (5,000 blobs a request), a
+    request for the time, one for the metadata (or the index) of each checkpoint that is removed or in doubt, and one
+    for each blob that is deleted, all but the listing in parallel.
 
     Args:
         keep_last: so many of a run's newest complete checkpoints stay; at least 1.
@@ -153,6 +153,10 @@ def prune(
     doomed = [
         (entry, place) for entry, place in found if entry.url in unwanted and not _may_be_in_use(place, now - grace)
     ]
+    # Without its metadata, a checkpoint whose data somebody holds would be lost and its data stay.
+    held = [one for entry, place in doomed for one in _held(store, entry.url, place)]
+    held_urls = {one.url for one in held}
+    doomed = [(entry, place) for entry, place in doomed if entry.url not in held_urls]
     # In a dry run as well: what cannot be read is better found out then.
     remains = find_remains(store, location, (place for _, place in found), now - grace)
     remains += find_model_remains(store, location, listed, now - grace)
@@ -178,7 +182,7 @@ def prune(
             if entry.url not in removed and (entry.complete or any(blob.path not in gone for blob in place.blobs))
         ],
         remains=remains,
-        undeleted=kept + data,
+        undeleted=held + kept + data,
         freed=freed - sum(one.size for one in data),
     )
 
@@ -192,6 +196,18 @@ def _check_rules(
     for name, time in (("older_than", older_than), ("grace", grace)):
         if time is not None and time < datetime.timedelta(0):
             raise ValueError(f"{name} must not be negative, not {time}")
+
+
+def _held(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
+    """The data of a checkpoint that is leased, as one entry if there is any."""
+    blobs = [blob for blobs in place.saves.values() for blob in blobs if blob.leased]
+    if not blobs:
+        return []
+    error = RequestRefusedError(
+        f"{store.location}/{blobs[0].path} is leased, so the checkpoint stays whole. Wait until the lease ends, or "
+        "break it (az storage blob lease break)"
+    )
+    return [Undeleted(url, [blob.path for blob in blobs], sum(blob.size for blob in blobs), error)]
 
 
 def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:

@@ -183,12 +183,13 @@ def prune(
         if report.remains:
             parts.append(f"the remains of {plural(len(report.remains), 'failed save')}")
         output.note(f"removed {' and '.join(parts) or 'nothing'}, {format_bytes(report.freed)}; {_stay(report)}")
+    if not output.as_json:
         for undeleted in report.undeleted:
             output.note(
                 f"{plural(len(undeleted.blobs), 'blob')} of {undeleted.url} could not be deleted "
                 f"({format_bytes(undeleted.size)}): {undeleted.error}"
             )
-    if report.undeleted:
+    if report.undeleted and wanted:
         raise click.exceptions.Exit(exit_code(report.undeleted[0].error))
 
 
