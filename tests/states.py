@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,20 @@ DTYPES = [
     if not str(dtype).startswith(("torch.q", "torch.bits"))
     and dtype not in [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in range(1, 8)]
 ]
+
+
+def _is_copied(dtype: torch.dtype) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.empty(1, dtype=dtype).clone()
+    except NotImplementedError:
+        return False
+    return True
+
+
+# The others no reader of torch's own can load: float4 until torch 2.10.
+COPIED = [dtype for dtype in DTYPES if _is_copied(dtype)]
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_packed_numbers_of_four_bits_are_written_as_safetensors_writes_them(url:
     dcp.load(loaded, storage_reader=hf.reader(url))
     found = load_file(tmp_path / name)
     for key, value in loaded.items():
-        wanted = state[key].contiguous().view(torch.uint8)
+        wanted = state[key].view(torch.uint8).contiguous()
         assert torch.equal(value.view(torch.uint8), wanted), key
         assert found[key].dtype == FLOAT4 and torch.equal(found[key].view(torch.uint8), wanted), key
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +26,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.store import BlobStore
 from tests.shards import ShardPlanner
-from tests.states import DTYPES, Place, assert_same, fill
+from tests.states import COPIED, Place, assert_same, fill
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),
@@ -39,20 +38,6 @@ pytestmark = [
 @pytest.fixture
 def place(azurite: Azurite, container: str) -> Place:
     return Place(f"{container}/run/step-1", azurite.account_key)
-
-
-def _is_copied(dtype: torch.dtype) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.empty(1, dtype=dtype).clone()
-    except NotImplementedError:
-        return False
-    return True
-
-
-# The others no reader of torch's own can load: float4 until torch 2.10.
-COPIED = [dtype for dtype in DTYPES if _is_copied(dtype)]
 
 
 def state(seed: int = 0) -> dict[str, Any]:
