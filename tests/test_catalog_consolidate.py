@@ -115,7 +115,7 @@ def test_the_file_is_what_torchs_converter_makes(
     assert_equal(torch.load(file, weights_only=True, mmap=True), nested(COPIED))
     assert (report.dst, report.format, report.bytes) == (str(file), "torch", file.stat().st_size)
     assert told[-1] == (report.bytes, report.bytes)
-    assert (report.tensors, report.objects) == (len(DTYPES) + 5 + 5, 6)
+    assert (report.tensors, report.objects) == (len(COPIED) + 5 + 5, 6)
     assert [path.name for path in file.parent.iterdir()] == ["whole.pt"]
 
 
