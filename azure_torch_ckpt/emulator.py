@@ -32,10 +32,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from azure_torch_ckpt.certificate import write_self_signed_certificate
+from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import EmulatorError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["AZURITE_VERSION", "Azurite"]
 

@@ -11,14 +11,14 @@ from collections.abc import Hashable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex, cast, get_args
 
-from azure_torch_ckpt.blockwriter import BlockWriter
+from azure_torch_ckpt.blobs.block_writer import BlockWriter
+from azure_torch_ckpt.blobs.range_reader import CACHED, RangeReader
+from azure_torch_ckpt.blobs.settings import BlobSettings
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import AccessDeniedError, BlobExistsError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.readahead import CACHED, RangeReader
-from azure_torch_ckpt.settings import BlobSettings
-from azure_torch_ckpt.store import BlobStore
 
 if TYPE_CHECKING:
     from typing import BinaryIO

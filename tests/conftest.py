@@ -21,9 +21,14 @@ from azure_torch_ckpt.emulator import Azurite
 # Behind everything else, so that an installed package goes before the checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from tests.hierarchical import HierarchicalAccount
-from tests.proxy import FaultProxy
-from tests.tally import Tally
+# In what tests import, asserts say as much as in the tests.
+pytest.register_assert_rewrite(
+    *(f"tests.{folder.name}" for folder in Path(__file__).parent.iterdir() if folder.is_dir())
+)
+
+from tests.faults.tally import Tally  # noqa: E402
+from tests.support.hierarchical import HierarchicalAccount  # noqa: E402
+from tests.support.proxy import FaultProxy  # noqa: E402
 
 # How long one example takes is the machine's affair, and so is how long it takes to make examples.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,7 +44,7 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_told_of_an_earlier_test() -> None:
     """What an earlier test broke off would be told when this one begins a save or a load."""
-    figures = sys.modules.get("azure_torch_ckpt.dcp.figures")
+    figures = sys.modules.get("azure_torch_ckpt.dcp.report")
     if figures is not None:
         figures._tell_broken_off()
 

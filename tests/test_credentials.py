@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, resolve
 from azure_torch_ckpt.errors import CredentialError
 from azure_torch_ckpt.location import BlobLocation
-from tests.credentials_support import (
+from tests.support.credentials_support import (
     AZURE,
     CUSTOM,
     EMULATOR,
@@ -33,7 +33,7 @@ from tests.credentials_support import (
     tokens,
 )
 
-pytest_plugins = ("credentials_support",)
+pytest_plugins = ("tests.support.credentials_support",)
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import resolve
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.environment import VARIABLES, credential_from_environment
 from azure_torch_ckpt.errors import CredentialError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.store import BlobStore
 
 KEY = Azurite.account_key
 SAS = "?sv=2021-08-06&ss=b&sig=abc%3D"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -36,19 +36,15 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     TransferOptions,
 )
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
-from azure_torch_ckpt.store import BlobStore
-from tests.faults import Answer, Call
-from tests.proxy import FaultProxy
+from tests.support import sharded
+from tests.support.faults import Answer, Call
+from tests.support.proxy import FaultProxy
+from tests.support.ranks import Ranks
 
-if TYPE_CHECKING:
-    from tests import sharded
-    from tests.ranks import Ranks
-else:
-    import sharded
-
-pytest_plugins = ("ranks",)
+pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KEY = Azurite.account_key

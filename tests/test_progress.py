@@ -10,7 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +24,12 @@ from azure_torch_ckpt import progress as progress_module
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import MissingDependencyError
 from azure_torch_ckpt.progress import AllRanks, Meter, Progress, TqdmBar
-from tests.faults import Answer, Gate, Hold
-from tests.proxy import FaultProxy
+from tests.support import sharded
+from tests.support.faults import Answer, Gate, Hold
+from tests.support.proxy import FaultProxy
+from tests.support.ranks import Ranks
 
-if TYPE_CHECKING:
-    from tests import sharded
-    from tests.ranks import Ranks
-else:
-    import sharded
-
-pytest_plugins = ("ranks",)
+pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KEY = Azurite.account_key

@@ -1,9 +1,11 @@
-"""The project keeps the shape that its documents promise: commands, dependencies, module table, import arrows."""
+"""The project keeps the shape that its documents promise: commands, dependencies, folders, import arrows."""
 
 from __future__ import annotations
 
 import ast
 import configparser
+import graphlib
+import itertools
 import re
 import subprocess
 import sys
@@ -23,11 +25,8 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "azure_torch_ckpt"
 
-# Who may import azure.*: the door to the SDK and what it stands on.
-SDK_MODULES = {
-    *("blobinfo", "connection", "copyingcontainer", "credentials", "direct", "listedcontainer", "listpage", "retry"),
-    *("settings", "store", "translation", "transport"),
-}
+# Who may import azure.*: folders and modules.
+SDK_USERS = ("blobs", "credentials", "transport")
 
 TOP_LEVEL = {
     "CHANGELOG.md",
@@ -71,59 +70,72 @@ def imported_names(path: Path, modules: set[str]) -> set[str]:
     return found
 
 
-def module_table() -> list[str]:
-    """The files that the first cells of the architecture's table of modules name, in order, relative to the package."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = re.search(r"^\| module \|.*\n\|[-| ]*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
-    assert table, "docs/architecture.md has no table whose first column is called module"
-    return [name for row in table[1].splitlines() for name in re.findall(r"`([\w/]+\.py)`", row.split("|")[1])]
-
-
 def import_graph() -> dict[str, set[str]]:
     modules = {dotted_name(path) for path in module_paths()}
     return {dotted_name(path): imported_names(path, modules) for path in module_paths()}
 
 
-def test_every_module_is_in_the_table() -> None:
-    """The `__init__.py` of a subpackage only gathers names; it has its place above the rows of that subpackage."""
-    files = {path.relative_to(ROOT / PACKAGE) for path in module_paths()}
-    named = {file.as_posix() for file in files if file.name != "__init__.py" or len(file.parts) == 1}
-    table = module_table()
-    assert len(table) == len(set(table))
-    assert set(table) == named
+def rows_of_the_table() -> list[list[str]]:
+    """The folders and modules that the first cells of the architecture's table name, from the top down, as modules."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| where \|.*\n\|[-| ]*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    assert table, "docs/architecture.md has no table whose first column is called where"
+    cells = [re.findall(r"`([\w/]+?)(?:/|\.py)`", row.split("|")[1]) for row in table[1].splitlines()]
+    return [[dotted_name(ROOT / PACKAGE / f"{name}.py") for name in cell] for cell in cells]
+
+
+def rows_of_modules() -> dict[str, int]:
+    """The row of each module: that of the innermost folder which the table names."""
+    rows = {name: row for row, names in enumerate(rows_of_the_table()) for name in names}
+    found: dict[str, int] = {PACKAGE: rows.pop(PACKAGE)}
+    for path in module_paths():
+        name = dotted_name(path)
+        fitting = [row for row in rows if f"{name}.".startswith(f"{row}.")]
+        if fitting:
+            found[name] = rows[max(fitting, key=len)]
+    return found
+
+
+def test_every_module_has_a_row_and_every_row_a_module() -> None:
+    rows = rows_of_modules()
+    assert set(rows) == {dotted_name(path) for path in module_paths()}
+    for name in itertools.chain(*rows_of_the_table()):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
 
 
 def test_imports_point_down_the_table() -> None:
-    depth: dict[str, float] = {}
-    for row, name in enumerate(module_table()):
-        module = dotted_name(ROOT / PACKAGE / name)
-        depth[module] = row
-        if "/" in name:
-            depth.setdefault(module.rpartition(".")[0], row - 0.5)
+    rows = rows_of_modules()
     upwards = [
         f"{module} imports {target}"
         for module, targets in import_graph().items()
-        for target in targets & depth.keys()
-        if module in depth and target != module and depth[target] < depth[module]
-        if not (module.endswith(".__main__") and target == module.rpartition(".")[0])
+        for target in targets & rows.keys()
+        if rows[target] < rows[module]
     ]
     assert not upwards
 
 
-def test_only_the_store_and_what_it_stands_on_know_the_azure_sdk() -> None:
+def test_imports_have_no_circles() -> None:
+    """A folder's `__init__` gathers names of its modules, which do not import it."""
+    graph = import_graph()
+    order = graphlib.TopologicalSorter({name: targets & graph.keys() for name, targets in graph.items()})
+    order.prepare()  # raises CycleError
+
+
+def test_only_blobs_transport_and_credentials_know_the_azure_sdk() -> None:
     users = {
-        module.removeprefix(f"{PACKAGE}.")
+        module.split(".")[1]
         for module, targets in import_graph().items()
         if any(target.split(".")[0] == "azure" for target in targets)
     }
-    assert users == SDK_MODULES
+    assert users == set(SDK_USERS)
 
 
 def test_private_modules_and_names_of_others_are_left_alone() -> None:
-    """`_torch_private.py` is the one place for those of torch; of the SDK there is none."""
+    """`_internal/torch_private.py` is the one place for those of torch; of the SDK there is none."""
     private: list[str] = []
     for path in module_paths():
-        if path.name == "_torch_private.py":
+        if path.name == "torch_private.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names: list[str] = []

@@ -27,7 +27,7 @@ from azure.identity import ClientSecretCredential, DefaultAzureCredential
 import azure_torch_ckpt.credentials
 from azure_torch_ckpt.credentials import PickledCredential, resolve
 from azure_torch_ckpt.errors import CredentialError
-from tests.credentials_support import (
+from tests.support.credentials_support import (
     AZURE,
     CUSTOM,
     DEADLINE_S,
@@ -42,7 +42,7 @@ from tests.credentials_support import (
     tokens,
 )
 
-pytest_plugins = ("credentials_support",)
+pytest_plugins = ("tests.support.credentials_support",)
 
 
 # --- shared tokens ----------------------------------------------------------------------------------------------------

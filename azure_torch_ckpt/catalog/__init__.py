@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from azure_torch_ckpt.catalog.consolidation import ConsolidateReport, consolidate
 from azure_torch_ckpt.catalog.contents import CheckpointContents, ObjectEntry, ShardEntry, TensorEntry, inspect
-from azure_torch_ckpt.catalog.copying import CopyReport, copy
+from azure_torch_ckpt.catalog.copying.copy import CopyReport, copy
 from azure_torch_ckpt.catalog.difference import Change, CheckpointDiff, diff
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, latest, list_checkpoints
 from azure_torch_ckpt.catalog.retention import PruneReport, Undeleted, prune
 from azure_torch_ckpt.catalog.verification import verify
-from azure_torch_ckpt.dcp.prune import Remains, remove_checkpoint
-from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport
+from azure_torch_ckpt.dcp.removal import Remains, remove_checkpoint
+from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport
 
 __all__ = [
     "BlobReport",

@@ -15,17 +15,17 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from azure_torch_ckpt.blockwriter import BlockWriter
-from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.blobs.block_writer import BlockWriter
+from azure_torch_ckpt.blobs.settings import BlobSettings
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
-from azure_torch_ckpt.catalog.ends import BlobEnd, FileSink, FolderEnd, open_end
-from azure_torch_ckpt.catalog.figures import CopyFigures
-from azure_torch_ckpt.catalog.safetensorsfile import as_text, safetensors_head
-from azure_torch_ckpt.catalog.torchfile import Placeholders, outline
+from azure_torch_ckpt.catalog.copying.folders import BlobEnd, FileSink, FolderEnd, open_end
+from azure_torch_ckpt.catalog.copying.report import CopyFigures
+from azure_torch_ckpt.catalog.torch_file import Placeholders, outline
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.payload import readable
-from azure_torch_ckpt.dcp.standing import StandingCheckpoint, stand_at
-from azure_torch_ckpt.dcp.tensorstream import ahead, object_bytes, objects_of, parts_of, tensors_of
+from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, stand_at
+from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, objects_of, parts_of, tensors_of
+from azure_torch_ckpt.dcp.tensors.memory import readable
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobExistsError,
@@ -36,10 +36,10 @@ from azure_torch_ckpt.errors import (
     LocationError,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.huggingface.safetensors_head import as_text, safetensors_head
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.settings import BlobSettings
-from azure_torch_ckpt.store import BlobStore
+from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["ConsolidateReport", "Format", "consolidate"]
 
@@ -88,8 +88,8 @@ def consolidate(
     objects, and of a checkpoint that torch's own writer made one stored chunk at a time.
 
     ``"torch"`` is what ``torch.load(file, weights_only=True)`` reads: the nested state dict that
-    ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` would write. (Zip tools other than torch's complain
-    about checksums of 0; `azure_torch_ckpt.dcp.envelope` has the reason.) ``"safetensors"`` has the tensors under their
+    ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` would write. (Zip tools other than torch's
+    complain about checksums of 0; `dcp.tensors.envelope` has the reason.) ``"safetensors"`` has the tensors under their
     flattened names (``model.layers.0.weight``), and in its ``__metadata__`` the values that are numbers, strings,
     booleans, None or lists and dicts of them, as JSON; anything else is refused by name.
 

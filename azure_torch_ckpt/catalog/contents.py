@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.metadata import stored_item
-from azure_torch_ckpt.dcp.standing import open_standing
+from azure_torch_ckpt.dcp.metadata.schema import stored_item
+from azure_torch_ckpt.dcp.open_checkpoint import open_standing
 from azure_torch_ckpt.dcp.survey import rank_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions

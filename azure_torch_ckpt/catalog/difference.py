@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.contents import dtype_name
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.metadata import stored_item
-from azure_torch_ckpt.dcp.standing import StandingCheckpoint, open_standing
-from azure_torch_ckpt.dcp.tensorstream import Part, ahead, object_bytes, parts_of, tensors_of
+from azure_torch_ckpt.dcp.metadata.schema import stored_item
+from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, open_standing
+from azure_torch_ckpt.dcp.tensor_stream import Part, ahead, object_bytes, parts_of, tensors_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter

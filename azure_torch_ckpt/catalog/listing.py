@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
-from azure_torch_ckpt.huggingface.remains import mixed_folders
+from azure_torch_ckpt.huggingface.leftovers import mixed_folders
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobInfo, BlobStore
 
 __all__ = ["CheckpointEntry", "age_key", "entries_of", "latest", "list_checkpoints", "newest", "step_of"]
 

@@ -9,19 +9,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs, remove_empty_folders
-from azure_torch_ckpt.dcp.prune import Remains, find_remains, place_location, remove_remains
-from azure_torch_ckpt.dcp.standing import read_standing
+from azure_torch_ckpt.dcp.open_checkpoint import read_standing
+from azure_torch_ckpt.dcp.removal import Remains, find_remains, place_location, remove_remains
 from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
-from azure_torch_ckpt.huggingface.remains import find_model_remains, has_saved_files
+from azure_torch_ckpt.huggingface.leftovers import find_model_remains, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.workers import Workers
+from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["PruneReport", "Undeleted", "prune"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.bytemeter import ByteProgress
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.verify import BlobReport, VerifyReport, compare
-from azure_torch_ckpt.dcp.verify import verify as verify_checkpoint
+from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, compare
+from azure_torch_ckpt.dcp.verification import verify as verify_checkpoint
 from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, RequestRefusedError
+from azure_torch_ckpt.huggingface.leftovers import saved_files_at
 from azure_torch_ckpt.huggingface.reader import AzureBlobHuggingFaceReader
-from azure_torch_ckpt.huggingface.remains import saved_files_at
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["verify"]
 

@@ -16,13 +16,13 @@ from typing import NoReturn
 
 import click
 
-from azure_torch_ckpt.cli import failures
-from azure_torch_ckpt.cli.checking import diff, verify
-from azure_torch_ckpt.cli.emulating import emulator
-from azure_torch_ckpt.cli.looking import latest, ls, show
-from azure_torch_ckpt.cli.moving import consolidate, cp
+from azure_torch_ckpt.cli import exit_codes
+from azure_torch_ckpt.cli.commands.checking import diff, verify
+from azure_torch_ckpt.cli.commands.emulator import emulator
+from azure_torch_ckpt.cli.commands.looking import latest, ls, show
+from azure_torch_ckpt.cli.commands.moving import consolidate, cp
+from azure_torch_ckpt.cli.commands.removing import prune, rm
 from azure_torch_ckpt.cli.output import ReaderGoneError
-from azure_torch_ckpt.cli.removing import prune, rm
 
 __all__ = ["app", "run"]
 
@@ -108,24 +108,24 @@ def run(arguments: Sequence[str]) -> int:
             code = app.main(list(arguments), prog_name=NAME, standalone_mode=False)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else NAME
-        return _fail(failures.USAGE, error.format_message(), f"see {where} --help")
+        return _fail(exit_codes.USAGE, error.format_message(), f"see {where} --help")
     except click.ClickException as error:
-        return _fail(failures.FAILED, error.format_message())
+        return _fail(exit_codes.FAILED, error.format_message())
     except (KeyboardInterrupt, click.Abort) as error:
         said_no = isinstance(error, click.Abort) and not isinstance(error.__context__, KeyboardInterrupt)
         print(f"{NAME}: {'nothing was done' if said_no else 'interrupted'}", file=sys.stderr)
-        return failures.INTERRUPTED
+        return exit_codes.INTERRUPTED
     except ReaderGoneError:
         # What is still buffered must not raise again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        known = failures.exit_code(error)
-        if known != failures.BUG:
-            return _fail(known, str(error), failures.hint(error))
-        print(failures.without_secrets(traceback.format_exc()), file=sys.stderr, end="")
-        return _fail(failures.BUG, "this is a bug in azure-torch-ckpt; please report it with the lines above")
-    return int(code or failures.OK)
+        known = exit_codes.exit_code(error)
+        if known != exit_codes.BUG:
+            return _fail(known, str(error), exit_codes.hint(error))
+        print(exit_codes.without_secrets(traceback.format_exc()), file=sys.stderr, end="")
+        return _fail(exit_codes.BUG, "this is a bug in azure-torch-ckpt; please report it with the lines above")
+    return int(code or exit_codes.OK)
 
 
 def _fill_closed_streams() -> None:
@@ -143,7 +143,7 @@ def _fail(code: int, message: str, hint: str | None = None) -> int:
 
 
 def _for_people(message: str) -> str:
-    return failures.without_secrets(failures.in_words_of_the_command(message))
+    return exit_codes.without_secrets(exit_codes.in_words_of_the_command(message))
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from azure_torch_ckpt._internal.units import format_bytes, format_duration
 from azure_torch_ckpt.cli.output import Output
-from azure_torch_ckpt.units import format_bytes, format_duration
 
 __all__ = ["byte_bar"]
 

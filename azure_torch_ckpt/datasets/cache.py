@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from azure_torch_ckpt.checksums import crc64
-from azure_torch_ckpt.newfile import NewFile, remove_abandoned
+from azure_torch_ckpt._internal.atomic_file import NewFile, remove_abandoned
+from azure_torch_ckpt._internal.checksums import crc64
 
 __all__ = ["BlobCache"]
 

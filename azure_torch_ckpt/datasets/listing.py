@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from azure_torch_ckpt.checksums import crc64
+from azure_torch_ckpt._internal.atomic_file import NewFile
+from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.newfile import NewFile
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["BlobListing", "ListedBlob"]
 

@@ -15,10 +15,13 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from azure_torch_ckpt import outcome
-from azure_torch_ckpt.bodies import Cancel
-from azure_torch_ckpt.checksums import md5
-from azure_torch_ckpt.dcp.metadata import data_paths, load_metadata
+from azure_torch_ckpt._internal.checksums import md5
+from azure_torch_ckpt.blobs import outcome
+from azure_torch_ckpt.blobs.outcome import Outcome, Result
+from azure_torch_ckpt.blobs.settings import CopiedSettings
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.dcp.metadata.schema import data_paths, load_metadata
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobChangedError,
@@ -29,10 +32,7 @@ from azure_torch_ckpt.errors import (
     StoreError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.outcome import Outcome, Result
-from azure_torch_ckpt.settings import CopiedSettings
-from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.workers import Workers
+from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = [
     "Stored",

@@ -15,19 +15,20 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from azure_torch_ckpt.collector import CollectorPause
+from azure_torch_ckpt._internal.gc_pause import CollectorPause
+from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.coverage import find_uncovered
-from azure_torch_ckpt.dcp.figures import Figures
+from azure_torch_ckpt.dcp.base import CheckpointPlace, step
 from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
-from azure_torch_ckpt.dcp.metadata import StoredItem, check_metadata, load_metadata, stored_item
-from azure_torch_ckpt.dcp.overlaps import find_overlaps, repeats_an_element, repeats_elements
-from azure_torch_ckpt.dcp.payload import converts, no_conversion, own_bytes
-from azure_torch_ckpt.dcp.place import CheckpointPlace, step
+from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
+from azure_torch_ckpt.dcp.open_checkpoint import nothing_at
 from azure_torch_ckpt.dcp.planners import takes_any_order
-from azure_torch_ckpt.dcp.standing import nothing_at
-from azure_torch_ckpt.dcp.tensors import copy_region, region_reads
-from azure_torch_ckpt.dcp.whole import load_tensor, open_item
+from azure_torch_ckpt.dcp.report import Figures
+from azure_torch_ckpt.dcp.tensors.coverage import find_uncovered
+from azure_torch_ckpt.dcp.tensors.memory import converts, no_conversion, own_bytes
+from azure_torch_ckpt.dcp.tensors.overlaps import find_overlaps, repeats_an_element, repeats_elements
+from azure_torch_ckpt.dcp.tensors.reads import copy_region, region_reads
+from azure_torch_ckpt.dcp.tensors.torch_items import load_tensor, open_item
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobChangedError,
@@ -42,7 +43,6 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import ProgressOption
-from azure_torch_ckpt.transfer import Check, Download, Read
 
 __all__ = ["AzureBlobReader"]
 

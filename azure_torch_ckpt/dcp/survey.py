@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.location import has_empty_segment
-from azure_torch_ckpt.store import BlobInfo
 
 __all__ = ["Place", "empty_save_folders", "rank_of", "survey"]
 

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from azure_torch_ckpt._torch_private import CURRENT_DCP_VERSION
-from azure_torch_ckpt.collector import CollectorPause, without_collector
+from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
+from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
+from azure_torch_ckpt.blobs.transfer import Item, Upload
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.envelope import envelope, serialize
-from azure_torch_ckpt.dcp.figures import Figures
+from azure_torch_ckpt.dcp.base import SavingPlace, step
 from azure_torch_ckpt.dcp.layout import (
     Stored,
     commit,
@@ -31,7 +31,7 @@ from azure_torch_ckpt.dcp.layout import (
     read_metadata_blob,
     remove_blobs,
 )
-from azure_torch_ckpt.dcp.metadata import (
+from azure_torch_ckpt.dcp.metadata.schema import (
     check_metadata,
     data_paths,
     dump_metadata,
@@ -39,11 +39,12 @@ from azure_torch_ckpt.dcp.metadata import (
     storage_info,
     storage_meta,
 )
-from azure_torch_ckpt.dcp.names import with_plain_names
-from azure_torch_ckpt.dcp.payload import is_plain, own_bytes
-from azure_torch_ckpt.dcp.pieces import pieces
-from azure_torch_ckpt.dcp.place import SavingPlace, step
+from azure_torch_ckpt.dcp.plan_keys import with_plain_names
 from azure_torch_ckpt.dcp.planners import keeps_its_memory
+from azure_torch_ckpt.dcp.report import Figures
+from azure_torch_ckpt.dcp.tensors.envelope import envelope, serialize
+from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes
+from azure_torch_ckpt.dcp.tensors.views import pieces
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
@@ -56,7 +57,6 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import ProgressOption
-from azure_torch_ckpt.transfer import Item, Upload
 
 __all__ = ["AzureBlobWriter"]
 

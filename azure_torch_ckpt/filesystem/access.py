@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Final
 
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.environment import VARIABLES, credential_from_environment
 from azure_torch_ckpt.errors import CredentialError, LocationError
 from azure_torch_ckpt.filesystem.paths import PathParts, locate
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["Access", "one_credential"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
+from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.errors import BlobChangedError
-from azure_torch_ckpt.store import BlobInfo, BlobStore
 
 __all__ = ["AppendWriter"]
 

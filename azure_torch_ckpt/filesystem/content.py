@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from azure_torch_ckpt.bodies import Cancel
+from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.transfer import Download, Read
+from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobNotFoundError
-from azure_torch_ckpt.store import BlobInfo, BlobStore
-from azure_torch_ckpt.transfer import Download, Read
-from azure_torch_ckpt.workers import Workers
+from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["Range", "delete_all", "each", "read_blob", "read_ranges", "save_to_disk"]
 

@@ -7,13 +7,13 @@ import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.filesystem.appending import AppendWriter
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.settings import CopiedSettings
 
 __all__ = ["BlobFile", "BlobText"]
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
+from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.paths import PathParts
-from azure_torch_ckpt.store import BlobInfo, BlobStore
 
 __all__ = [
     "Entry",

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from fsspec.spec import AbstractFileSystem
 
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -22,7 +23,6 @@ from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, 
 from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["LookingFileSystem"]
 

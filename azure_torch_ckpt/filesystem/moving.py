@@ -12,11 +12,11 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from fsspec.utils import other_paths
 
+from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.filesystem.listing import Entry, is_commit_record
 from azure_torch_ckpt.filesystem.looking import LookingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
-from azure_torch_ckpt.store import BlobInfo
 
 __all__ = [
     "Progress",

@@ -6,15 +6,15 @@ import functools
 import io
 from typing import Any, Final
 
-from azure_torch_ckpt.blobcopy import copied_settings
-from azure_torch_ckpt.blobinfo import APPEND_BLOB, BLOCK_BLOB
+from azure_torch_ckpt.blobs.blob_copy import copied_settings
+from azure_torch_ckpt.blobs.blob_info import APPEND_BLOB, BLOCK_BLOB
+from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.appending import AppendWriter
 from azure_torch_ckpt.filesystem.files import BlobFile, BlobText
 from azure_torch_ckpt.filesystem.hints import refuse_unknown, without_hints
 from azure_torch_ckpt.filesystem.looking import LookingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
-from azure_torch_ckpt.store import BlobInfo, BlobStore
 
 __all__ = ["OpeningFileSystem"]
 

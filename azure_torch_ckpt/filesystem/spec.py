@@ -9,7 +9,8 @@ from typing import Any
 
 from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 
-from azure_torch_ckpt.blobcopy import copy_blob
+from azure_torch_ckpt.blobs.blob_copy import copy_blob
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.layout import remove_empty_folders
 from azure_torch_ckpt.errors import (
     BlobChangedError,
@@ -37,7 +38,6 @@ from azure_torch_ckpt.filesystem.opening import OpeningFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
 from azure_torch_ckpt.location import has_empty_segment
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["AzureBlobFileSystem"]
 

@@ -17,17 +17,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from azure_torch_ckpt.dcp.metadata import storage_info
-from azure_torch_ckpt.dcp.payload import readable
-from azure_torch_ckpt.dcp.standing import StandingCheckpoint
-from azure_torch_ckpt.dcp.tensorstream import ahead, parts_of
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.dcp.metadata.schema import storage_info
+from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint
+from azure_torch_ckpt.dcp.tensor_stream import ahead, parts_of
+from azure_torch_ckpt.dcp.tensors.memory import readable
 from azure_torch_ckpt.errors import CorruptCheckpointError, IncompleteSaveError
+from azure_torch_ckpt.huggingface.blocks import Block, Runs
 from azure_torch_ckpt.huggingface.layout import Scattered
-from azure_torch_ckpt.huggingface.runs import Block, Runs
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
-from azure_torch_ckpt.transfer import Item
 
 __all__ = ["Joined", "join", "joined_block_size"]
 

@@ -19,8 +19,8 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from azure_torch_ckpt.dcp.boxes import Box
-from azure_torch_ckpt.dcp.regions import row_major
+from azure_torch_ckpt.dcp.tensors.chunks import Box
+from azure_torch_ckpt.dcp.tensors.regions import row_major
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.huggingface.format import why_not
 

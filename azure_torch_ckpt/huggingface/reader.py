@@ -19,10 +19,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from azure_torch_ckpt.dcp.coverage import is_whole
-from azure_torch_ckpt.dcp.metadata import check_metadata, storage_info
-from azure_torch_ckpt.dcp.place import step
+from azure_torch_ckpt.blobs.store import BlobInfo
+from azure_torch_ckpt.blobs.transfer import Download, Read
+from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.dcp.base import step
+from azure_torch_ckpt.dcp.metadata.schema import check_metadata, storage_info
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.tensors.coverage import is_whole
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobChangedError,
@@ -44,9 +47,6 @@ from azure_torch_ckpt.huggingface.format import (
     parse_index,
 )
 from azure_torch_ckpt.huggingface.layout import SAVED_FILE
-from azure_torch_ckpt.store import BlobInfo
-from azure_torch_ckpt.transfer import Download, Read
-from azure_torch_ckpt.workers import Workers
 
 __all__ = ["AzureBlobHuggingFaceReader"]
 

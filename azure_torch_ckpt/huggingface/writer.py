@@ -17,17 +17,19 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from azure_torch_ckpt import outcome
-from azure_torch_ckpt.bodies import Gather
-from azure_torch_ckpt.checksums import crc64
+from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs import outcome
+from azure_torch_ckpt.blobs.outcome import Outcome, Result
+from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.figures import Figures
+from azure_torch_ckpt.dcp.base import SavingPlace, step
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
-from azure_torch_ckpt.dcp.names import with_plain_names
-from azure_torch_ckpt.dcp.payload import is_plain
-from azure_torch_ckpt.dcp.pieces import pieces
-from azure_torch_ckpt.dcp.place import SavingPlace, step
+from azure_torch_ckpt.dcp.plan_keys import with_plain_names
 from azure_torch_ckpt.dcp.planners import keeps_its_memory
+from azure_torch_ckpt.dcp.report import Figures
+from azure_torch_ckpt.dcp.tensors.memory import is_plain
+from azure_torch_ckpt.dcp.tensors.views import pieces
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -37,18 +39,16 @@ from azure_torch_ckpt.errors import (
     CommitConflictError,
     StoreError,
 )
+from azure_torch_ckpt.huggingface.blocks import Block, Runs, run_id
 from azure_torch_ckpt.huggingface.format import INDEX, INDEX_LIMIT, SINGLE, dump_header, dump_index, parse_index
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, Arrangement, Place, arrange, file_prefix
-from azure_torch_ckpt.huggingface.remains import other_files_at, saved_files_at
-from azure_torch_ckpt.huggingface.runs import Block, Runs, run_id
-from azure_torch_ckpt.huggingface.written import Written, check_whole, check_written, checksums_of
+from azure_torch_ckpt.huggingface.leftovers import other_files_at, saved_files_at
+from azure_torch_ckpt.huggingface.write_results import Written, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.outcome import Outcome, Result
 from azure_torch_ckpt.progress import ProgressOption
-from azure_torch_ckpt.transfer import Item
-from azure_torch_ckpt.workers import Workers
+from azure_torch_ckpt.transport.buffers import Gather
 
 __all__ = ["AzureBlobHuggingFaceWriter"]
 

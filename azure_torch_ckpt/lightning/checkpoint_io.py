@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
-from azure_torch_ckpt.dcp.prune import remove_checkpoint
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.removal import remove_checkpoint
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, CheckpointNotFoundError, StoreError
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.objects.background import BackgroundSaves, settle
+from azure_torch_ckpt.objects.background_saves import BackgroundSaves, settle
 from azure_torch_ckpt.objects.codec import MapLocation, pack
-from azure_torch_ckpt.objects.storage import load_object, save_state_dict
+from azure_torch_ckpt.objects.single_process import load_object, save_state_dict
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.store import BlobStore
 
 from .signatures import keep_signatures_out_of_logs
 from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, TorchCheckpointIO, WrappingCheckpointIO

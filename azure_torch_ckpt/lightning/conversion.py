@@ -13,8 +13,8 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.objects.background import settle
-from azure_torch_ckpt.objects.storage import load_object, save_object
+from azure_torch_ckpt.objects.background_saves import settle
+from azure_torch_ckpt.objects.single_process import load_object, save_object
 from azure_torch_ckpt.options import TransferOptions
 
 __all__ = ["export_checkpoint", "import_checkpoint"]

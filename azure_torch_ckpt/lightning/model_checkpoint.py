@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from azure_torch_ckpt.errors import AzureCheckpointError, ConfigurationError, CredentialError, LocationError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.objects.background import is_being_saved, settle
+from azure_torch_ckpt.objects.background_saves import is_being_saved, settle
 from azure_torch_ckpt.objects.folder import is_empty, modified_at, newest_of
 from azure_torch_ckpt.objects.found import FoundCheckpoint
 

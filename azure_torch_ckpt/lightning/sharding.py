@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.errors import CheckpointNotFoundError, ConfigurationError
+from azure_torch_ckpt.objects.collective import together
 from azure_torch_ckpt.objects.sharded import Place, load_sharded, save_sharded
-from azure_torch_ckpt.objects.together import together
 
 from .checkpoint_io import AzureBlobCheckpointIO, blob_checkpoint_io, blob_location
 from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, WrappingCheckpointIO

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from azure_torch_ckpt.objects.codec import SKELETON, Packed, Unpacked, pack, unpack
-from azure_torch_ckpt.objects.storage import load_object, read_items, read_skeleton, save_object
+from azure_torch_ckpt.objects.single_process import load_object, read_items, read_skeleton, save_object
 
 __all__ = [
     "SKELETON",

@@ -35,8 +35,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.types
 
-from azure_torch_ckpt.collector import CollectorPause
-from azure_torch_ckpt.dcp.payload import is_plain, readable
+from azure_torch_ckpt._internal.gc_pause import CollectorPause
+from azure_torch_ckpt.dcp.tensors.memory import is_plain, readable
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from azure_torch_ckpt.objects.geometry import Geometry, carve, contiguous, needed
 from azure_torch_ckpt.objects.walk import Walk, is_sharded, tensors_in

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.layout import metadata_name
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.store import BlobStore
 
 __all__ = ["is_empty", "modified_at", "newest_of"]
 

@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 
-from azure_torch_ckpt.dcp.payload import copy_elements, copyable
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.tensors.memory import copy_elements, copyable
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.objects.codec import Slot, Unpacked, pack, unpack
-from azure_torch_ckpt.objects.shares import SharingPlanner
-from azure_torch_ckpt.objects.storage import check_items, read_items, read_skeleton
-from azure_torch_ckpt.objects.together import together
+from azure_torch_ckpt.objects.collective import together
+from azure_torch_ckpt.objects.sharing_planner import SharingPlanner
+from azure_torch_ckpt.objects.single_process import check_items, read_items, read_skeleton
 
 __all__ = ["Place", "load_sharded", "save_sharded"]
 

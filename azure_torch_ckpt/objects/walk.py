@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from azure_torch_ckpt.dcp.payload import is_plain
+from azure_torch_ckpt.dcp.tensors.memory import is_plain
 
 __all__ = ["Walk", "is_sharded", "tensors_in"]
 

@@ -35,8 +35,8 @@ from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 from azure_torch_ckpt import BlobIO
 from azure_torch_ckpt.emulator import Azurite
 from tests.benchmarks.link import SlowLink
-from tests.faults import Hold
-from tests.proxy import FaultProxy
+from tests.support.faults import Hold
+from tests.support.proxy import FaultProxy
 
 MIB = 1024 * 1024
 Open = Callable[[str], Any]

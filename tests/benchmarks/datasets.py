@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 
 import azure_torch_ckpt.datasets
 from azure_torch_ckpt.emulator import Azurite
-from tests.datasets_support import fill
-from tests.faults import Hold
-from tests.proxy import FaultProxy
+from tests.datasets.datasets_support import fill
+from tests.support.faults import Hold
+from tests.support.proxy import FaultProxy
 
 LATENCY = 0.02
 COUNT = 64

@@ -17,7 +17,7 @@ from obstore.auth.azure import AzureCredentialProvider
 from obstore.store import AzureStore
 from torch.distributed.checkpoint import LoadPlanner
 
-from azure_torch_ckpt.dcp.payload import writable
+from azure_torch_ckpt.dcp.tensors.memory import writable
 from tests.benchmarks.spec import MIB, Address, Case
 from tests.benchmarks.works import State
 

@@ -1,0 +1,4 @@
+"""What every layer uses and no user imports.
+
+Checksums, units of messages, the pause of the garbage collector, torch's private names, local files that appear whole.
+"""

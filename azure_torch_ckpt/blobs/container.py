@@ -1,0 +1,126 @@
+"""The way to one container: its client, made in each process when it is needed, and the errors of its requests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from azure.core.exceptions import AzureError
+from azure.storage.blob import BlobClient, ContainerClient
+
+from azure_torch_ckpt.blobs.direct_requests import USER_AGENT, DirectRequests
+from azure_torch_ckpt.blobs.error_translation import translate
+from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.transport.buffers import Doubt
+from azure_torch_ckpt.transport.gather_transport import GatherTransport
+from azure_torch_ckpt.transport.retry import RetryPolicy
+from azure_torch_ckpt.transport.throttle import Pressure, RequestCounts
+
+__all__ = ["ContainerConnection"]
+
+# Larger than any blob (about 190.7 TiB), so that the SDK sends one request for one call of ours.
+_ONE_REQUEST = 1 << 48
+_KEPT_CLIENTS = 64
+
+
+class ContainerConnection:
+    """Base of `BlobStore`, which says what the arguments mean."""
+
+    def __init__(
+        self,
+        location: BlobLocation,
+        credential: Credential = None,
+        *,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        self.location = location.container_root()
+        self.options = options or TransferOptions()
+        self._credential = credential
+        self._ca_file = ca_file
+        self._client: ContainerClient | None = None
+        self._requests: DirectRequests | None = None
+        self._blobs: dict[str, BlobClient] = {}  # by the blob's path
+        self._transport = GatherTransport(ca_file=ca_file)
+        self._pressure = Pressure()
+        self.has_directories: bool | None = None
+        """Whether the account has a hierarchical namespace; None while that is not known."""
+        # Refuses what cannot be used now, not in a worker thread later.
+        resolve(location, credential)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "location": self.location,
+            "options": self.options,
+            "credential": PickledCredential.of(self._credential),
+            "ca_file": self._ca_file,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(  # type: ignore[misc]
+            state["location"], state["credential"].restore(), options=state["options"], ca_file=state["ca_file"]
+        )
+
+    def __repr__(self) -> str:
+        return f"BlobStore({str(self.location)!r})"
+
+    def _container(self) -> ContainerClient:
+        # Without a lock, for a fork might copy it held: two threads that come first make a client each, and one stays.
+        client = self._client
+        if client is None:
+            self._client = client = ContainerClient(
+                self.location.endpoint,
+                self.location.container,
+                credential=resolve(self.location, self._credential),
+                transport=self._transport,
+                retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
+                user_agent=USER_AGENT,
+                max_single_get_size=_ONE_REQUEST,
+                max_single_put_size=_ONE_REQUEST,
+            )
+        return client
+
+    def _direct(self) -> DirectRequests:
+        # Without a lock, as above.
+        direct = self._requests
+        if direct is None:
+            self._requests = direct = DirectRequests(
+                resolve(self.location, self._credential),
+                self._transport,
+                RetryPolicy(self.options.retry_seconds, self._pressure),
+                self._container().api_version,
+            )
+        return direct
+
+    def _blob(self, path: str, moment: BlobLocation | None = None) -> BlobClient:
+        if moment is None:
+            # Requests for one blob follow one another, and a client costs a fifth of the CPU time of a request.
+            client = self._blobs.get(path)
+            if client is None:
+                client = self._container().get_blob_client(path)
+                if len(self._blobs) >= _KEPT_CLIENTS:
+                    self._blobs = {}
+                self._blobs[path] = client
+            return client
+        # The declared type of `snapshot` forgets None, which is its default.
+        return self._container().get_blob_client(path, moment.snapshot or "", version_id=moment.version_id)
+
+    @property
+    def counts(self) -> RequestCounts:
+        """How many requests this store has sent in this process, and how many of them were retries."""
+        return self._pressure.counts
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str, path: str, doubt: Doubt | None = None) -> Iterator[None]:
+        try:
+            yield
+        except AzureError as error:
+            where = f"{self.location}/{path}" if path else str(self.location)
+            anonymous = resolve(self.location, self._credential) is None
+            translated = translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous)
+            if doubt is not None:
+                translated.may_be_done = doubt.exists
+            raise translated from error

@@ -1,0 +1,417 @@
+"""Uploads and downloads as lists of memory views: cut into blocks and ranges, moved by a bounded set of workers.
+
+An `Upload` gathers items (views that follow one another) into the blocks of one blob; a `Download` scatters ranges of
+any number of blobs into views. The first error of a worker stops the others and is raised to the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from azure_torch_ckpt._internal.checksums import combine, crc64
+from azure_torch_ckpt._internal.gc_pause import CollectorPause
+from azure_torch_ckpt.blobs.staging import Staging
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.errors import BlobChangedError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.transport.buffers import Cancel, Gather
+
+__all__ = ["GAP", "Check", "Download", "Item", "Read", "Segment", "Upload"]
+
+# Bytes nobody asked for that are fetched rather than starting another request: at tens of MB/s a connection and some
+# 20 ms a request, 128 KiB cost less than the request.
+GAP = 128 * 1024
+# Runs shorter than this are received together and copied: a receive or three for each would cost more.
+_COPY_BELOW = 32 * 1024
+
+
+@dataclass(slots=True)
+class Segment:
+    """The part of an item that lies in one block. `crc64` is there once the block is staged."""
+
+    views: list[memoryview] = field(default_factory=list)
+    length: int = 0
+    crc64: int = 0
+
+
+@dataclass(slots=True)
+class Item:
+    """What one call of `Upload.add` wrote: `length` bytes at `offset` of the blob."""
+
+    offset: int
+    length: int = 0
+    segments: list[Segment] = field(default_factory=list)
+
+    def crc64(self) -> int:
+        """CRC64-NVME of the item's bytes; valid after `Upload.finish`."""
+        if len(self.segments) == 1:
+            return self.segments[0].crc64
+        crc = 0
+        for segment in self.segments:
+            crc = combine(crc, segment.crc64, segment.length)
+        return crc
+
+
+class Upload:
+    """One blob, written as parallel blocks, visible only after `finish`.
+
+    At most ``options.concurrency + 4`` blocks are held at a time, so `add` waits when the network is slower than its
+    caller. Use it as a context manager: an exception inside stops the workers, and nothing is committed.
+
+    Args:
+        path: the blob's name in the container.
+        total: about how many bytes will come; it decides the size of the blocks. None where nobody knows: the blocks
+            grow with the blob.
+        moved: called by a worker with the bytes of each block that has arrived.
+    """
+
+    def __init__(
+        self, store: BlobStore, path: str, total: int | None, *, moved: Callable[[int], None] | None = None
+    ) -> None:
+        self._store = store
+        self._path = path
+        self._moved = moved
+        self._checksums = store.options.checksums
+        self._grows = total is None
+        self.block_size = store.options.block_size_at(0) if total is None else store.options.part_size(total)
+        self._cancel = Cancel()
+        self._workers = Workers(store.options.concurrency, "blob-upload", self._cancel.cancel)
+        self._blocks = 0
+        self._staging = Staging(store, path)
+        self._block: list[Segment] = []
+        self._room = self.block_size
+        self._flushed = 0
+        self._offset = 0
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self._workers.__exit__(kind, error, traceback)
+
+    def add(self, views: Iterable[memoryview], *, copies: bool = False) -> Item:
+        """Append an item: one-dimensional byte views, whose memory must not change before `finish` returns.
+
+        Args:
+            copies: whether nobody but the upload holds the views' memory. Each view of up to a block is then put into
+                one block, not two, so that a block that is staged leaves none of it behind.
+
+        Raises:
+            StoreError: a block could not be staged.
+        """
+        item = Item(self._offset)
+        if not copies:
+            views = list(views)
+            size = sum(view.nbytes for view in views)
+            if size <= self._room:  # as most items of a checkpoint of many small ones
+                segment = Segment(views, size)
+                self._block.append(segment)
+                self._room -= size
+                self._offset += size
+                item.length = size
+                item.segments.append(segment)
+                return item
+        segment = self._new_segment(item)
+        for view in views:
+            length = view.nbytes
+            if copies and self._room < length <= self.block_size:
+                self._flush()
+                segment = self._new_segment(item)
+            start = 0
+            while length - start > self._room:
+                cut = start + self._room
+                segment.views.append(view[start:cut])
+                segment.length += self._room
+                self._flush()
+                segment = self._new_segment(item)
+                start = cut
+            if length > start:
+                segment.views.append(view[start:] if start else view)
+                segment.length += length - start
+                self._room -= length - start
+            item.length += length
+        self._offset += item.length
+        return item
+
+    def finish(self) -> None:
+        """Wait for all blocks and commit the blob. Without any bytes, nothing is written.
+
+        Raises:
+            StoreError: a block could not be staged, or the blob could not be committed.
+        """
+        if block_ids := self.stage():
+            self._store.commit_blocks(self._path, block_ids)
+
+    def stage(self) -> list[str]:
+        """Send the unfinished block as well, wait for all of them, and return their ids. More can be added.
+
+        Raises:
+            StoreError: a block could not be staged.
+        """
+        if self._room < self.block_size:
+            self._flush()
+        self._workers.finish()
+        return self._staging.ids(range(self._blocks))
+
+    def settle(self) -> None:
+        """Let the memory that was given to `add` so far go: wait for the full blocks, copy the unfinished one.
+
+        Raises:
+            StoreError: a block could not be staged.
+        """
+        for segment in self._block:
+            segment.views = [memoryview(b"".join(segment.views))]
+        self._workers.finish()
+
+    def abort(self, *, wait: bool = True) -> None:
+        """Break off; nothing is committed. With `wait`, no memory that was given to `add` is used afterwards."""
+        self._workers.abort(wait=wait)
+
+    def _new_segment(self, item: Item) -> Segment:
+        segment = Segment()
+        item.segments.append(segment)
+        self._block.append(segment)
+        return segment
+
+    def _flush(self) -> None:
+        block, self._block = self._block, []
+        self._workers.submit(functools.partial(self._stage, self._blocks, block))
+        self._blocks += 1
+        self._flushed += sum(segment.length for segment in block)
+        if self._grows:
+            self.block_size = self._store.options.block_size_at(self._flushed)
+        self._room = self.block_size
+
+    def _stage(self, number: int, block: list[Segment]) -> None:
+        crc = None
+        if self._checksums:
+            crc = 0
+            for segment in block:
+                for view in segment.views:
+                    segment.crc64 = crc64(view, segment.crc64)
+                crc = combine(crc, segment.crc64, segment.length)
+        views = [view for segment in block for view in segment.views]
+        body = Gather(views)
+        self._staging.stage(number, body, crc, self._cancel)
+        for segment in block:
+            segment.views = []  # the item lives on for its checksum; its memory need not
+        if self._moved is not None:
+            self._moved(len(body))
+
+
+class Check:
+    """The checksum of an item that is read whole, in any number of parts and by any number of threads.
+
+    Args:
+        expected: CRC64-NVME of the item's `length` bytes.
+        mismatch: called with the CRC64 that was found instead, by the worker that received the last part.
+    """
+
+    __slots__ = ("_expected", "_left", "_lock", "_mismatch", "_parts")
+
+    def __init__(self, expected: int, length: int, mismatch: Callable[[int], None]) -> None:
+        self._expected = expected
+        self._left = length
+        self._mismatch = mismatch
+        self._parts: list[tuple[int, int, int]] = []
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, *views: memoryview) -> None:
+        """Take in the part that starts at `offset` and lies in `views`; the last one to come compares."""
+        found = length = 0
+        for view in views:
+            found = crc64(view, found)
+            length += view.nbytes
+        with self._lock:
+            self._left -= length
+            if self._parts or self._left > 0:
+                self._parts.append((offset, found, length))
+            if self._left > 0:
+                return
+        if self._parts:
+            found = 0
+            for _, part_crc, part_length in sorted(self._parts):
+                found = combine(found, part_crc, part_length)
+        if found != self._expected:
+            self._mismatch(found)
+
+
+@dataclass(slots=True)
+class Read:
+    """A run of bytes of one blob, and where it goes.
+
+    Attributes:
+        path: the blob's name in the container.
+        offset: of the first byte in the blob.
+        length: bytes.
+        dest: writable bytes that the run is received into, or its bytes from `skip` on; None for a buffer that lives
+            as long as `use`.
+        use: called by a worker with the received bytes.
+        check: the item's checksum, if the item is read whole.
+        skip: bytes of the run before those for `dest`. These, and those behind, are only for the check.
+    """
+
+    path: str
+    offset: int
+    length: int
+    dest: memoryview | None = None
+    use: Callable[[memoryview], None] | None = None
+    check: Check | None = None
+    skip: int = 0
+
+
+class Download:
+    """Ranges of any number of blobs, received in parallel.
+
+    Runs that lie close together in a blob share a request. Runs with a `Read.dest` may be of any length and are
+    split; the others must not be longer than `part_size`, which is what bounds the memory.
+
+    Args:
+        total: about how many bytes will be read; it decides the size of the requests.
+        if_etag: read only from a blob with this ETag.
+        moment: where its URL names a snapshot or a version, that one is read.
+        moved: called by a worker with the bytes of each request that was answered, without those nobody asked for.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        total: int,
+        *,
+        if_etag: str | None = None,
+        moment: BlobLocation | None = None,
+        moved: Callable[[int], None] | None = None,
+    ) -> None:
+        self._store = store
+        self._if_etag = if_etag
+        self._moment = moment
+        self._moved = moved
+        self.part_size = store.options.part_size(total)
+        self._etags: dict[str, str] = {}
+        # Scratch memory that a request is done with. To take it anew from the system costs a page fault per 4 KiB.
+        self._free: list[bytearray] = []
+
+    def run(self, reads: Iterable[Read]) -> None:
+        """Fetch everything.
+
+        Raises:
+            BlobNotFoundError: a blob is missing.
+            BlobChangedError: a blob was replaced between two requests, or has another ETag than `if_etag`.
+            RequestRefusedError: a blob is shorter than a range (``status`` is 416).
+            StoreError: for other reasons; and whatever a `Check` or a `Read.use` raises.
+        """
+        cancel = Cancel()
+        with Workers(self._store.options.concurrency, "blob-download", cancel.cancel) as workers:
+            for request in self._requests(reads):
+                workers.submit(functools.partial(self._fetch, request, cancel))
+            workers.finish()
+
+    def _requests(self, reads: Iterable[Read]) -> list[list[Read]]:
+        """Runs that one request fetches, in the order of their offsets."""
+        parts: list[Read] = []
+        for read in reads:
+            if 0 < read.length <= self.part_size:
+                parts.append(read)
+            else:
+                parts += self._split(read)
+        requests: list[list[Read]] = []
+        path, start, end = "", 0, 0
+        most = self.part_size + GAP  # an item's envelope must not cost a request
+        with CollectorPause():
+            parts.sort(key=operator.attrgetter("path", "offset"))
+            for part in parts:
+                offset = part.offset
+                part_end = offset + part.length
+                if requests and part.path == path and end <= offset <= end + GAP and part_end - start <= most:
+                    requests[-1].append(part)
+                else:
+                    requests.append([part])
+                    path, start = part.path, offset
+                end = part_end
+        return requests
+
+    def _split(self, read: Read) -> Sequence[Read]:
+        if read.length == 0:
+            return []
+        if read.dest is None:
+            return [read]
+        first, behind = read.offset + read.skip, read.offset + read.skip + read.dest.nbytes
+        parts = []
+        for offset, length in ((read.offset, read.skip), (behind, read.offset + read.length - behind)):
+            if length:
+                parts.append(Read(read.path, offset, length, None, None, read.check))
+        size = max(-(-read.dest.nbytes // -(-read.dest.nbytes // self.part_size)), 1)  # as even as possible
+        for start in range(0, read.dest.nbytes, size):
+            dest = read.dest[start : start + size]
+            parts.append(Read(read.path, first + start, dest.nbytes, dest, read.use, read.check))
+        return parts
+
+    def _fetch(self, request: list[Read], cancel: Cancel) -> None:
+        path, end = request[0].path, request[0].offset
+        used = 0  # bytes of scratch memory: gaps, envelopes, and small runs, for which a receive each would cost more
+        placed: list[tuple[Read, int]] = []
+        direct: list[tuple[int, memoryview]] = []  # destinations, each with the scratch bytes that come before it
+        with CollectorPause():
+            for read in request:
+                used += read.offset - end
+                placed.append((read, used))
+                dest, length = read.dest, read.length
+                if dest is None or length < _COPY_BELOW:
+                    used += length
+                else:
+                    direct.append((used + read.skip, dest))
+                    used += length - dest.nbytes
+                end = read.offset + length
+        kept = self._scratch(used)
+        scratch = memoryview(kept)
+        views: list[memoryview] = []
+        before = 0
+        for position, dest in direct:
+            if position > before:
+                views.append(scratch[before:position])
+                before = position
+            views.append(dest)
+        if used > before:
+            views.append(scratch[before:used])
+        etag = self._store.read_into(
+            path, request[0].offset, views, if_etag=self._if_etag, moment=self._moment, cancel=cancel
+        )
+        if self._etags.setdefault(path, etag) != etag:
+            raise BlobChangedError(f"{self._store.location}/{path} was replaced while it was read; try again")
+        for read, position in placed:
+            _deliver(read, scratch, position)
+        if not any(read.dest is None for read in request):
+            self._free.append(kept)
+        if self._moved is not None:
+            self._moved(sum(read.length for read in request))
+
+    def _scratch(self, size: int) -> bytearray:
+        try:
+            kept = self._free.pop()
+        except IndexError:
+            return bytearray(size)
+        return kept if len(kept) >= size else bytearray(size)
+
+
+def _deliver(read: Read, scratch: memoryview, position: int) -> None:
+    """Bring a run to where it belongs. What was not received right there lies in `scratch` from `position` on."""
+    dest, length = read.dest, read.length
+    if dest is None or length < _COPY_BELOW:
+        run = scratch[position : position + length]
+        if read.check is not None:
+            read.check.add(read.offset, run)
+        if dest is None:
+            dest = run
+        else:
+            dest[:] = run[read.skip : read.skip + dest.nbytes]
+    elif read.check is not None:
+        inside = position + read.skip
+        behind = position + length - dest.nbytes
+        read.check.add(read.offset, scratch[position:inside], dest, scratch[inside:behind])
+    if read.use is not None:
+        read.use(dest)

@@ -1,0 +1,1 @@
+"""`copy`: checkpoints to another container, to a disk or from one."""

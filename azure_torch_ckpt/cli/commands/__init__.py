@@ -1,0 +1,1 @@
+"""The subcommands of ``azure-torch-ckpt``."""

@@ -1,0 +1,239 @@
+"""What a ``.metadata`` names and this package does not know: the classes of planners and trainers, as inert stand-ins.
+
+Trainers keep their own things in torch's ``Metadata``: their plans as an attribute, a subclass of ``Metadata`` itself.
+No load needs those. So a class that is not known is represented by a :class:`ForeignClass` and each of its instances by
+a :class:`Foreign`, which remember a name and do nothing. :func:`settle` removes those that no load looks at and names
+one that lies where a load would look.
+
+A name is still never looked up in a module. What makes a name acceptable here is its form, that of a class, and that it
+does not belong to Python's standard library, but for plain values. It makes no data safe: a stand-in is as inert for a
+hostile class as for any other. Names of functions stay an error, so that whoever reads hostile data is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from azure_torch_ckpt._internal.torch_private import StorageInfo
+from azure_torch_ckpt.dcp.metadata.vocabulary import STATE_CLASSES, is_newer_torch, quote
+
+__all__ = ["Foreign", "ForeignClass", "known_base", "may_be_foreign", "settle"]
+
+_CLASS_NAME = re.compile(r"_*[A-Z]\w*(?:\._*[A-Z]\w*)*")
+
+# Classes of the standard library whose instances are plain values; and of torch and NumPy what does not look like a
+# class, and is in the pickles of devices, tensors, arrays and scalars.
+_VALUES: frozenset[tuple[str, str]] = frozenset(
+    (module, name)
+    for modules, names in {
+        "builtins __builtin__": "bool bytearray bytes complex dict float frozenset int list object range set slice str "
+        "tuple xrange",
+        "collections": "Counter UserDict UserList defaultdict deque",
+        "datetime": "date datetime time timedelta timezone",
+        "decimal": "Decimal",
+        "fractions": "Fraction",
+        "uuid": "SafeUUID UUID",
+        "types": "SimpleNamespace",
+        "argparse": "Namespace",
+        "torch": "device",
+        "torch._utils": "_rebuild_parameter _rebuild_tensor_v2",
+        "torch.storage": "_load_from_bytes",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray numpy._core.multiarray": "_reconstruct scalar",
+        "numpy.core.numeric numpy._core.numeric": "_frombuffer",
+    }.items()
+    for module in modules.split()
+    for name in names.split()
+)
+_VALUE_TYPES = frozenset({str, int, float, bytes})
+
+# The fields by which the state of an instance tells which of torch's classes its class was derived from.
+_TELLING: dict[type[Any], frozenset[str]] = {
+    Metadata: frozenset({"state_dict_metadata", "planner_data", "storage_data"}),
+    MetadataIndex: frozenset({"fqn", "index"}),
+    TensorStorageMetadata: frozenset({"properties", "size", "chunks"}),
+    ChunkStorageMetadata: frozenset({"offsets", "sizes"}),
+    StorageMeta: frozenset({"checkpoint_id", "save_id"}),
+    StorageInfo: frozenset({"relative_path", "offset", "length"}),
+}
+_FIELDS = {cls: tuple(field.name for field in dataclasses.fields(cls)) for cls in STATE_CLASSES}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ForeignClass:
+    """Stands for a class that is not known."""
+
+    module: str
+    name: str
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a newer torch has it; then there is no telling what its instances mean."""
+        return is_newer_torch(self.module, self.name)
+
+    def new(self, args: tuple[Any, ...]) -> Any:
+        """What stands for ``cls.__new__(cls, *args)``.
+
+        An instance of a subclass of str, int, float or bytes is made of its value; it reads as that value.
+        """
+        if len(args) == 1 and type(args[0]) in _VALUE_TYPES:
+            return args[0]
+        return Foreign(self, bare=not args)
+
+    def call(self, args: tuple[Any, ...]) -> Foreign:
+        """What stands for ``cls(*args)``, which is also how a member of an enum is pickled: by its value."""
+        return Foreign(self, value=args[0] if len(args) == 1 and type(args[0]) in _VALUE_TYPES else None)
+
+    def member(self, name: str) -> ForeignClass | Foreign:
+        """What stands for ``getattr(cls, name)``, by which picklers name inner classes and members of enums."""
+        inner = f"{self.name}.{name}"
+        return ForeignClass(self.module, inner) if may_be_foreign(self.module, inner) else Foreign(self)
+
+
+class Foreign:
+    """Stands for an instance of a class that is not known. It keeps nothing that was done to it.
+
+    Once its state shows that its class was derived from one of torch's, it becomes an instance of that one.
+
+    Attributes:
+        made_of: its class.
+        value: of what may be a member of an enum.
+        bare: it was made without arguments, and nothing was done to it.
+    """
+
+    made_of: ForeignClass
+    value: Any
+    bare: bool
+
+    def __init__(self, made_of: ForeignClass, *, value: Any = None, bare: bool = False) -> None:
+        self.made_of = made_of
+        self.value = value
+        self.bare = bare
+
+    def become(self, cls: type[Any]) -> None:
+        """Be an instance of `cls`, which has no state yet."""
+        self.__dict__.clear()
+        self.__class__ = cls
+
+    def __repr__(self) -> str:
+        return f"an instance of {quote(f'{self.made_of.module}.{self.made_of.name}')}"
+
+
+def may_be_foreign(module: str, name: str) -> bool:
+    """Whether a name that is not known can be that of a class of a planner or a trainer, or of a plain value."""
+    if (module, name) in _VALUES:
+        return True
+    return module.partition(".")[0] not in _STANDARD and _CLASS_NAME.fullmatch(name) is not None
+
+
+_STANDARD = sys.stdlib_module_names | {"", "__builtin__"}
+
+
+def known_base(state: Any) -> tuple[type[Any], Any] | None:
+    """The class of torch's from which one with such a state was derived, and the state as torch's class takes it."""
+    if type(state) is tuple:
+        if len(state) == 2:  # attributes, and the values of slots, which torch's classes have none of
+            return known_base(state[0]) if type(state[0]) is dict else None
+        is_properties = len(state) >= 5 and isinstance(state[0], torch.dtype)
+        return (TensorProperties, state) if is_properties else None
+    if type(state) is dict:
+        for cls, telling in _TELLING.items():
+            if telling <= state.keys():
+                return cls, state
+    return None
+
+
+def settle(metadata: Metadata, given: Mapping[int, list[Any]]) -> ForeignClass | None:
+    """Remove from `metadata` what is foreign and of no use to a load.
+
+    Args:
+        given: what went into the instances of classes that the user registered, by their id.
+
+    Returns:
+        A class whose instance lies where loads look, so that the metadata cannot be used; else None.
+    """
+    seen: set[int] = set()
+    state = vars(metadata)
+    for name in state.keys() - set(_FIELDS[Metadata]):
+        if _foreign_in(state[name], given, set()) is not None:
+            del state[name]
+    for name in ("version", "storage_meta"):
+        if type(state.get(name)) is Foreign:
+            state[name] = None
+    if isinstance(meta := state.get("storage_meta"), StorageMeta):
+        for name, value in vars(meta).items():
+            if _foreign_in(value, given, set()) is not None:
+                meta.__dict__[name] = None
+    for name in ("state_dict_metadata", "storage_data"):
+        mapping: Any = state.get(name)
+        if (found := _class_of(mapping)) is not None:
+            return found
+        for key, value in mapping.items() if type(mapping) in (dict, OrderedDict) else ():
+            if name == "state_dict_metadata" and type(value) is Foreign and value.bare and not value.made_of.is_newer:
+                value.become(BytesStorageMetadata)  # it has no state to be told by
+            elif (found := _class_of(key) or _foreign_in(value, given, seen)) is not None:
+                return found
+    return _settle_paths(state, given, seen)
+
+
+def _settle_paths(state: dict[str, Any], given: Mapping[int, list[Any]], seen: set[int]) -> ForeignClass | None:
+    data = state.get("planner_data")
+    if type(data) is not dict:
+        return _foreign_in(data, given, seen)
+    for key, path in data.items():
+        # A key of the state dict that is a member of an enum of strings is its string.
+        if type(path) is tuple and any(type(step) is Foreign and step.value is not None for step in path):
+            data[key] = path = tuple(step.value if type(step) is Foreign else step for step in path)
+        found = _class_of(key) or _foreign_in(path, given, seen)
+        if found is not None:
+            return found
+    return None
+
+
+def _class_of(value: Any) -> ForeignClass | None:
+    if type(value) is Foreign:
+        return value.made_of
+    return value if type(value) is ForeignClass else None
+
+
+def _foreign_in(value: Any, given: Mapping[int, list[Any]], seen: set[int]) -> ForeignClass | None:
+    """The first foreign thing in what the machine has made. Without recursion, and each container once."""
+    left = [value]
+    while left:
+        here = left.pop()
+        cls = type(here)
+        if cls is str or cls is int:
+            continue
+        if (found := _class_of(here)) is not None:
+            return found
+        inside: Iterable[Any] = ()
+        if cls in (tuple, list, set, frozenset):
+            inside = here
+        elif cls is dict or cls is OrderedDict:
+            inside = (*here, *here.values())
+        elif cls in STATE_CLASSES:
+            inside = [value for name, value in vars(here).items() if name in _FIELDS[cls]]  # others are of no use
+        elif id(here) in given:
+            inside = given[id(here)]
+        else:
+            continue
+        if id(here) not in seen:
+            seen.add(id(here))
+            left.extend(inside)
+    return None

@@ -1,0 +1,240 @@
+"""What a save or a load of this rank came to: counted while it runs, told in its log line and its event."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.blobs.transfer import Read
+from azure_torch_ckpt.errors import CheckpointError
+from azure_torch_ckpt.events import TransferEvent, emit
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
+from azure_torch_ckpt.transport.throttle import RequestCounts
+
+__all__ = ["Figures", "failures_told", "figures_log", "job_rank", "rate_and_requests"]
+
+figures_log = logging.getLogger("azure_torch_ckpt")
+"""Of the package, so that the lines of all modules can be had with one name."""
+
+_PAST = {"save": "saved", "load": "loaded"}
+_DIRECTION = {"save": "to", "load": "from"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    at: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc))
+    clock: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class _Running:
+    url: str
+    store: BlobStore
+    begin: _Moment
+    sign: _Moment  # of life
+    counts: RequestCounts
+    leads: bool
+    is_certain: bool
+    error: BaseException | None = None
+    process: int = field(default_factory=os.getpid)
+    items: int = 0
+    bytes: int = 0
+    meter: Meter | None = None
+
+
+class Figures:
+    """Of one save or load. Pickles and copies are without what is running.
+
+    How it ends may remain unknown here: torch tells nobody of an error of the planner before there is a plan (a missing
+    key), nor of one of another rank. That is told once its thread begins something else, or the process ends.
+
+    Args:
+        operation: ``"save"`` or ``"load"``.
+        progress: as the user gave it.
+
+    Raises:
+        MissingDependencyError, TypeError: `progress` cannot be used.
+    """
+
+    def __init__(self, operation: str, progress: ProgressOption) -> None:
+        check_progress(progress)
+        self._operation = operation
+        self._progress = progress
+        self._running: _Running | None = None
+
+    def __reduce__(self) -> tuple[type[Figures], tuple[str, ProgressOption]]:
+        return type(self), (self._operation, self._progress)
+
+    def begin(self, url: str, store: BlobStore, *, leads: bool | None = None) -> None:
+        """A save or a load of `url` begins here; `leads` as for `lead`, if it is known already."""
+        thread = threading.current_thread()
+        _tell_broken_off(thread)
+        now = _Moment()
+        self._running = _Running(url, store, now, now, store.counts, leads is None or leads, leads is not None)
+        _begun[id(self)] = thread, self
+
+    def lead(self, leads: bool) -> None:
+        """Say that this is a save or a load, and no mere look, and whether this rank is the one whose log line is at
+        INFO; the others' are at DEBUG.
+        """
+        if self._running is not None:
+            self._running.leads, self._running.is_certain, self._running.sign = leads, True, _Moment()
+
+    def doubt(self, error: BaseException | None) -> None:
+        """With this error it has ended, unless something else follows."""
+        if self._running is not None:
+            self._running.error = error
+
+    def _break_off(self) -> None:
+        """It will not go on: say so, unless it was a mere look, or is the affair of another process."""
+        running = self._running
+        if running is not None and running.process == os.getpid() and (running.error is not None or running.is_certain):
+            self._tell(running.error or _unknown_end(self._operation, running.url), None, running.sign)
+        self._running = None
+
+    def transfer(self, items: int, total: int | None) -> Meter:
+        """The meter for this rank's share: `items`, of about `total` bytes, or of as many as `expecting` sees."""
+        running = self._running
+        url = "" if running is None else running.url
+        meter = Meter(self._progress, Progress(self._operation, url, job_rank(), 0, total, 0.0))
+        if running is not None:
+            running.items, running.meter, running.sign = items, meter, _Moment()
+        return meter
+
+    def paused(self) -> AbstractContextManager[Meter | None]:
+        """The meter of this rank's share, to go on with."""
+        running = self._running
+        return nullcontext() if running is None or running.meter is None else running.meter
+
+    def moved(self, nbytes: int) -> None:
+        """Count `nbytes` that have arrived. From any thread."""
+        running = self._running
+        if running is not None and running.meter is not None:
+            running.meter.moved(nbytes)
+
+    def expecting(self, reads: Iterable[Read]) -> Iterable[Read]:
+        """The same reads, whose bytes are expected from now on."""
+        meter = None if self._running is None else self._running.meter
+        if meter is None or not meter.reports:
+            return reads
+        expected = list(reads)
+        meter.expect(sum(read.length for read in expected))
+        return expected
+
+    def end(self, error: BaseException | None = None, checkpoint_bytes: int | None = None) -> None:
+        """It has ended: write the log line, unless there was an error, which speaks for itself; tell the listeners."""
+        if self._running is not None:
+            self._tell(error, checkpoint_bytes, _Moment())
+
+    def _tell(self, error: BaseException | None, checkpoint_bytes: int | None, end: _Moment) -> None:
+        running, self._running = self._running, None
+        _begun.pop(id(self), None)
+        assert running is not None
+        counts = running.store.counts
+        event = TransferEvent(
+            operation=self._operation,
+            url=running.url,
+            rank=job_rank(),
+            items=running.items,
+            bytes=0 if running.meter is None else running.meter.done,
+            seconds=end.clock - running.begin.clock,
+            requests=counts.requests - running.counts.requests,
+            retries=counts.retries - running.counts.retries,
+            checkpoint_bytes=checkpoint_bytes,
+            error=error,
+            started=running.begin.at,
+            finished=end.at,
+        )
+        if error is None:
+            figures_log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
+        emit(event)
+
+
+# What was begun and has not ended, by id, with its thread. torch takes all steps of one save or load in one thread.
+_begun: dict[int, tuple[threading.Thread, Figures]] = {}
+
+
+def _tell_broken_off(thread: threading.Thread | None = None) -> None:
+    """`thread` turns to something else, or (None) the process ends: what it has begun will not go on.
+
+    What a thread has begun that is no more will not, either.
+    """
+    for key, (its_thread, figures) in list(_begun.items()):
+        if thread is None or its_thread is thread or not its_thread.is_alive():
+            _begun.pop(key, None)
+            figures._break_off()
+
+
+atexit.register(_tell_broken_off)
+
+
+def _unknown_end(operation: str, url: str) -> CheckpointError:
+    return CheckpointError(
+        f"The {operation} {_DIRECTION[operation]} {url} was broken off, by an error of its planner or of another rank. "
+        "What torch raised there has the reason"
+    )
+
+
+class _HasFigures(Protocol):
+    _figures: Figures
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Self = TypeVar("_Self", bound=_HasFigures)
+
+
+def failures_told(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
+    """For a step of a save or a load: an error in it ends the whole on this rank."""
+
+    @functools.wraps(method)
+    def step(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            self._figures.end(error)
+            raise
+
+    return step
+
+
+def _line(event: TransferEvent) -> str:
+    past, direction = _PAST[event.operation], _DIRECTION[event.operation]
+    took = format_duration(event.seconds)
+    if event.checkpoint_bytes is not None and _world_size() > 1:
+        rate = format_rate(event.checkpoint_bytes, event.seconds)
+        whole = f"saved {format_bytes(event.checkpoint_bytes)} in {took} ({rate}) to {event.url}"
+        return f"{whole}; rank {event.rank} sent {format_bytes(event.bytes)} of it ({_requests(event)})"
+    who = f"rank {event.rank} " if _world_size() > 1 else ""
+    return f"{who}{past} {format_bytes(event.bytes)} in {took} ({rate_and_requests(event)}) {direction} {event.url}"
+
+
+def rate_and_requests(event: TransferEvent) -> str:
+    """``"3.9 GB/s, 391 requests, 0 retries"``."""
+    return f"{format_rate(event.bytes, event.seconds)}, {_requests(event)}"
+
+
+def _requests(event: TransferEvent) -> str:
+    return f"{event.requests} requests, {event.retries} {'retry' if event.retries == 1 else 'retries'}"
+
+
+def job_rank() -> int:
+    """The rank of this process in the whole job; 0 without ``torch.distributed``."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

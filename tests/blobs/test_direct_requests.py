@@ -1,0 +1,234 @@
+"""The requests that go without the client of azure-storage-blob: they are accepted, and the client has the rest."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential
+from azure.core.settings import settings
+from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
+
+from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.direct_requests import USER_AGENT
+from azure_torch_ckpt.blobs.settings import BlobSettings
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import STORAGE_SCOPE, Credential
+from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobNotFoundError, RequestRefusedError
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.transport.buffers import Gather
+from tests.blobs.store_support import KEY, ODD_NAMES, sas_for
+from tests.support.faults import Answer, Exchange, Kind
+from tests.support.proxy import FaultProxy
+
+DATA = bytes(range(256)) * 1000
+HOT: tuple[Kind, ...] = ("Put Block", "Get Blob")
+
+
+def write_and_read(store: BlobStore, name: str) -> bytes:
+    """What comes back of `DATA`, by each of the ways that take the short path."""
+    blocks = [DATA[:100_000], DATA[100_000:]]
+    for number, block in enumerate(blocks):
+        store.stage_block(name, f"{number:032d}", Gather([memoryview(block)]), crc64(block))
+    etag = store.commit_blocks(name, [f"{number:032d}" for number in range(len(blocks))])
+    received = bytearray(len(DATA))
+    views = [memoryview(received)[:1000], memoryview(received)[1000:]]
+    assert store.read_into(name, 0, views, if_etag=etag) == etag
+    some, info = store.read_some(name, 10, 20, if_etag=etag)
+    assert (some, info.size, info.etag) == (DATA[10:30], len(DATA), etag)
+    return bytes(received)
+
+
+def by_client(exchange: Exchange) -> bool:
+    """Whether the client of azure-storage-blob sent it. Both ways name this package."""
+    assert exchange.headers["user-agent"].startswith(USER_AGENT)
+    return "azsdk-python-storage-blob/" in exchange.headers["user-agent"]
+
+
+def assert_short(log: list[Exchange]) -> None:
+    hot = [exchange for exchange in log if exchange.kind in HOT]
+    assert {exchange.kind for exchange in hot} == set(HOT)
+    assert not any(by_client(exchange) for exchange in hot)
+    assert all(by_client(exchange) for exchange in log if exchange.kind not in HOT)
+
+
+@pytest.fixture(params=["key", "named key", "SAS", "SAS credential", "SAS in the URL"])
+def place(request: pytest.FixtureRequest, proxied_container: str) -> tuple[str, Credential]:
+    sas = sas_for(proxied_container)
+    if request.param == "SAS in the URL":
+        return f"{proxied_container}?{sas}", None
+    credentials: dict[str, Credential] = {
+        "key": KEY,
+        "named key": AzureNamedKeyCredential(Azurite.account_name, KEY),
+        "SAS": sas,
+        "SAS credential": AzureSasCredential(sas),
+    }
+    return proxied_container, credentials[request.param]
+
+
+def test_every_kind_of_credential_is_accepted(place: tuple[str, Credential], proxy: FaultProxy) -> None:
+    store = BlobStore(BlobLocation.parse(place[0]), place[1])
+    assert write_and_read(store, "blob") == DATA
+    assert_short(proxy.log)
+
+
+class CountedToken:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.scopes: list[tuple[str, ...]] = []
+
+    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+        self.scopes.append(scopes)
+        token: AccessToken = self.inner.get_token(*scopes, **options)
+        return token
+
+
+def test_a_token_is_fetched_once_for_both_paths(azurite_tls: Azurite, token_credential: Any) -> None:
+    assert azurite_tls.certificate is not None
+    certificate = azurite_tls.certificate
+    credential = CountedToken(token_credential)
+    azurite_tls.create_container("direct")
+    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+        store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/direct"), credential, ca_file=str(certificate))
+        assert write_and_read(store, "blob") == DATA
+        assert_short(proxy.log)
+    assert credential.scopes == [(STORAGE_SCOPE,)]
+
+
+TENANT = "72f988bf-86f1-41af-91ab-2d7cd011db47"
+CHALLENGE = (
+    f"Bearer authorization_uri=https://login.microsoftonline.com/{TENANT}/oauth2/authorize "
+    "resource_id=https://storage.azure.com"
+)
+
+
+class TenantToken(CountedToken):
+    """Of a user whose own tenant is not the account's. Where a signature would be, the token names its tenant."""
+
+    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+        token = super().get_token(*scopes)
+        tenant = options.get("tenant_id", "home")
+        self.scopes[-1] += (tenant,)
+        signed = token.token.rpartition(".")[0]
+        return AccessToken(f"{signed}.{base64.b64encode(tenant.encode()).decode().rstrip('=')}", token.expires_on)
+
+
+def test_the_tenant_that_a_challenge_names_is_remembered(azurite_tls: Azurite, token_credential: Any) -> None:
+    """The proxy answers a token of another tenant as the service does; Azurite knows no tenants."""
+    assert azurite_tls.certificate is not None
+    certificate = azurite_tls.certificate
+    credential = TenantToken(token_credential)
+    container = f"tenant-{uuid.uuid4().hex}"
+    azurite_tls.create_container(container)
+    home = base64.b64encode(b"home").decode().rstrip("=")
+    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+        proxy.when(lambda seen: seen.headers["authorization"].endswith(home), times=None).do(
+            Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE})
+        )
+        for number in range(3):  # a new store for each checkpoint
+            location = BlobLocation.parse(f"{proxy.endpoint}/{container}")
+            store = BlobStore(location, credential, ca_file=str(certificate))
+            assert write_and_read(store, f"blob-{number}") == DATA
+            assert len(list(store.list(""))) == number + 1
+        refused = [exchange.kind for exchange in proxy.log if exchange.status == 401]
+        assert refused == ["Put Block"]
+        assert proxy.count("Put Block") == 1 + 2 * 3
+        assert not any(by_client(exchange) for exchange in proxy.log if exchange.kind in (*HOT, "List"))
+    assert credential.scopes == [(STORAGE_SCOPE, "home"), (STORAGE_SCOPE, TENANT)]
+
+
+def test_a_tenant_that_does_not_help_is_not_remembered(azurite_tls: Azurite, token_credential: Any) -> None:
+    assert azurite_tls.certificate is not None
+    certificate = azurite_tls.certificate
+    container = f"tenant-{uuid.uuid4().hex}"
+    azurite_tls.create_container(container)
+    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+        proxy.when("Get Blob", times=4).do(Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE}))
+        credential = TenantToken(token_credential)
+        store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/{container}"), credential, ca_file=str(certificate))
+        with pytest.raises(AccessDeniedError, match="401 InvalidAuthenticationInfo"):
+            store.read_some("blob", 0, 10)
+        with pytest.raises(BlobNotFoundError):
+            store.read_some("blob", 0, 10)
+        used = [base64.b64decode(one.headers["authorization"].rpartition(".")[2] + "==") for one in proxy.log]
+        assert used[-1] == b"home"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_every_kind_are_signed_right(name: str, proxied_container: str, proxy: FaultProxy) -> None:
+    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), KEY), name) == DATA
+    assert_short(proxy.log)
+
+
+def test_anonymous_requests_carry_no_authorization(proxied_container: str, proxy: FaultProxy) -> None:
+    with pytest.raises((AccessDeniedError, BlobNotFoundError)):
+        BlobStore(BlobLocation.parse(proxied_container), False).read_some("blob", 0, 10)
+    assert "authorization" not in proxy.log[0].headers
+
+
+def test_a_challenge_is_answered_by_the_client(proxied_container: str, proxy: FaultProxy) -> None:
+    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    for kind in HOT:
+        proxy.when(kind, nth=1).do(Answer(401, "InvalidAuthenticationInfo"))
+    assert write_and_read(store, "blob") == DATA
+    for kind in HOT:
+        first, second = [exchange for exchange in proxy.log if exchange.kind == kind][:2]
+        assert (first.status, by_client(first), by_client(second)) == (401, False, True)
+        assert second.status in (201, 206)
+
+
+def test_what_the_service_refuses_is_told_with_its_code(proxied_container: str) -> None:
+    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    assert write_and_read(store, "blob") == DATA
+    view = memoryview(bytearray(10))
+    with pytest.raises(BlobChangedError, match="412 ConditionNotMet"):
+        store.read_into("blob", 0, [view], if_etag='"0x1"')
+    with pytest.raises(BlobNotFoundError, match="404 BlobNotFound"):
+        store.read_into("other", 0, [view])
+    with pytest.raises(RequestRefusedError, match="416 InvalidRange") as caught:
+        store.read_into("blob", len(DATA) + 1, [view])  # Azurite answers 206 without a byte at the end itself
+    assert (caught.value.status, caught.value.error_code) == (416, "InvalidRange")
+    wrong = BlobStore(BlobLocation.parse(proxied_container), "d3JvbmcgLSB3cm9uZyAtIHdyb25nIC0gd3Jvbmc=")
+    with pytest.raises(AccessDeniedError, match="403 AuthorizationFailure"):
+        wrong.stage_block("blob", "0" * 32, Gather([memoryview(b"x")]))
+
+
+def test_a_blob_is_described_as_its_properties_describe_it(proxied_container: str) -> None:
+    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store.put("whole", DATA)  # stores an MD5
+    store.stage_block("parts", "1", Gather([memoryview(DATA)]))
+    store.commit_blocks("parts", ["1"], BlobSettings(metadata={"run": "7", "Name": "x y"}))
+    for name in ("whole", "parts"):
+        assert store.read_some(name, 5, 10)[1] == store.stat(name)
+    assert store.stat("whole").md5 is not None
+    assert store.read_some("parts", 0, 1)[1].metadata == {"run": "7", "Name": "x y"}
+
+
+@pytest.fixture
+def tracing() -> Iterator[None]:
+    settings.tracing_implementation = OpenTelemetrySpan
+    yield
+    settings.tracing_implementation = None
+
+
+@pytest.mark.usefixtures("tracing")
+def test_with_tracing_the_client_sends_everything(proxied_container: str, proxy: FaultProxy) -> None:
+    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), KEY), "blob") == DATA
+    assert all(by_client(exchange) for exchange in proxy.log)
+
+
+def test_azure_cores_log_shows_the_requests_without_the_signature(
+    proxied_container: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sas = sas_for(proxied_container)
+    with caplog.at_level(logging.INFO, "azure.core.pipeline.policies.http_logging_policy"):
+        assert write_and_read(BlobStore(BlobLocation.parse(f"{proxied_container}?{sas}")), "blob") == DATA
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("azure.core")]
+    assert any("comp=block&" in message or "comp=REDACTED" in message for message in messages)
+    signature = sas.partition("sig=")[2].partition("&")[0]
+    assert len(signature) > 20 and not any(signature in message for message in messages)

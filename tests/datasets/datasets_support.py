@@ -1,0 +1,79 @@
+"""What the tests of the datasets have in common: blobs, and functions that DataLoader's workers can import."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import Any
+
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.datasets import Blob
+from azure_torch_ckpt.location import BlobLocation
+
+
+def fill(container: str, blobs: dict[str, bytes]) -> None:
+    store = BlobStore(BlobLocation.parse(container))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(store.put, blobs.keys(), blobs.values()))
+
+
+def numbered(count: int) -> dict[str, bytes]:
+    """Blobs whose content is their number, in the order of their names."""
+    return {f"data/{number:03}.txt": str(number).encode() for number in range(count)}
+
+
+def number_of(blob: Blob) -> int:
+    with blob.reader() as file:
+        return int(file.read())
+
+
+def number_unless_seven(blob: Blob) -> int:
+    if PurePosixPath(blob.blob_name).stem == "007":
+        raise ValueError("seven")
+    return number_of(blob)
+
+
+def collate(samples: Iterable[int]) -> list[int]:
+    return list(samples)
+
+
+def join(batches: Iterable[list[int]]) -> list[int]:
+    return [number for batch in batches for number in batch]
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode=mode, format=form) as tar:  # type: ignore[call-overload]
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def shard(first: int, count: int, repeat: int = 400) -> dict[str, bytes]:
+    """Samples for a tar file: their number, so many times."""
+    # Names of more than 100 characters have a header of their own in front.
+    return {
+        f"{'long/' * 25 if number % 3 == 0 else ''}{number:04}.{extension}": str(number).encode() * repeat
+        for number in range(first, first + count)
+        for extension in ("jpg", "cls.TXT")
+    }
+
+
+def key(sample: dict[str, Any]) -> int:
+    """The number of a sample of `shard`, checked."""
+    assert set(sample) == {"__key__", "__url__", "jpg", "cls.txt"}
+    number = int(sample["__key__"].rpartition("/")[2])
+    text = str(number).encode()
+    assert sample["jpg"] == sample["cls.txt"] == text * (len(sample["jpg"]) // len(text)) != b""
+    return number
+
+
+def key_unless_three(sample: dict[str, Any]) -> int:
+    if key(sample) == 3:
+        raise ValueError("three")
+    return key(sample)

@@ -1,0 +1,245 @@
+"""Whatever request of a save or a removal a process dies at, the checkpoint is the old one or the new one, whole.
+
+Every case runs a job behind proxies that kill one of its ranks at its k-th request: when the request has come and the
+service has seen nothing of it (``"request"``), or when the service has carried it out and nobody has heard of it
+(``"answer"``). k goes from 1 to one more than an undisturbed run makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+import pytest
+
+from azure_torch_ckpt import prune, verify
+from azure_torch_ckpt.emulator import Azurite
+from tests.faults.tally import Tally
+from tests.support import jobs
+from tests.support.faults import Exchange, Gate, Hold, Kill
+from tests.support.jobs import KEY, Job
+from tests.support.proxy import FaultProxy
+
+OLD, NEW, NEXT = 0, 1, 2
+Point = Literal["request", "answer"]
+POINTS: dict[Point, str] = {"request": "before it is carried out", "answer": "after it was carried out"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A container, and the checkpoint of two ranks that a test may find at a URL in the beginning."""
+
+    azurite: Azurite
+    container: str
+    old: dict[str, bytes]
+
+    def url(self, name: str, *, standing: bool) -> str:
+        """Of a checkpoint of the version OLD, or of one that is not there yet."""
+        url = f"{self.container}/{name}"
+        if standing:
+            jobs.put(url, self.old)
+        return url
+
+
+@pytest.fixture
+def site(azurite: Azurite, container: str) -> Site:
+    url = f"{container}/old"
+    ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
+    assert [end.exitcode for end in ends] == [0, 0], ends
+    return Site(azurite, container, jobs.contents(url))
+
+
+@contextlib.contextmanager
+def proxies(azurite: Azurite, count: int) -> Iterator[list[FaultProxy]]:
+    """One for each rank, so that its requests can be counted."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(FaultProxy(azurite.endpoint)) for _ in range(count)]
+
+
+def through(proxy: FaultProxy, url: str) -> str:
+    return proxy.endpoint + url.partition("/devstoreaccount1")[2]
+
+
+def anything(_: Exchange) -> bool:
+    return True
+
+
+def carried_out(proxy: FaultProxy, kind: Literal["Put Blob", "Delete"]) -> bool:
+    """Whether the service has written (or deleted) the metadata."""
+    return any(
+        PurePosixPath(seen.path).name == ".metadata" and seen.status is not None and seen.status < 300
+        for seen in proxy.requests(kind)
+    )
+
+
+def pruned(url: str, *, dry_run: bool) -> set[str]:
+    """Names below `url` of what prune finds, and deletes unless ``dry_run``."""
+    found = prune(url, grace=datetime.timedelta(0), dry_run=dry_run, credential=KEY).remains
+    folder = url.rpartition("/")[2]
+    return {path.removeprefix(f"{folder}/") for remains in found for path in remains.blobs}
+
+
+def check(url: str, stands: int | None) -> None:
+    """The checkpoint of this version is at `url`, whole, and prune finds everything else that lies there."""
+    assert jobs.version_at(url) == stands
+    if stands is not None:
+        report = verify(url, credential=KEY)
+        assert report.ok, report.problems
+    assert pruned(url, dry_run=True) == jobs.blobs(url) - jobs.live_blobs(url)
+
+
+def check_recovery(url: str, stands: int | None) -> None:
+    """After `check`: the checkpoint can be replaced, and prune removes everything else."""
+    check(url, stands)
+    jobs.save(url, NEXT)
+    live = jobs.live_blobs(url)
+    stray = jobs.blobs(url) - live
+    assert pruned(url, dry_run=True) == stray
+    assert pruned(url, dry_run=False) == stray  # so the dry run deleted nothing
+    assert jobs.blobs(url) == live
+    assert jobs.version_at(url) == NEXT
+
+
+# ---- Saves ---------------------------------------------------------------------------------------------------------
+
+
+def requests_of_a_save(site: Site, world: int, victim: int, standing: bool) -> int:
+    url = site.url("undisturbed", standing=standing)
+    with proxies(site.azurite, world) as between:
+        ends = jobs.run(jobs.save, *((through(proxy, url), NEW) for proxy in between))
+        assert not any(end.errors for end in ends), ends
+        return between[victim].count()
+
+
+def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point, standing: bool) -> str:
+    """Kill a rank at its k-th request, then the rest of the job; check; tell what stood there afterwards."""
+    with proxies(site.azurite, world) as between:
+        with Job(jobs.save, [(through(proxy, url), NEW) for proxy in between]) as job:
+            between[victim].when(anything, nth=k).do(Kill(job.pid(victim), at=at))
+            job.go()
+            ends = job.ends()
+        for proxy in between:
+            proxy.wait_until(lambda proxy=proxy: proxy.in_flight == 0)  # type: ignore[misc]
+        committed = carried_out(between[0], "Put Blob")
+        killed = between[victim].count() >= k
+    if killed:
+        assert ends[victim].exitcode == -signal.SIGKILL
+        # gloo tells the others that their peer is gone; none of them hangs, none believes that it has saved.
+        assert all(end.errors for rank, end in enumerate(ends) if rank != victim), ends
+    else:
+        assert committed
+        assert not any(end.errors or end.exitcode for end in ends), ends
+    stands = NEW if committed else OLD if standing else None
+    check_recovery(url, stands)
+    return {OLD: "old whole", NEW: "new whole", None: "nothing"}[stands] + ("" if killed else ", not killed")
+
+
+@pytest.mark.parametrize("at", POINTS)
+@pytest.mark.parametrize("standing", [False, True], ids=["first", "overwrite"])
+@pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 0), (2, 1)], ids=["1rank", "2ranks-0", "2ranks-1"])
+def test_a_save_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
+    site: Site, tally: Tally, world: int, victim: int, standing: bool, at: Point
+) -> None:
+    requests = requests_of_a_save(site, world, victim, standing)
+    outcomes: Counter[str] = Counter()
+    for k in range(1, requests + 2):
+        url = site.url(f"killed-{k}", standing=standing)
+        outcomes[killed_save(site, url, world, victim, k, at, standing)] += 1
+    assert outcomes["new whole, not killed"] == 1
+    assert outcomes.total() == requests + 1
+    saved = f"{'overwriting' if standing else 'first'} save, rank {victim} of {world}"
+    tally.add_all(f"{saved}: SIGKILL at every request, {POINTS[at]}", outcomes)
+
+
+# ---- Removals ------------------------------------------------------------------------------------------------------
+
+
+def killed_removal(site: Site, url: str, k: int, at: Point) -> str:
+    with FaultProxy(site.azurite.endpoint) as proxy:
+        with Job(jobs.remove, [(through(proxy, url),)]) as job:
+            proxy.when(anything, nth=k).do(Kill(job.pid(), at=at))
+            job.go()
+            end = job.end()
+        proxy.wait_until(lambda: proxy.in_flight == 0)
+        gone = carried_out(proxy, "Delete")
+        killed = proxy.count() >= k
+    assert end.exitcode == (-signal.SIGKILL if killed else 0), end
+    check_recovery(url, None if gone else OLD)
+    return ("gone" if gone else "whole") + ("" if killed else ", not killed")
+
+
+@pytest.mark.parametrize("at", POINTS)
+def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
+    site: Site, tally: Tally, at: Point
+) -> None:
+    url = site.url("undisturbed", standing=True)
+    with FaultProxy(site.azurite.endpoint) as proxy:
+        jobs.remove(through(proxy, url))
+        requests = proxy.count()
+    assert jobs.blobs(url) == set()
+    outcomes: Counter[str] = Counter()
+    for k in range(1, requests + 2):
+        outcomes[killed_removal(site, site.url(f"killed-{k}", standing=True), k, at)] += 1
+    assert outcomes["gone, not killed"] == 1
+    assert outcomes.total() == requests + 1
+    tally.add_all(f"removal: SIGKILL at every request, {POINTS[at]}", outcomes)
+
+
+# ---- SIGTERM -------------------------------------------------------------------------------------------------------
+
+# Below the 60 s after which a request that nobody answers is given up, and far more than the end takes.
+_PROMPTLY = 45.0
+
+
+@pytest.mark.parametrize("at", POINTS)
+@pytest.mark.parametrize(
+    ("save", "exitcode"), [(jobs.save, -signal.SIGTERM), (jobs.save_until_told_to_stop, 1)], ids=["default", "handler"]
+)
+def test_a_save_ends_promptly_on_sigterm_while_a_request_hangs(
+    site: Site, tally: Tally, save: Callable[[str, int], None], exitcode: int, at: Point
+) -> None:
+    outcomes: Counter[str] = Counter()
+    requests = requests_of_a_save(site, 1, 0, standing=True)
+    for k in range(1, requests + 1):
+        url = site.url(f"ended-{k}", standing=True)
+        with FaultProxy(site.azurite.endpoint) as proxy:
+            held = Hold(at=at)
+            with Job(save, [(through(proxy, url), NEW)]) as job:
+                proxy.when(anything, nth=k).do(held)
+                job.go()
+                assert isinstance(held.until, Gate)
+                held.until.wait_for(1)
+                # A signal just before a system call would not interrupt it: Python's handlers run between bytecodes.
+                job.wait_until_blocked()
+                os.kill(job.pid(), signal.SIGTERM)
+                end = job.end(seconds=_PROMPTLY)
+            assert end.exitcode == exitcode, end
+            committed = carried_out(proxy, "Put Blob")
+        check(url, NEW if committed else OLD)
+        outcomes["new whole" if committed else "old whole"] += 1
+    assert outcomes.total() == requests
+    handled = "with a handler that raises SystemExit" if save is jobs.save_until_told_to_stop else "unhandled"
+    tally.add_all(f"overwriting save: SIGTERM ({handled}) while a request hangs, every one, {POINTS[at]}", outcomes)
+
+
+def test_a_clean_up_of_many_blobs_ends_promptly_on_sigterm_while_its_requests_hang(
+    proxy: FaultProxy, container: str
+) -> None:
+    names = [f"{'0' * 32}/__{rank}_0.distcp" for rank in range(20)]
+    jobs.put(f"{container}/url", {name: b"shard" for name in names})
+    gate = Gate()
+    proxy.when("Delete", times=None).do(Hold(gate))
+    with Job(jobs.clean_up_until_told_to_stop, [(through(proxy, f"{container}/url"), names)]) as job:
+        job.go()
+        gate.wait_for(jobs.OPTIONS.concurrency)
+        job.wait_until_blocked()
+        os.kill(job.pid(), signal.SIGTERM)
+        assert job.end(seconds=_PROMPTLY).exitcode == 1
+    assert jobs.blobs(f"{container}/url") == set(names)

@@ -1,0 +1,122 @@
+"""Saves and loads that are to fail: what torch reports of them, and what stands in a container before and after.
+
+Everything here can be called in the test's process and on the ranks of `tests/ranks.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
+from azure_torch_ckpt.blobs.store import BlobStore
+from tests.support import sharded
+from tests.support.waits import waiting_at_most
+
+if TYPE_CHECKING:
+    from tests.support.ranks import Ranks
+
+_E = TypeVar("_E", bound=BaseException)
+
+# A dead service is given up soon.
+IMPATIENT = TransferOptions(retry_seconds=1)
+
+
+def save(
+    url: str,
+    version: int,
+    *,
+    planner: dcp.SavePlanner | None = None,
+    no_dist: bool = False,
+    **options: Any,
+) -> None:
+    """Save whole tensors, or on ranks, unless `no_dist` leaves the other ranks out, sharded ones."""
+    make = sharded.rows if dist.is_initialized() and not no_dist else sharded.plain
+    writer = AzureBlobWriter(url, **{"credential": sharded.KEY, **options})
+    dcp.save(make(version), storage_writer=writer, planner=planner, no_dist=no_dist)
+
+
+def load(
+    url: str, state: dict[str, Any] | None = None, *, planner: dcp.LoadPlanner | None = None, **options: Any
+) -> None:
+    """Load `state`, or all that `save` saves."""
+    if state is None:
+        state = sharded.empty(sharded.rows() if dist.is_initialized() else sharded.plain())
+    dcp.load(state, storage_reader=AzureBlobReader(url, **{"credential": sharded.KEY, **options}), planner=planner)
+
+
+def raised(
+    kind: type[_E], attempt: Callable[[], object], says: str, *, ranks: Sequence[int] = (0,), seconds: float = 8.0
+) -> _E:
+    """The error of the first of these ranks, which are all that failed, each with this kind.
+
+    Args:
+        says: a regular expression that all messages match.
+        seconds: how long a thread may have waited, in all, before requests that it tried again.
+    """
+    with waiting_at_most(seconds), pytest.raises(CheckpointException) as caught:
+        attempt()
+    failures = {rank: error for rank, (error, _) in caught.value.failures.items()}
+    assert list(failures) == list(ranks), failures
+    for error in failures.values():
+        assert type(error) is kind, repr(error)
+        assert re.search(says, str(error)), str(error)
+    first = next(iter(failures.values()))
+    assert isinstance(first, kind)
+    return first
+
+
+def store_of(url: str) -> BlobStore:
+    return BlobStore(BlobLocation.parse(url), sharded.KEY)
+
+
+def contents(url: str) -> dict[str, tuple[str, bytes]]:
+    """ETag and bytes of every blob in the container of `url`: alike only if nobody wrote anything."""
+    store = store_of(url)
+    return {blob.path: (blob.etag, store.read(blob.path, limit=1 << 20)[0]) for blob in store.list("")}
+
+
+def blob_names(url: str, suffix: str) -> list[str]:
+    """Names, in the container, of the blobs below `url` that end so."""
+    return [blob.path for blob in store_of(url).list(BlobLocation.parse(url).path + "/") if blob.path.endswith(suffix)]
+
+
+@contextlib.contextmanager
+def unchanged(url: str) -> Iterator[None]:
+    """Nothing in the container of `url` is written or removed."""
+    before = contents(url)
+    yield
+    assert contents(url) == before
+
+
+def raised_on_ranks(
+    kind: type[BaseException], attempt: Callable[[str], object], url: str, says: str, failed: Sequence[int]
+) -> None:
+    """What `raised` says; a group of ranks runs this, and each of them hears of all that failed."""
+    raised(kind, lambda: attempt(url), says, ranks=failed)
+
+
+def raised_everywhere(
+    ranks: Ranks,
+    kind: type[_E],
+    attempt: Callable[[str], object],
+    url: str,
+    says: str,
+    *,
+    failed: Sequence[int] = (0, 1),
+) -> _E:
+    """What `raised` says holds in this process and for both of two ranks, of which those `failed`.
+
+    Nothing in the container changes. Returns the error of this process.
+    """
+    with unchanged(url):
+        error = raised(kind, lambda: attempt(url), says)
+        ranks(2).run(raised_on_ranks, kind, attempt, url, says, failed)
+    return error

@@ -1,0 +1,89 @@
+"""A small checkpoint with items of every way to be written and read, for the tests of faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, AzureCheckpointError, BlobLocation, TransferOptions
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
+from azure_torch_ckpt.emulator import Azurite
+from tests.support.states import assert_same, fill
+
+KEY = Azurite.account_key
+# Several requests for `large`, and few enough of them in all that each can be broken in turn.
+SMALL = TransferOptions(block_size=64 * 1024, concurrency=4)
+
+
+def state(version: int = 0) -> dict[str, Any]:
+    """Tensors of several blocks and of less than one, a strided one, and an object."""
+    return {
+        "large": fill(torch.empty(300, 200), 3 * version + 1).nan_to_num_(),
+        "small": fill(torch.empty(10, 7, dtype=torch.int32), 3 * version + 2),
+        "strided": fill(torch.empty(60, 80, dtype=torch.bfloat16), 3 * version + 3).t(),
+        "object": f"version {version} " * 100,
+    }
+
+
+def zeros() -> dict[str, Any]:
+    return {
+        name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else None
+        for name, value in state().items()
+    }
+
+
+def save(url: str, version: int = 0, options: TransferOptions | None = SMALL, **place: Any) -> None:
+    """`place` is for the writer: ``credential`` (the emulator's key by default), ``ca_file``, ``overwrite``."""
+    dcp.save(state(version), storage_writer=AzureBlobWriter(url, options=options, **{"credential": KEY, **place}))
+
+
+def load(
+    url: str, into: dict[str, Any] | None = None, options: TransferOptions | None = SMALL, **place: Any
+) -> dict[str, Any]:
+    loaded = zeros() if into is None else into
+    dcp.load(loaded, storage_reader=AzureBlobReader(url, options=options, **{"credential": KEY, **place}))
+    return loaded
+
+
+def assert_right(loaded: dict[str, Any], version: int = 0) -> None:
+    """All of it, bit for bit."""
+    for name, value in state(version).items():
+        if isinstance(value, torch.Tensor):
+            assert_same(loaded[name], value, name)
+        else:
+            assert loaded[name] == value
+
+
+def error_of(caught: pytest.ExceptionInfo[CheckpointException]) -> AzureCheckpointError:
+    """Our error in what ``dcp.save`` and ``dcp.load`` raise in one process."""
+    error = caught.value.failures[0][0]
+    assert isinstance(error, AzureCheckpointError), repr(error)
+    return error
+
+
+def item_of(url: str, name: str) -> StoredItem:
+    storage = AzureBlobReader(url, credential=KEY).read_metadata().storage_data
+    [info] = [info for index, info in storage.items() if index.fqn == name]
+    return stored_item(info)
+
+
+def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
+    """Write the blob again with one byte of an item changed; a second time changes it back."""
+    location = BlobLocation.parse(url)
+    path = location.join(item.relative_path).path
+    store = BlobStore(location, KEY)
+    data = bytearray(store.read(path, limit=1 << 30)[0])
+    data[item.offset + position] ^= 0x01
+    store.put(path, bytes(data))
+
+
+def blobs_below(url: str) -> list[str]:
+    """Paths in the container, in order."""
+    location = BlobLocation.parse(url)
+    store = BlobStore(location, KEY)
+    return [blob.path for blob in store.list(location.path + "/" if location.path else "")]
