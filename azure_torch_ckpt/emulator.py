@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import IO
 
 from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import EmulatorError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
@@ -198,7 +199,7 @@ class Azurite:
         """
         url = self.url(name)
         ca_file = None if self.certificate is None else str(self.certificate)
-        BlobStore(BlobLocation.parse(url), self.account_key, ca_file=ca_file).create_container()
+        BlobStore(BlobLocation.parse(url), Access(self.account_key, ca_file=ca_file)).create_container()
         return url
 
     def _launch(self, node: str, script: Path) -> None:

@@ -9,8 +9,9 @@ import os
 import warnings
 from collections.abc import Hashable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex, cast, get_args
+from typing import TYPE_CHECKING, Literal, NoReturn, SupportsIndex, cast, get_args
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.range_reader import CACHED, RangeReader
 from azure_torch_ckpt.blobs.settings import BlobSettings
@@ -111,7 +112,7 @@ class BlobIO(_BinaryFile):
                 "data there. Append the name of a blob, or leave the slash away"
             )
         settings = BlobSettings(content_type, metadata, tags)
-        store = _shared_store(location.container_root(), credential, options, ca_file)
+        store = _shared_store(location.container_root(), Access(credential, options, ca_file))
         self._mode = mode
         self._name = str(location)
         self._etag: str | None = None
@@ -380,16 +381,14 @@ def _refuse_existing(store: BlobStore, location: BlobLocation) -> None:
 
 
 @functools.lru_cache(maxsize=8, typed=True)
-def _kept_store(location: BlobLocation, *arguments: Any) -> BlobStore:
-    credential, options, ca_file = arguments
-    return BlobStore(location, credential, options=options, ca_file=ca_file)
+def _kept_store(location: BlobLocation, credential: Hashable, access: Access) -> BlobStore:
+    return BlobStore(location, access)
 
 
-def _shared_store(
-    location: BlobLocation, credential: Credential, options: TransferOptions | None, ca_file: str | None
-) -> BlobStore:
+def _shared_store(location: BlobLocation, access: Access) -> BlobStore:
     """One store for all files of a container: a connection and a token cost more than a small blob."""
     try:
-        return _kept_store(location, cast("Hashable", credential), options, ca_file)
+        # The credential counts with its type: False is a credential, 0 is none.
+        return _kept_store(location, cast("Hashable", access.credential), access)
     except TypeError:  # a credential that cannot be hashed
-        return BlobStore(location, credential, options=options, ca_file=ca_file)
+        return BlobStore(location, access)

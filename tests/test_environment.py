@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import resolve
 from azure_torch_ckpt.emulator import Azurite
@@ -39,7 +40,7 @@ def test_the_connection_string_goes_before_the_key_and_the_key_before_the_sas() 
     ],
 )
 def test_what_it_gives_opens_a_container(container: str, environment: dict[str, str]) -> None:
-    store = BlobStore(BlobLocation.parse(container), credential_from_environment(environment))
+    store = BlobStore(BlobLocation.parse(container), Access(credential_from_environment(environment)))
     assert list(store.list("")) == []
 
 

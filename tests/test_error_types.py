@@ -20,6 +20,7 @@ from azure_torch_ckpt import (
     StoreError,
     errors,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 
@@ -136,7 +137,7 @@ def test_a_cause_that_cannot_travel_is_told_in_words(cause: Exception, says: str
 @pytest.mark.parametrize("inside", [False, True], ids=["as a cause", "as a cause of the cause"])
 def test_no_request_of_the_sdk_travels(azurite: Azurite, container: str, inside: bool) -> None:
     """Its URL may hold a SAS, and its headers a token."""
-    store = BlobStore(BlobLocation.parse(container), azurite.account_key)
+    store = BlobStore(BlobLocation.parse(container), Access(azurite.account_key))
     with pytest.raises(StoreError) as caught:
         store.stat("none")
     cause: Any = caught.value.__cause__

@@ -9,9 +9,10 @@ from typing import Any
 from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobClient, ContainerClient
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.direct_requests import USER_AGENT, DirectRequests
 from azure_torch_ckpt.blobs.error_translation import translate
-from azure_torch_ckpt.credentials import Credential, PickledCredential, resolve
+from azure_torch_ckpt.credentials import resolve
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Doubt
@@ -32,37 +33,25 @@ class ContainerConnection:
     def __init__(
         self,
         location: BlobLocation,
-        credential: Credential = None,
-        *,
-        options: TransferOptions | None = None,
-        ca_file: str | None = None,
+        access: Access | None = None,
     ) -> None:
         self.location = location.container_root()
-        self.options = options or TransferOptions()
-        self._credential = credential
-        self._ca_file = ca_file
+        self.access = access = access or Access()
         self._client: ContainerClient | None = None
         self._requests: DirectRequests | None = None
         self._blobs: dict[str, BlobClient] = {}  # by the blob's path
-        self._transport = GatherTransport(ca_file=ca_file)
+        self._transport = GatherTransport(ca_file=access.ca_file)
         self._pressure = Pressure()
         self.has_directories: bool | None = None
         """Whether the account has a hierarchical namespace; None while that is not known."""
         # Refuses what cannot be used now, not in a worker thread later.
-        resolve(location, credential)
+        resolve(location, access.credential)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "location": self.location,
-            "options": self.options,
-            "credential": PickledCredential.of(self._credential),
-            "ca_file": self._ca_file,
-        }
+        return {"location": self.location, "access": self.access}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(  # type: ignore[misc]
-            state["location"], state["credential"].restore(), options=state["options"], ca_file=state["ca_file"]
-        )
+        self.__init__(state["location"], state["access"])  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"BlobStore({str(self.location)!r})"
@@ -74,7 +63,7 @@ class ContainerConnection:
             self._client = client = ContainerClient(
                 self.location.endpoint,
                 self.location.container,
-                credential=resolve(self.location, self._credential),
+                credential=resolve(self.location, self.access.credential),
                 transport=self._transport,
                 retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
                 user_agent=USER_AGENT,
@@ -88,7 +77,7 @@ class ContainerConnection:
         direct = self._requests
         if direct is None:
             self._requests = direct = DirectRequests(
-                resolve(self.location, self._credential),
+                resolve(self.location, self.access.credential),
                 self._transport,
                 RetryPolicy(self.options.retry_seconds, self._pressure),
                 self._container().api_version,
@@ -109,6 +98,10 @@ class ContainerConnection:
         return self._container().get_blob_client(path, moment.snapshot or "", version_id=moment.version_id)
 
     @property
+    def options(self) -> TransferOptions:
+        return self.access.options
+
+    @property
     def counts(self) -> RequestCounts:
         """How many requests this store has sent in this process, and how many of them were retries."""
         return self._pressure.counts
@@ -119,7 +112,7 @@ class ContainerConnection:
             yield
         except AzureError as error:
             where = f"{self.location}/{path}" if path else str(self.location)
-            anonymous = resolve(self.location, self._credential) is None
+            anonymous = resolve(self.location, self.access.credential) is None
             translated = translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous)
             if doubt is not None:
                 translated.may_be_done = doubt.exists

@@ -47,7 +47,7 @@ class CopyingContainer(ContainerConnection):
         (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url#authorization).
         """
         location = dataclasses.replace(self.location, path=path)
-        credential = resolve(self.location, self._credential)
+        credential = resolve(self.location, self.access.credential)
         url, sas, authorization = str(location), None, None
         if isinstance(credential, AzureSasCredential):
             sas = credential.signature.removeprefix("?")

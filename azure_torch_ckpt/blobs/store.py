@@ -36,8 +36,7 @@ class BlobStore(CopyingContainer, ListedContainer):
 
     Args:
         location: names the account and the container; its path plays no role here.
-        credential: see `azure_torch_ckpt.credentials`.
-        ca_file: PEM file with further certificates to trust (an endpoint with a private CA, the emulator's TLS).
+        access: credential, limits and certificates.
 
     Raises (all methods): `ContainerNotFoundError`, `AccessDeniedError`, `ServiceUnavailableError`,
         `RequestRefusedError`, and what each method names.
@@ -53,7 +52,7 @@ class BlobStore(CopyingContainer, ListedContainer):
             location = dataclasses.replace(location, sas=self.location.sas)
         if location.container_root() == self.location:
             return location, self
-        return location, BlobStore(location, self._credential, options=self.options, ca_file=self._ca_file)
+        return location, BlobStore(location, self.access)
 
     # Writing
 

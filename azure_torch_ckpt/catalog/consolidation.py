@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
@@ -122,8 +123,8 @@ def consolidate(
     quarter = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 4, _MIB))
     window = quarter.memory_budget // 2
     location = BlobLocation.parse(url)
-    store = BlobStore(location, credential, options=quarter, ca_file=ca_file)
-    end = open_end(dst, credential if dst_credential is None else dst_credential, quarter, ca_file)
+    store = BlobStore(location, Access(credential, quarter, ca_file))
+    end = open_end(dst, Access(credential if dst_credential is None else dst_credential, quarter, ca_file))
     stores = [store, end.store] if isinstance(end, BlobEnd) else [store]
     with CopyFigures("consolidate", str(location), end.where, stores) as figures:
         checkpoint = stand_at(store, location)

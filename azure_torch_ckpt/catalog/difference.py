@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.contents import dtype_name
 from azure_torch_ckpt.credentials import Credential
@@ -113,8 +114,8 @@ def diff(
     whole = options or TransferOptions()
     # A third for each reader, of which half is for windows, and a third for the comparison.
     third = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 3, _MIB))
-    one = open_standing(a, credential, third, ca_file)
-    other = open_standing(b, credential if b_credential is None else b_credential, third, ca_file)
+    one = open_standing(a, Access(credential, third, ca_file))
+    other = open_standing(b, Access(credential if b_credential is None else b_credential, third, ca_file))
     mine, theirs = one.metadata.state_dict_metadata, other.metadata.state_dict_metadata
     both = sorted(mine.keys() & theirs.keys())
     changes: dict[str, list[Change]] = {key: _described(key, mine[key], theirs[key]) for key in both}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.survey import Place, survey
@@ -82,7 +83,7 @@ def list_checkpoints(
     location = BlobLocation.parse(url)
     if location.snapshot is not None or location.version_id is not None:
         raise LocationError(f"{location} is one blob at one moment; nothing lies below it. Leave the query away")
-    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    store = BlobStore(location, Access(credential, options, ca_file))
     listed = list(store.list(location.path + "/" if location.path else ""))
     for folder in mixed_folders(listed):
         root = location.container_root()

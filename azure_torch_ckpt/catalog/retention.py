@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
@@ -134,7 +135,7 @@ def prune(
     """
     _check_rules(keep_last, keep_every, older_than, grace)
     location = BlobLocation.parse(url)
-    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    store = BlobStore(location, Access(credential, options, ca_file))
     prefix = location.path + "/" if location.path else ""
     listed = list(store.list(prefix))
     if any("/" in blob.path[len(prefix) :] for blob in listed) and not any(blob.is_folder for blob in listed):

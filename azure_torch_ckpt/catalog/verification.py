@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.bytemeter import ByteProgress
 from azure_torch_ckpt.credentials import Credential
@@ -55,7 +56,7 @@ def verify(
             metadata = reader.read_metadata()
         except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):  # the first says what is unknown
             raise error from None
-    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    store = BlobStore(location, Access(credential, options, ca_file))
     report = compare(store, location, metadata, sample, progress)
     named = {blob.name for blob in report.blobs}
     strays = [

@@ -15,6 +15,7 @@ from typing import Any
 
 from azure_torch_ckpt._internal.atomic_file import NewFile
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import LocationError
@@ -93,7 +94,7 @@ class BlobListing:
             LocationError: it has a blob that cannot be read by its name.
         """
         location = BlobLocation.parse(container_url)
-        store = BlobStore(location, credential, options=options, ca_file=ca_file)
+        store = BlobStore(location, Access(credential, options, ca_file))
         folder = location.path + "/" if location.path else ""
         wanted = _filter(glob, suffix)
         columns = _Builder(location.container_root())

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.report import Figures, failures_told
 from azure_torch_ckpt.errors import CheckpointError, LocationError
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.options import TransferOptions
 
 __all__ = ["CheckpointPlace", "SavingPlace", "step"]
 
@@ -62,14 +61,12 @@ class CheckpointPlace:
     def __init__(
         self,
         url: str | os.PathLike[str] | BlobLocation,
-        credential: Credential,
-        options: TransferOptions | None,
-        ca_file: str | None,
+        access: Access,
         figures: Figures,
     ) -> None:
         super().__init__()
         self._location = BlobLocation.parse(url)
-        self._store = BlobStore(self._location, credential, options=options, ca_file=ca_file)
+        self._store = BlobStore(self._location, access)
         self._figures = figures
         self._threads: _Threads | None = _Threads()  # None in the copies
         self._latest: Any = None  # the copy that was begun last, by any thread
@@ -146,12 +143,10 @@ class SavingPlace(CheckpointPlace):
     def __init__(
         self,
         url: str | os.PathLike[str] | BlobLocation,
-        credential: Credential,
-        options: TransferOptions | None,
-        ca_file: str | None,
+        access: Access,
         figures: Figures,
     ) -> None:
-        super().__init__(url, credential, options, ca_file, figures)
+        super().__init__(url, access, figures)
         self._all_begun: list[_Begun] = []
         # Where this save, and earlier ones that will not go on, may have blobs that no metadata names; with save ids.
         self._unfinished: tuple[BlobLocation, str] | None = None

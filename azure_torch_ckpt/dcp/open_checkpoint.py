@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import Workers
-from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import Stored, metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, data_paths, load_metadata
 from azure_torch_ckpt.dcp.survey import survey
@@ -25,7 +25,6 @@ from azure_torch_ckpt.errors import (
     UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.options import TransferOptions
 
 __all__ = [
     "Standing",
@@ -83,9 +82,7 @@ class StandingCheckpoint:
 
 def open_standing(
     url: str | os.PathLike[str] | BlobLocation,
-    credential: Credential = None,
-    options: TransferOptions | None = None,
-    ca_file: str | None = None,
+    access: Access,
 ) -> StandingCheckpoint:
     """Read the metadata of the checkpoint at a URL.
 
@@ -95,7 +92,7 @@ def open_standing(
         StoreError: the service could not be asked.
     """
     location = BlobLocation.parse(url)
-    return stand_at(BlobStore(location, credential, options=options, ca_file=ca_file), location)
+    return stand_at(BlobStore(location, access), location)
 
 
 def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:

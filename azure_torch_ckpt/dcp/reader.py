@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import CheckpointPlace, step
@@ -111,7 +112,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file, Figures("load", progress))
+        super().__init__(url, Access(credential, options, ca_file), Figures("load", progress))
         self._metadata = Metadata({}, storage_data={})
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._paths: dict[str, str] = {}  # of data blobs in the container, by their names below the URL

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.credentials import Credential
@@ -124,7 +125,7 @@ def remove_checkpoint(
         StoreError: the service could not be asked, or refused to delete the metadata. The checkpoint is whole.
     """
     location = BlobLocation.parse(url)
-    store = BlobStore(location, credential, options=options, ca_file=ca_file)
+    store = BlobStore(location, Access(credential, options, ca_file))
     ranks, denied = [], None
     try:
         ranks = metadata_ranks(store, location)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.blobs.workers import Workers
@@ -90,7 +91,7 @@ def verify(
     """
     if not 0 <= sample <= 1:
         raise ValueError(f"sample is a share between 0 and 1, not {sample}")
-    checkpoint = open_standing(url, credential, options, ca_file)
+    checkpoint = open_standing(url, Access(credential, options, ca_file))
     return compare(checkpoint.store, checkpoint.location, checkpoint.metadata, sample, progress)
 
 

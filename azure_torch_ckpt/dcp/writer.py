@@ -19,6 +19,7 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.transfer import Item, Upload
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import SavingPlace, step
@@ -123,7 +124,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file, Figures("save", progress))
+        super().__init__(url, Access(credential, options, ca_file), Figures("save", progress))
         self._overwrite = overwrite
         self._is_coordinator = True
         self._rank: int | None = None

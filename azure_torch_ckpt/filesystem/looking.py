@@ -17,10 +17,10 @@ from azure_torch_ckpt.errors import (
     ContainerNotFoundError,
     RequestRefusedError,
 )
-from azure_torch_ckpt.filesystem.access import Access, one_credential
 from azure_torch_ckpt.filesystem.hints import MEANT_ELSEWHERE, refuse_unknown
 from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, tree_entries
 from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
+from azure_torch_ckpt.filesystem.stores import Stores, one_credential
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -50,15 +50,15 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         refuse_unknown(type(self).__name__, hints)
         super().__init__(use_listings_cache=False)
         given = one_credential(credential, account_key, sas_token, connection_string, anon)
-        self._access = Access(endpoint, given, options, ca_file)
+        self._stores = Stores(endpoint, given, options, ca_file)
 
     def __repr__(self) -> str:
-        endpoint = "" if self._access.endpoint is None else repr(self._access.endpoint)
+        endpoint = "" if self._stores.endpoint is None else repr(self._stores.endpoint)
         return f"{type(self).__name__}({endpoint})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = next((name for name, value in self.storage_options.items() if name in _SECRET and value is not None), "")
-        return _restore, (type(self), name, self._access.pickled(), self._public_options())
+        return _restore, (type(self), name, self._stores.pickled(), self._public_options())
 
     def _public_options(self) -> dict[str, Any]:
         options: dict[str, Any] = self.storage_options
@@ -75,7 +75,7 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
 
     @property
     def fsid(self) -> str:
-        return PROTOCOL if self._access.endpoint is None else f"{PROTOCOL}+{self._access.endpoint}"
+        return PROTOCOL if self._stores.endpoint is None else f"{PROTOCOL}+{self._stores.endpoint}"
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -229,8 +229,8 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
 
     def _at(self, path: str) -> tuple[BlobLocation, BlobStore, PathParts]:
         stripped = self._strip_protocol(path)
-        location = self._access.locate(stripped)
-        return location, self._access.store(location), PathParts.of(stripped)
+        location = self._stores.locate(stripped)
+        return location, self._stores.store(location), PathParts.of(stripped)
 
     def _info_or_none(self, path: str) -> Entry | None:
         try:

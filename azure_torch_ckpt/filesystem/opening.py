@@ -83,15 +83,15 @@ class OpeningFileSystem(LookingFileSystem):
     ) -> BlobFile:
         settings = without_hints(settings)
         refuse_unknown("open", settings.keys() - _OF_BLOBS)
-        location = self._access.locate(path)
+        location = self._stores.locate(path)
         opened = functools.partial(
             BlobFile,
             path,
             location,
             autocommit=autocommit,
-            credential=self._access.credential(),
-            options=self._access.options,
-            ca_file=self._access.ca_file,
+            credential=self._stores.credential(),
+            options=self._stores.options,
+            ca_file=self._stores.ca_file,
         )
         if mode != "ab":
             return opened(mode, **settings)  # type: ignore[arg-type]  # BlobIO refuses what is none of its modes

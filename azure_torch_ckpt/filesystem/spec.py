@@ -447,7 +447,7 @@ class AzureBlobFileSystem(OpeningFileSystem):
 
     @property
     def _threads(self) -> int:
-        return (self._access.options or TransferOptions()).concurrency
+        return (self._stores.options or TransferOptions()).concurrency
 
 
 def _check(name: str, value: str | None, *allowed: str | None) -> None:

@@ -19,6 +19,7 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs import outcome
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.outcome import Outcome, Result
 from azure_torch_ckpt.blobs.transfer import Item
 from azure_torch_ckpt.blobs.workers import Workers
@@ -125,7 +126,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, credential, options, ca_file, Figures("save", progress))
+        super().__init__(url, Access(credential, options, ca_file), Figures("save", progress))
         if max_file_size < 1:
             raise ValueError(f"max_file_size must be positive, not {max_file_size}")
         self._overwrite = overwrite

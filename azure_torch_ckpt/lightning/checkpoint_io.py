@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
@@ -232,7 +233,7 @@ class AzureBlobCheckpointIO(CheckpointIO):
         location = BlobLocation.parse(path)
         root = location.container_root()
         if root not in self._stores:
-            self._stores[root] = BlobStore(root, self.credential, options=self.options, ca_file=self.ca_file)
+            self._stores[root] = BlobStore(root, Access(self.credential, self.options, self.ca_file))
         return location, self._stores[root]
 
     def reader(self, path: str | Path) -> AzureBlobReader:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
@@ -36,13 +37,13 @@ ODD_NAMES = [
 
 @pytest.fixture
 def store(container: str) -> Iterator[BlobStore]:
-    made = BlobStore(BlobLocation.parse(container), KEY)
+    made = BlobStore(BlobLocation.parse(container), Access(KEY))
     yield made
 
 
 @pytest.fixture
 def proxied(proxied_container: str) -> Iterator[BlobStore]:
-    made = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    made = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     yield made
 
 

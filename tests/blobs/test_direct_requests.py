@@ -14,6 +14,7 @@ from azure.core.settings import settings
 from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
 
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.direct_requests import USER_AGENT
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
@@ -72,7 +73,7 @@ def place(request: pytest.FixtureRequest, proxied_container: str) -> tuple[str, 
 
 
 def test_every_kind_of_credential_is_accepted(place: tuple[str, Credential], proxy: FaultProxy) -> None:
-    store = BlobStore(BlobLocation.parse(place[0]), place[1])
+    store = BlobStore(BlobLocation.parse(place[0]), Access(place[1]))
     assert write_and_read(store, "blob") == DATA
     assert_short(proxy.log)
 
@@ -94,7 +95,7 @@ def test_a_token_is_fetched_once_for_both_paths(azurite_tls: Azurite, token_cred
     credential = CountedToken(token_credential)
     azurite_tls.create_container("direct")
     with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
-        store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/direct"), credential, ca_file=str(certificate))
+        store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/direct"), Access(credential, ca_file=str(certificate)))
         assert write_and_read(store, "blob") == DATA
         assert_short(proxy.log)
     assert credential.scopes == [(STORAGE_SCOPE,)]
@@ -132,7 +133,7 @@ def test_the_tenant_that_a_challenge_names_is_remembered(azurite_tls: Azurite, t
         )
         for number in range(3):  # a new store for each checkpoint
             location = BlobLocation.parse(f"{proxy.endpoint}/{container}")
-            store = BlobStore(location, credential, ca_file=str(certificate))
+            store = BlobStore(location, Access(credential, ca_file=str(certificate)))
             assert write_and_read(store, f"blob-{number}") == DATA
             assert len(list(store.list(""))) == number + 1
         refused = [exchange.kind for exchange in proxy.log if exchange.status == 401]
@@ -150,7 +151,9 @@ def test_a_tenant_that_does_not_help_is_not_remembered(azurite_tls: Azurite, tok
     with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
         proxy.when("Get Blob", times=4).do(Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE}))
         credential = TenantToken(token_credential)
-        store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/{container}"), credential, ca_file=str(certificate))
+        store = BlobStore(
+            BlobLocation.parse(f"{proxy.endpoint}/{container}"), Access(credential, ca_file=str(certificate))
+        )
         with pytest.raises(AccessDeniedError, match="401 InvalidAuthenticationInfo"):
             store.read_some("blob", 0, 10)
         with pytest.raises(BlobNotFoundError):
@@ -161,18 +164,18 @@ def test_a_tenant_that_does_not_help_is_not_remembered(azurite_tls: Azurite, tok
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_of_every_kind_are_signed_right(name: str, proxied_container: str, proxy: FaultProxy) -> None:
-    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), KEY), name) == DATA
+    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)), name) == DATA
     assert_short(proxy.log)
 
 
 def test_anonymous_requests_carry_no_authorization(proxied_container: str, proxy: FaultProxy) -> None:
     with pytest.raises((AccessDeniedError, BlobNotFoundError)):
-        BlobStore(BlobLocation.parse(proxied_container), False).read_some("blob", 0, 10)
+        BlobStore(BlobLocation.parse(proxied_container), Access(False)).read_some("blob", 0, 10)
     assert "authorization" not in proxy.log[0].headers
 
 
 def test_a_challenge_is_answered_by_the_client(proxied_container: str, proxy: FaultProxy) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     for kind in HOT:
         proxy.when(kind, nth=1).do(Answer(401, "InvalidAuthenticationInfo"))
     assert write_and_read(store, "blob") == DATA
@@ -183,7 +186,7 @@ def test_a_challenge_is_answered_by_the_client(proxied_container: str, proxy: Fa
 
 
 def test_what_the_service_refuses_is_told_with_its_code(proxied_container: str) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     assert write_and_read(store, "blob") == DATA
     view = memoryview(bytearray(10))
     with pytest.raises(BlobChangedError, match="412 ConditionNotMet"):
@@ -193,13 +196,13 @@ def test_what_the_service_refuses_is_told_with_its_code(proxied_container: str) 
     with pytest.raises(RequestRefusedError, match="416 InvalidRange") as caught:
         store.read_into("blob", len(DATA) + 1, [view])  # Azurite answers 206 without a byte at the end itself
     assert (caught.value.status, caught.value.error_code) == (416, "InvalidRange")
-    wrong = BlobStore(BlobLocation.parse(proxied_container), "d3JvbmcgLSB3cm9uZyAtIHdyb25nIC0gd3Jvbmc=")
+    wrong = BlobStore(BlobLocation.parse(proxied_container), Access("d3JvbmcgLSB3cm9uZyAtIHdyb25nIC0gd3Jvbmc="))
     with pytest.raises(AccessDeniedError, match="403 AuthorizationFailure"):
         wrong.stage_block("blob", "0" * 32, Gather([memoryview(b"x")]))
 
 
 def test_a_blob_is_described_as_its_properties_describe_it(proxied_container: str) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     store.put("whole", DATA)  # stores an MD5
     store.stage_block("parts", "1", Gather([memoryview(DATA)]))
     store.commit_blocks("parts", ["1"], BlobSettings(metadata={"run": "7", "Name": "x y"}))
@@ -218,7 +221,7 @@ def tracing() -> Iterator[None]:
 
 @pytest.mark.usefixtures("tracing")
 def test_with_tracing_the_client_sends_everything(proxied_container: str, proxy: FaultProxy) -> None:
-    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), KEY), "blob") == DATA
+    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)), "blob") == DATA
     assert all(by_client(exchange) for exchange in proxy.log)
 
 

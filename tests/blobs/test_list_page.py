@@ -11,6 +11,7 @@ import pytest
 from azure.core.settings import settings
 from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.list_page import ListPage
 from azure_torch_ckpt.blobs.store import BlobStore
@@ -117,21 +118,21 @@ def test_what_is_no_listing_is_told_apart(body: bytes, proxied_container: str, p
         list(ListPage(body))
     proxy.when("List").do(Answer(200, body=body))
     with pytest.raises(RequestRefusedError, match="the answer is no listing") as caught:
-        list(BlobStore(BlobLocation.parse(proxied_container), KEY).list(""))
+        list(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)).list(""))
     assert "etc/passwd" not in str(caught.value)
 
 
 def test_a_page_that_leads_to_itself_ends(proxied_container: str, proxy: FaultProxy) -> None:
     proxy.when("List", times=None).do(Answer(200, body=page(blob("a"), marker="again")))
     with pytest.raises(RequestRefusedError, match="leads to itself"):
-        list(BlobStore(BlobLocation.parse(proxied_container), KEY).list(""))
+        list(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)).list(""))
     assert proxy.count("List") == 2
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_survive_a_listing_in_pages(name: str, proxied_container: str, proxy: FaultProxy) -> None:
     """Prefix and marker are part of what is signed."""
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     names = [f"{name}/{number}" for number in range(3)]
     for each in names:
         store.put(each, b"")
@@ -151,7 +152,7 @@ def test_names_survive_a_listing_in_pages(name: str, proxied_container: str, pro
 @pytest.mark.parametrize("traced", [False, True])
 def test_the_pages_of_the_client_are_the_same(traced: bool, proxied_container: str, proxy: FaultProxy) -> None:
     """With tracing the client of azure-storage-blob sends the request, for its span. The page is parsed here, too."""
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     for name in ("a", "b/1", "b/2"):
         store.put(name, b"data")
     settings.tracing_implementation = OpenTelemetrySpan if traced else None
@@ -166,7 +167,7 @@ def test_the_pages_of_the_client_are_the_same(traced: bool, proxied_container: s
 
 
 def test_the_sdk_makes_one_object_for_a_blob(proxied_container: str, proxy: FaultProxy) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
 
     def calls_into_the_sdk(count: int) -> int:
         names = [f"{number:05d}" for number in range(count)]

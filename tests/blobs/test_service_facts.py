@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from azure_torch_ckpt._internal.checksums import header_value
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import BlobSink, ServiceFetch, copy_blob
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
@@ -329,12 +330,12 @@ def test_what_the_service_answers(
     proxy: FaultProxy,
     clock: Clock,
 ) -> None:
-    BlobStore(BlobLocation.parse(container), KEY).put("blob", b"")
+    BlobStore(BlobLocation.parse(container), Access(KEY)).put("blob", b"")
     sas, source_sas = sas_for(container), sas_for(container, "r", hours=2)
     location = BlobLocation.parse(
         proxied_container if fact["id"] in WITHOUT_CREDENTIAL else f"{proxied_container}?{sas}"
     )
-    store = BlobStore(location, False)
+    store = BlobStore(location, Access(False))
     exchanges: list[Exchange] = []
 
     def is_the_fact(exchange: Exchange) -> bool:
@@ -381,8 +382,8 @@ def test_what_the_service_cannot_read_is_copied_through_here_at_once(
     fact: dict[str, Any], whole: bool, container: str, proxied_container: str, proxy: FaultProxy, clock: Clock
 ) -> None:
     """A part stands for a blob of more than 256 MiB."""
-    source = BlobStore(BlobLocation.parse(container), KEY)
-    target = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    source = BlobStore(BlobLocation.parse(container), Access(KEY))
+    target = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     source.put("source", b"0123456789")
     proxy.when(lambda seen: "x-ms-copy-source" in seen.headers, times=None).do(answer_of(fact))
     if whole:
@@ -400,8 +401,8 @@ def test_a_busy_source_is_waited_for_but_not_for_long(
     container: str, proxied_container: str, proxy: FaultProxy, clock: Clock
 ) -> None:
     """The status of CannotVerifyCopySource is that of the source's answer to the service."""
-    source = BlobStore(BlobLocation.parse(container), KEY)
-    target = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    source = BlobStore(BlobLocation.parse(container), Access(KEY))
+    target = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     source.put("source", b"0123456789")
     proxy.when("Copy Blob", times=None).do(Answer(503, "CannotVerifyCopySource"))
     copy_blob(source, source.location.join("source"), target, target.location.join("copy"))
@@ -413,8 +414,8 @@ def test_a_busy_source_is_waited_for_but_not_for_long(
 def test_what_ails_one_blob_does_not_end_the_services_copies(
     status: int, code: str, container: str, proxied_container: str, proxy: FaultProxy
 ) -> None:
-    source = BlobStore(BlobLocation.parse(container), KEY)
-    target = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    source = BlobStore(BlobLocation.parse(container), Access(KEY))
+    target = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     source.put("source", b"0123456789")
     proxy.when("Copy Blob").do(Answer(status, code))
     fetch, info = ServiceFetch(source), source.stat("source")
@@ -441,7 +442,7 @@ def test_the_error_code_is_read_from_the_body_where_no_header_has_it(
 ) -> None:
     proxy.when(lambda _: True, times=None).do(Answer(409, body=body))
     with pytest.raises(RequestRefusedError) as caught:
-        act(BlobStore(BlobLocation.parse(proxied_container), KEY), "")
+        act(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)), "")
     assert caught.value.error_code == (None if act is get_properties else code)  # HEAD has no body
 
 

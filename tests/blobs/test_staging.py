@@ -14,6 +14,7 @@ from azure.core.credentials import AzureSasCredential
 from azure.storage.blob import BlobBlock, BlobClient, ContainerClient
 
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import BlobSink
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
@@ -36,7 +37,7 @@ FOREIGN = [b"0001", b"BlockId00001", b"\xff\xfe\x00\x01\x02", b"x" * 22, b"x" * 
 
 @pytest.fixture
 def store(proxied_container: str) -> BlobStore:
-    return BlobStore(BlobLocation.parse(proxied_container), KEY, options=TransferOptions(block_size=1000))
+    return BlobStore(BlobLocation.parse(proxied_container), Access(KEY, options=TransferOptions(block_size=1000)))
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_ids_too_short_to_tell_uploads_apart_are_refused(store: BlobStore, blob:
 
 def test_a_credential_that_may_not_look_is_told_what_is_in_the_way(container: str, blob: BlobClient) -> None:
     stage_foreign(blob, b"0001")
-    writing = BlobStore(BlobLocation.parse(container), AzureSasCredential(sas_for(container, "wc")))
+    writing = BlobStore(BlobLocation.parse(container), Access(AzureSasCredential(sas_for(container, "wc"))))
     with pytest.raises(RequestRefusedError, match=r"400 InvalidBlobOrBlock.*take another name"):
         Staging(writing, "blob").stage(0, Gather([memoryview(DATA)]), None, Cancel())
 

@@ -13,6 +13,7 @@ from azure.storage.blob import BlobServiceClient, ContainerClient
 
 from azure_torch_ckpt._internal import checksums
 from azure_torch_ckpt.blobs import store as store_module
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.emulator import Azurite
@@ -338,7 +339,7 @@ def test_now_is_the_services_time(store: BlobStore) -> None:
 
 
 def test_create_container(azurite: Azurite) -> None:
-    store = BlobStore(BlobLocation.parse(azurite.url(f"test-{uuid.uuid4().hex}")), KEY)
+    store = BlobStore(BlobLocation.parse(azurite.url(f"test-{uuid.uuid4().hex}")), Access(KEY))
     with pytest.raises(ContainerNotFoundError):
         store.put("blob", b"data")
     store.create_container()
@@ -380,7 +381,7 @@ def test_odd_names(store: BlobStore, name: str) -> None:
 def test_an_answer_becomes_an_error_of_ours(
     proxied_container: str, proxy: FaultProxy, status: int, code: str, error: type[StoreError]
 ) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY, options=TransferOptions(retry_seconds=0))
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY, options=TransferOptions(retry_seconds=0)))
     proxy.when("Put Blob").do(Answer(status, code))
     with pytest.raises(error, match=f"could not write {proxied_container}/blob: {status} {code}") as caught:
         store.put("blob", b"data")
@@ -390,8 +391,8 @@ def test_an_answer_becomes_an_error_of_ours(
 
 
 def test_a_missing_container_is_told_from_a_missing_blob(azurite: Azurite, container: str) -> None:
-    nowhere = BlobStore(BlobLocation.parse(azurite.url("nowhere")), KEY)
-    here = BlobStore(BlobLocation.parse(container), KEY)
+    nowhere = BlobStore(BlobLocation.parse(azurite.url("nowhere")), Access(KEY))
+    here = BlobStore(BlobLocation.parse(container), Access(KEY))
     for verb in (BlobStore.stat, lambda store, path: store.read_into(path, 0, [memoryview(bytearray(1))])):
         with pytest.raises(ContainerNotFoundError, match="'nowhere'"):
             verb(nowhere, "blob")
@@ -410,7 +411,7 @@ def test_a_store_travels_to_another_process(container: str, form: str) -> None:
         "url": None,
     }[form]
     location = BlobLocation.parse(f"{container}?{sas_for(container)}" if form == "url" else container)
-    store = BlobStore(location, credential, options=TransferOptions(concurrency=3))
+    store = BlobStore(location, Access(credential, options=TransferOptions(concurrency=3)))
     store.put("blob", b"data")
     again = pickle.loads(pickle.dumps(store))
     assert read(again, "blob") == b"data"

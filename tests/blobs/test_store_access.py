@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
@@ -32,7 +33,7 @@ def test_credentials_that_are_let_in(azurite: Azurite, container: str, form: str
         "sas": sas_for(container),
         "sas credential": AzureSasCredential(sas_for(container)),
     }[form]
-    store = BlobStore(BlobLocation.parse(container), credential)
+    store = BlobStore(BlobLocation.parse(container), Access(credential))
     store.stage_block("a b%", "0001", Gather([memoryview(b"data")]))
     store.commit_blocks("a b%", ["0001"])
     assert read(store, "a b%") == b"data"
@@ -42,7 +43,7 @@ def test_credentials_that_are_let_in(azurite: Azurite, container: str, form: str
 
 def test_a_sas_in_the_url_is_let_in_and_stays_out_of_sight(container: str) -> None:
     sas = sas_for(container)
-    store = BlobStore(BlobLocation.parse(f"{container}?{sas}"), KEY[::-1])  # of the two, the SAS counts
+    store = BlobStore(BlobLocation.parse(f"{container}?{sas}"), Access(KEY[::-1]))  # of the two, the SAS counts
     store.put("blob", b"data")
     assert read(store, "blob") == b"data"
     assert repr(store) == f"BlobStore({container!r})"
@@ -54,11 +55,11 @@ def test_a_sas_in_the_url_is_let_in_and_stays_out_of_sight(container: str) -> No
 
 def test_tokens_are_let_in_over_tls(azurite_tls: Azurite, token_credential: Any) -> None:
     location = BlobLocation.parse(azurite_tls.create_container(f"test-{uuid.uuid4().hex}"))
-    store = BlobStore(location, token_credential, ca_file=str(azurite_tls.certificate))
+    store = BlobStore(location, Access(token_credential, ca_file=str(azurite_tls.certificate)))
     store.put("blob", b"data")
     assert read(store, "blob") == b"data"
     other = BlobStore(
-        location, type(token_credential)("https://elsewhere.example"), ca_file=str(azurite_tls.certificate)
+        location, Access(type(token_credential)("https://elsewhere.example"), ca_file=str(azurite_tls.certificate))
     )
     with pytest.raises(AccessDeniedError) as caught:
         other.put("blob", b"data")
@@ -67,7 +68,7 @@ def test_tokens_are_let_in_over_tls(azurite_tls: Azurite, token_credential: Any)
 
 def test_tokens_do_not_travel_in_clear_text(container: str, token_credential: Any) -> None:
     with pytest.raises(CredentialError, match="plain HTTP"):
-        BlobStore(BlobLocation.parse(container), token_credential)
+        BlobStore(BlobLocation.parse(container), Access(token_credential))
 
 
 def test_a_credential_that_gives_no_token_is_our_error(azurite_tls: Azurite) -> None:
@@ -77,7 +78,9 @@ def test_a_credential_that_gives_no_token_is_our_error(azurite_tls: Azurite) -> 
 
             raise ClientAuthenticationError("nobody is logged in\nsecond line")
 
-    store = BlobStore(BlobLocation.parse(azurite_tls.url("container")), Broken(), ca_file=str(azurite_tls.certificate))
+    store = BlobStore(
+        BlobLocation.parse(azurite_tls.url("container")), Access(Broken(), ca_file=str(azurite_tls.certificate))
+    )
     with pytest.raises(AccessDeniedError, match=r"nobody is logged in.*az login"):
         store.put("blob", b"data")
 
@@ -85,18 +88,18 @@ def test_a_credential_that_gives_no_token_is_our_error(azurite_tls: Azurite) -> 
 def test_a_wrong_key_is_refused(container: str) -> None:
     wrong = "A" * 40 + KEY[40:]
     with pytest.raises(AccessDeniedError) as caught:
-        BlobStore(BlobLocation.parse(container), wrong).put("blob", b"data")
+        BlobStore(BlobLocation.parse(container), Access(wrong)).put("blob", b"data")
     assert caught.value.status == 403 and "devstoreaccount1" in str(caught.value)
     assert wrong not in texts_of(caught.value)
 
 
 def test_nobody_is_refused(container: str) -> None:
     with pytest.raises(AccessDeniedError):
-        BlobStore(BlobLocation.parse(container), False).put("blob", b"data")
+        BlobStore(BlobLocation.parse(container), Access(False)).put("blob", b"data")
 
 
 def test_a_sas_allows_what_it_says(container: str) -> None:
-    BlobStore(BlobLocation.parse(container), KEY).put("blob", b"data")
+    BlobStore(BlobLocation.parse(container), Access(KEY)).put("blob", b"data")
     sas = sas_for(container, "r")
     store = BlobStore(BlobLocation.parse(f"{container}?{sas}"))
     assert read(store, "blob") == b"data"
@@ -117,10 +120,10 @@ def test_a_sas_allows_what_it_says(container: str) -> None:
 def test_an_expired_sas_is_refused(container: str) -> None:
     sas = sas_for(container, hours=-24)
     with pytest.raises(AccessDeniedError, match="expired"):
-        BlobStore(BlobLocation.parse(container), sas).put("blob", b"data")
+        BlobStore(BlobLocation.parse(container), Access(sas)).put("blob", b"data")
 
 
 def test_a_large_block_that_is_refused_is_refused_for_the_right_reason(container: str) -> None:
-    store = BlobStore(BlobLocation.parse(container), sas_for(container, "r"))
+    store = BlobStore(BlobLocation.parse(container), Access(sas_for(container, "r")))
     with pytest.raises(AccessDeniedError):
         store.stage_block("blob", "0001", Gather([memoryview(bytes(32 * MIB))]))

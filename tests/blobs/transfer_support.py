@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -23,7 +24,7 @@ MIB = 1024 * 1024
 def make_store(proxied_container: str) -> Callable[..., BlobStore]:
     def make(**options: Any) -> BlobStore:
         chosen = replace(TransferOptions(concurrency=4, retry_seconds=10), **options)
-        return BlobStore(BlobLocation.parse(proxied_container), options=chosen)
+        return BlobStore(BlobLocation.parse(proxied_container), Access(options=chosen))
 
     return make
 

@@ -31,6 +31,7 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     LocationError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
 from azure_torch_ckpt.dcp.layout import new_save_id
@@ -263,7 +264,7 @@ class Accounts:
         endpoint = next(match[1] for match in announced if match is not None)
         self.urls = [f"{endpoint}/{account}/data" for account in ("firstone", "secondone")]
         for url in self.urls:
-            store = BlobStore(BlobLocation.parse(url), KEY)
+            store = BlobStore(BlobLocation.parse(url), Access(KEY))
             store.create_container()
         return self
 
@@ -365,7 +366,7 @@ def test_a_source_without_all_its_data_is_refused_before_anything_is_copied(cont
     put(container, f"a/{name}", data[:-1])
     with pytest.raises(CorruptCheckpointError, match=f"only {len(data) - 1} bytes long where {len(data)} are needed"):
         copy(container, other, credential=KEY)
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     store.delete(f"a/{name}")
     with pytest.raises(CorruptCheckpointError, match="missing"):
         copy(container, other, credential=KEY)

@@ -25,6 +25,7 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     TransferOptions,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
 from azure_torch_ckpt.catalog.copying.folders import FolderEnd
@@ -284,7 +285,7 @@ def test_a_folder_becomes_checkpoints_and_a_second_time_nothing_moves(
 def test_an_upload_that_broke_off_goes_on_with_what_is_missing(container: str, on_disk: Path) -> None:
     report = copy(on_disk, f"{container}/up", credential=KEY)
     paths = blobs_below(f"{container}/up")
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     for path in paths:
         if path.endswith(".metadata") or "step-2" in path:
             store.delete(path)

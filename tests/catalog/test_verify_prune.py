@@ -26,6 +26,7 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.layout import new_save_id
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
@@ -173,7 +174,7 @@ def test_every_damaged_item_is_reported_by_its_blob(container: str, tally: Tally
     assert short.size == short.expected_size - 1
     assert short.name in short.problems[0] and "'strided'" in short.problems[0]
 
-    store = BlobStore(BlobLocation.parse(url), KEY)
+    store = BlobStore(BlobLocation.parse(url), Access(KEY))
     store.delete(others[0])
     missing = verify(url, credential=KEY).blobs[1]
     assert missing.size is None
@@ -303,7 +304,7 @@ def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> Non
 
 def test_the_grace_period_goes_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
     [_, last] = remains(container, "a")
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     age = store.now() - store.stat(last).last_modified
     assert prune(f"{container}/a", credential=KEY, grace=age + LONG).remains == []
     assert proxy.log == []

@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.cli.app import app
 from azure_torch_ckpt.emulator import Azurite
@@ -46,7 +47,7 @@ def run(azurite: Azurite) -> str:
     for step in (900, 1100, 1000):
         save(f"{container}/run-7/step-{step}", step)
     save(f"{container}/run-8/last", 1)
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     store.put(f"run-7/step-1200/{SAVE_ID}/__0_0.distcp", bytes(5_000))
     return container
 
@@ -54,7 +55,7 @@ def run(azurite: Azurite) -> str:
 def damage(url: str) -> str:
     """Flip a bit of the checkpoint's data blob where a tensor's elements are; return the blob's name."""
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     (blob,) = [blob for blob in store.list(location.path + "/") if blob.path.endswith(".distcp")]
     with BlobIO(f"{location.container_root()}/{blob.path}", "rb", credential=KEY) as file:
         data = bytearray(file.read())

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AzureBlobWriter
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.cli import app
 from azure_torch_ckpt.cli import exit_codes as failures
 from azure_torch_ckpt.emulator import Azurite
@@ -140,7 +141,7 @@ def test_a_damaged_metadata_is_code_1(container: str, azurite: Azurite) -> None:
     from azure_torch_ckpt.blobs.store import BlobStore
     from azure_torch_ckpt.location import BlobLocation
 
-    BlobStore(BlobLocation.parse(container), KEY).put("step-1/.metadata", b"no pickle")
+    BlobStore(BlobLocation.parse(container), Access(KEY)).put("step-1/.metadata", b"no pickle")
     check_error(cli("show", f"{container}/step-1"), 1, "")
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
@@ -30,7 +31,7 @@ def fail_to_save(url: str) -> str:
     """Leave what a rank leaves that dies before the commit; return the blob's path."""
     location = BlobLocation.parse(url)
     path = location.join(SAVE_ID, "__0_0.distcp").path
-    BlobStore(location, KEY).put(path, bytes(5_000))
+    BlobStore(location, Access(KEY)).put(path, bytes(5_000))
     return path
 
 

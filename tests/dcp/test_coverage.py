@@ -24,6 +24,7 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate
 from azure_torch_ckpt.dcp.tensors.chunks import Box, make_up
@@ -128,7 +129,7 @@ class Renaming(dcp.DefaultLoadPlanner):
 
 def damage(url: str, key: str, change: Callable[[Any], None]) -> None:
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     path = location.join(".metadata").path
     metadata: Metadata = pickle.loads(store.read(path, limit=1_000_000)[0])
     change(metadata.state_dict_metadata[key])

@@ -23,6 +23,7 @@ from azure_torch_ckpt import (
     TransferOptions,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from tests.support.shards import ShardPlanner
@@ -70,7 +71,7 @@ def assert_state(loaded: Any, saved: Any, where: str = "") -> None:
 
 def store(place: Place) -> tuple[BlobStore, BlobLocation]:
     location = BlobLocation.parse(place.url)
-    return BlobStore(location, place.key), location
+    return BlobStore(location, Access(place.key)), location
 
 
 def download(place: Place, folder: Path) -> Path:

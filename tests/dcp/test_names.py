@@ -10,6 +10,7 @@ import pytest
 from azure.storage.blob import ContainerClient
 
 from azure_torch_ckpt import BlobIO, IterableBlobDataset
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate, list_checkpoints
 from azure_torch_ckpt.datasets.listing import BlobListing
@@ -68,7 +69,7 @@ def test_the_url_of_a_checkpoint_has_no_empty_segment_and_may_end_with_a_slash(n
 
 def test_blobio_and_the_store_know_each_name(client: ContainerClient, container: str) -> None:
     fill(client, [*ODD, *PLAIN])
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     for name in [*ODD, *PLAIN]:
         url = str(BlobLocation.parse_blob(f"{container}/{name}"))
         assert BlobIO(url, "rb", credential=KEY).read() == f"this is {name}".encode()
@@ -269,7 +270,7 @@ def test_no_checkpoint_is_taken_for_another_one(client: ContainerClient, contain
     for folder in ("", "/", "run//", "run/", "run//step/"):
         client.upload_blob(f"{folder}.metadata", folder.encode())
         client.upload_blob(f"{folder}{data}", folder.encode())
-    blobs = list(BlobStore(BlobLocation.parse(container), KEY).list(""))
+    blobs = list(BlobStore(BlobLocation.parse(container), Access(KEY)).list(""))
     assert {place.path: sorted(blob.path for blob in place.metadata.values()) for place in survey(blobs)} == {
         "": [".metadata"],
         "run": ["run/.metadata"],

@@ -23,6 +23,7 @@ from azure_torch_ckpt import (
     BlobLocation,
     CommitConflictError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 
@@ -50,7 +51,7 @@ def loaded(reader: AzureBlobReader, **arguments: Any) -> list[float]:
 
 def blobs(url: str) -> set[str]:
     location = BlobLocation.parse(url)
-    return {blob.path for blob in BlobStore(location, KEY).list(location.path + "/")}
+    return {blob.path for blob in BlobStore(location, Access(KEY)).list(location.path + "/")}
 
 
 class Stops:

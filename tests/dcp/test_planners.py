@@ -19,6 +19,7 @@ from azure_torch_ckpt import (
     BlobLocation,
     TransferOptions,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, takes_any_order
 from azure_torch_ckpt.emulator import Azurite
@@ -37,7 +38,7 @@ def write(url: str, layout: str, folder: Path, state: dict[str, Any], planner: d
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
         location = BlobLocation.parse(url)
         for file in folder.iterdir():
-            BlobStore(location, KEY).put(location.join(file.name).path, file.read_bytes())
+            BlobStore(location, Access(KEY)).put(location.join(file.name).path, file.read_bytes())
     else:
         kind = AzureBlobHuggingFaceWriter if layout == "hf" else AzureBlobWriter
         dcp.save(state, storage_writer=kind(url, credential=KEY, options=SMALL), planner=planner)

@@ -23,6 +23,7 @@ from azure_torch_ckpt import (
     CheckpointError,
     TransferOptions,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.tensors.overlaps import find_overlaps
 from azure_torch_ckpt.emulator import Azurite
@@ -124,7 +125,7 @@ def test_what_stays_is_what_torch_leaves(container: str, tmp_path: Path, layout:
     url = f"{container}/run"
     reader: AzureBlobReader
     if layout == "torch's":
-        store = BlobStore(BlobLocation.parse(url), KEY)
+        store = BlobStore(BlobLocation.parse(url), Access(KEY))
         for file in tmp_path.iterdir():
             store.put(f"run/{os.fspath(file.name)}", file.read_bytes())
     else:

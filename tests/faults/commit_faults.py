@@ -28,6 +28,7 @@ from azure_torch_ckpt import (
     prune,
     remove_checkpoint,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointReplacedError, CommitConflictError
 from azure_torch_ckpt.huggingface.format import parse_index
@@ -114,7 +115,7 @@ class Act(ABC):
         return (blob.path for blob in self.store().list(""))
 
     def store(self) -> BlobStore:
-        return BlobStore(BlobLocation.parse(self.container), self.access["credential"])
+        return BlobStore(BlobLocation.parse(self.container), Access(self.access["credential"]))
 
     def save_next(self) -> None:
         self.save(self.url, NEXT)

@@ -23,6 +23,7 @@ from azure_torch_ckpt import (
     RequestRefusedError,
     TransferOptions,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem
 from tests.faults.tally import Tally
@@ -64,7 +65,7 @@ def assert_names(error: AzureCheckpointError, url: str, name: str, item: StoredI
 
 def test_every_block_of_a_save_carries_its_crc64(proxy: FaultProxy, proxied_container: str, container: str) -> None:
     save(f"{proxied_container}/a")
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     [data] = [blob for blob in store.list("a/") if blob.path.endswith(".distcp")]
     blocks = proxy.requests("Put Block")
     assert all("x-ms-content-crc64" in block.headers and block.status == 201 for block in blocks)
@@ -221,7 +222,7 @@ def test_a_missing_and_a_short_blob_are_named(container: str) -> None:
     location = BlobLocation.parse(url)
     save(url)
     path = location.join(item_of(url, "large").relative_path).path
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     data, _ = store.read(path, limit=1 << 30)
     store.put(path, data[:-1])
     with pytest.raises(CheckpointException) as caught:
@@ -277,7 +278,7 @@ def test_metadata_that_changed_on_the_way_down_is_found_wherever_the_byte_lies(
     def is_metadata(seen: Exchange) -> bool:
         return seen.kind == "Get Blob" and seen.path.endswith(".metadata")
 
-    size = BlobStore(BlobLocation.parse(url), KEY).stat("a/.metadata").size
+    size = BlobStore(BlobLocation.parse(url), Access(KEY)).stat("a/.metadata").size
     outcomes: Counter[str] = Counter()
     for offset in range(0, size, size // 12):
         proxy.when(is_metadata).do(Flip(offset))

@@ -33,6 +33,7 @@ from azure_torch_ckpt import (
     TransferOptions,
     prune,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.throttle import RequestCounts
@@ -96,7 +97,7 @@ def in_child(work: Callable[[], object], *, seconds: float = DEADLINE_SECONDS) -
 
 def test_a_forked_child_does_not_inherit_a_held_lock(container: str) -> None:
     """Of the counter of a store's requests, which another thread is about to change when the fork happens."""
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     store.put("blob", b"data")
     pressure = store._pressure
     held, may_end = threading.Event(), threading.Event()
@@ -140,7 +141,9 @@ def test_a_forked_child_does_not_inherit_a_held_lock(container: str) -> None:
 def test_sixteen_threads_with_a_store_each_fetch_one_token(azurite_tls: Azurite) -> None:
     url = azurite_tls.create_container("test-one-token")
     token = CountingToken()
-    stores = [BlobStore(BlobLocation.parse(url), token, ca_file=str(azurite_tls.certificate)) for _ in range(16)]
+    stores = [
+        BlobStore(BlobLocation.parse(url), Access(token, ca_file=str(azurite_tls.certificate))) for _ in range(16)
+    ]
     start = threading.Barrier(17)
 
     def use(store: BlobStore) -> None:
@@ -227,7 +230,7 @@ def test_a_fork_in_the_middle_of_a_load(proxy: FaultProxy, proxied_container: st
 
 def test_a_fork_while_the_service_is_busy(proxy: FaultProxy, proxied_container: str) -> None:
     """The places of the parent's requests are not the child's to wait for."""
-    store = BlobStore(BlobLocation.parse(proxied_container), KEY)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     store.put("x", b"12345678")
     gate = Gate()
 
@@ -280,7 +283,7 @@ def test_dataloader_workers_share_a_reader_and_a_store(container: str, method: s
     save(url)
     reader = AzureBlobReader(url, credential=KEY)
     [item] = [info for index, info in reader.read_metadata().storage_data.items() if index.fqn == "large"]
-    store = BlobStore(BlobLocation.parse(url), KEY)
+    store = BlobStore(BlobLocation.parse(url), Access(KEY))
     path = BlobLocation.parse(url).join(item.relative_path).path
     rows = Rows(url, store, path, item.offset + item.payload_offset)
     assert torch.equal(rows[0], state()["large"][0])  # the parent has connections when the workers come
@@ -321,7 +324,7 @@ def test_threads_share_a_reader_and_a_store(container: str) -> None:
     url = f"{container}/a"
     save(url, 1)
     reader = AzureBlobReader(url, credential=KEY, options=SMALL)
-    store = pickle.loads(pickle.dumps(BlobStore(BlobLocation.parse(url), KEY)))
+    store = pickle.loads(pickle.dumps(BlobStore(BlobLocation.parse(url), Access(KEY))))
     start = threading.Barrier(8)
 
     def use(number: int) -> None:

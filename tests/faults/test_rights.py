@@ -27,6 +27,7 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_checkpoints
 from azure_torch_ckpt.emulator import Azurite
@@ -192,7 +193,7 @@ def filled(container: str) -> str:
     for step in (1, 2):
         save(whole, f"run/step-{step}")
     save_model(whole, "model")
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     for name in ("blob", "empty", "folder/a", "folder/b/c", f"run/step-1/{'0' * 32}/__0_0.distcp"):
         store.put(name, b"" if name == "empty" else b"data")
     return container

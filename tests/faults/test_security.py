@@ -39,6 +39,7 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from tests.conftest import UnsignedToken
@@ -163,7 +164,7 @@ def test_no_secret_gets_out(
     # Objects
     writer, reader = AzureBlobWriter(url, **place), AzureBlobReader(url, **place)
     location = BlobLocation.parse(url)
-    store = BlobStore(location, credential, options=IMPATIENT, ca_file=str(tls_files[0]))
+    store = BlobStore(location, Access(credential, options=IMPATIENT, ca_file=str(tls_files[0])))
     for thing in (writer, reader, store, location, writer.checkpoint_id, writer.storage_meta(), IMPATIENT):
         texts += [repr(thing), str(thing), f"{thing}"]
     # What a process could do nothing without: documented in BlobStore, BlobLocation and PickledCredential.
@@ -177,7 +178,7 @@ def test_no_secret_gets_out(
         loaded = zeros()
         dcp.load(loaded, storage_reader=reader)
         assert_right(loaded)
-        store = BlobStore(BlobLocation.parse(azurite_tls.url(name)), KEY, ca_file=str(tls_files[0]))
+        store = BlobStore(BlobLocation.parse(azurite_tls.url(name)), Access(KEY, ca_file=str(tls_files[0])))
         for blob in store.list(""):
             texts += [blob.path, store.read(blob.path, limit=1 << 30)[0].decode("latin-1")]
         texts.append(pickle.dumps(reader.read_metadata()).decode("latin-1"))
@@ -289,7 +290,7 @@ def test_a_certificate_that_proves_nothing_is_an_error_at_once(
 def rewrite(container: str, change: Callable[[Metadata], None]) -> None:
     """Store the checkpoint's metadata again, changed."""
     location = BlobLocation.parse(f"{container}/a")
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     metadata = pickle.loads(store.read("a/.metadata", limit=1 << 20)[0])
     change(metadata)
     store.put("a/.metadata", pickle.dumps(metadata))
@@ -397,7 +398,7 @@ def test_what_no_blob_has_is_neither_allocated_nor_fetched(
 def damaged_place(azurite: Azurite) -> tuple[str, bytes]:
     url = f"{azurite.create_container('test-damaged-metadata')}/a"
     save(url)
-    store = BlobStore(BlobLocation.parse(url), KEY)
+    store = BlobStore(BlobLocation.parse(url), Access(KEY))
     return url, store.read("a/.metadata", limit=1 << 20)[0]
 
 
@@ -410,7 +411,7 @@ def test_mutated_metadata_is_read_or_refused(damaged_place: tuple[str, bytes], d
         at = data.draw(st.integers(0, len(mutated) - 1))
         piece = data.draw(st.binary(max_size=6))
         mutated[at : at + data.draw(st.integers(0, 6))] = piece
-    store = BlobStore(BlobLocation.parse(url), KEY)
+    store = BlobStore(BlobLocation.parse(url), Access(KEY))
     store.put("a/.metadata", bytes(mutated))
     reader = AzureBlobReader(url, credential=KEY, options=SMALL)
     tracemalloc.start()

@@ -23,6 +23,7 @@ from azure_torch_ckpt import (
     CheckpointReplacedError,
     CommitConflictError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults.tally import Tally
@@ -161,7 +162,7 @@ def test_two_jobs_that_race_leave_the_one_that_committed_last(
         if standing:
             jobs.put(url, old)
             location = BlobLocation.parse(f"{url}/.metadata")
-            standing_etag = BlobStore(location, jobs.KEY).stat(location.path).etag
+            standing_etag = BlobStore(location, Access(jobs.KEY)).stat(location.path).etag
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             # One begins later, and a request of each is slow: so one is ahead here and the other there.
             chance.choice((first, second)).when("Get Blob").do(Hold(chance.uniform(0.0, 0.4)))

@@ -25,6 +25,7 @@ from azure_torch_ckpt import (
     ServiceUnavailableError,
     TransferOptions,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
@@ -58,8 +59,8 @@ def tree(fs: AzureBlobFileSystem, root: str) -> str:
 
 def below(fs: AzureBlobFileSystem, root: str) -> list[str]:
     """Names of all blobs in the container, as the service tells them."""
-    location = BlobLocation.parse(f"{fs._access.endpoint}/{strip(root).split('/')[1]}")
-    return [blob.path for blob in BlobStore(location, Azurite.account_key).list("")]
+    location = BlobLocation.parse(f"{fs._stores.endpoint}/{strip(root).split('/')[1]}")
+    return [blob.path for blob in BlobStore(location, Access(Azurite.account_key)).list("")]
 
 
 # Paths
@@ -145,7 +146,7 @@ def test_info_tells_what_a_blob_is(fs: AzureBlobFileSystem, tree: str):
 def test_an_answer_is_never_an_old_one(fs: AzureBlobFileSystem, tree: str, container: str):
     """Somebody else, who shares nothing with this filesystem, removes and writes."""
     assert fs.exists(f"{tree}/dd") and len(fs.ls(tree)) == 3
-    store = BlobStore(BlobLocation.parse(container), Azurite.account_key)
+    store = BlobStore(BlobLocation.parse(container), Access(Azurite.account_key))
     store.delete("dd/x")
     store.put("new", b"new")
     assert not fs.exists(f"{tree}/dd") and not fs.isdir(f"{tree}/dd")
@@ -378,8 +379,8 @@ def test_large_blobs_are_copied_where_the_service_lacks_the_call(
         file.write(data)
     fs.cp(f"{root}/a", f"{root}/b")
     assert fs.cat_file(f"{root}/b") == data
-    location = BlobLocation.parse(f"{fs._access.endpoint}/{strip(root).split('/')[1]}")
-    assert BlobStore(location, Azurite.account_key).stat("b").metadata == {"kind": "noise"}
+    location = BlobLocation.parse(f"{fs._stores.endpoint}/{strip(root).split('/')[1]}")
+    assert BlobStore(location, Access(Azurite.account_key)).stat("b").metadata == {"kind": "noise"}
 
 
 def test_what_was_written_to_during_a_move_is_not_removed(proxied_container: str, proxy: FaultProxy, container: str):
@@ -399,7 +400,7 @@ def test_what_was_written_to_during_a_move_is_not_removed(proxied_container: str
     thread = threading.Thread(target=move)
     thread.start()
     gate.wait_for(1)
-    BlobStore(BlobLocation.parse(container), Azurite.account_key).put("a", b"new")
+    BlobStore(BlobLocation.parse(container), Access(Azurite.account_key)).put("a", b"new")
     gate.open()
     thread.join()
     assert len(errors) == 1

@@ -69,7 +69,7 @@ def test_every_form_of_a_credential_works_and_survives_a_pickle(
     assert again.cat(url, recursive=True) == fs.cat(url, recursive=True)
     with again.open(f"{url}/c") as file:
         assert file.read() == b"a"
-    for text in (fs.to_json(), repr(fs), str(fs), str(fs.__dict__["_access"]), fs.fsid):
+    for text in (fs.to_json(), repr(fs), str(fs), str(fs.__dict__["_stores"]), fs.fsid):
         assert KEY not in text and "sig=" not in text and "AccountKey" not in text
 
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from azure_torch_ckpt import BlobLocation, TransferOptions
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.huggingface import AzureBlobHuggingFaceReader, AzureBlobHuggingFaceWriter
@@ -104,7 +105,7 @@ def load_alone(url: str, version: int = 0) -> None:
 def download(url: str, folder: Path) -> Path:
     """What lies at the URL, with the model's configuration beside it."""
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     folder.mkdir()
     for blob in store.list(location.path + "/"):
         (folder / blob.path.rpartition("/")[2]).write_bytes(store.read(blob.path, limit=1 << 30)[0])
@@ -114,17 +115,17 @@ def download(url: str, folder: Path) -> Path:
 
 def files(url: str) -> list[str]:
     location = BlobLocation.parse(url)
-    return [blob.path.rpartition("/")[2] for blob in BlobStore(location, KEY).list(location.path + "/")]
+    return [blob.path.rpartition("/")[2] for blob in BlobStore(location, Access(KEY)).list(location.path + "/")]
 
 
 def put(url: str, name: str, data: bytes) -> None:
     location = BlobLocation.parse(url).join(name)
-    BlobStore(location, KEY).put(location.path, data)
+    BlobStore(location, Access(KEY)).put(location.path, data)
 
 
 def get(url: str, name: str) -> bytes:
     location = BlobLocation.parse(url).join(name)
-    return BlobStore(location, KEY).read(location.path, limit=1 << 30)[0]
+    return BlobStore(location, Access(KEY)).read(location.path, limit=1 << 30)[0]
 
 
 # What ranks run

@@ -9,6 +9,7 @@ import json
 import sys
 
 from azure_torch_ckpt import BlobLocation, TransferOptions
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.huggingface.joining import Joined, join, joined_block_size
 from tests.dcp.memory_child import measured, settle
@@ -21,7 +22,7 @@ def main(url: str, key: str, budget: int, rows: int) -> None:
     settle()
     options = TransferOptions(memory_budget=budget, concurrency=4)
     location = BlobLocation.parse(url)
-    store = BlobStore(location, key, options=options)
+    store = BlobStore(location, Access(key, options=options))
 
     def joined(rows: int) -> Joined:
         tensors = arranged(columns(of=COLUMNS, rows=rows, ranks=2)).scattered

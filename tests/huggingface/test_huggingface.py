@@ -26,6 +26,7 @@ from azure_torch_ckpt import (
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.huggingface.format import dump_header, dump_index, parse_header, parse_index
 from azure_torch_ckpt.huggingface.layout import FileLayout, arrange
@@ -361,5 +362,5 @@ def test_the_writer_can_be_used_again_and_at_another_url(url: str):
         dcp.save(hf.model(version).state_dict(), storage_writer=writer, checkpoint_id=place)
         hf.load(place, version)
     hf.load(url, 1)
-    store = BlobStore(BlobLocation.parse(url), hf.KEY)
+    store = BlobStore(BlobLocation.parse(url), Access(hf.KEY))
     assert all(blob.size for blob in store.list("models/"))

@@ -18,6 +18,7 @@ from azure_torch_ckpt import (
     CommitConflictError,
     CorruptCheckpointError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import PruneReport, list_checkpoints, prune, verify
 from tests.huggingface import hf_support as hf
@@ -119,7 +120,7 @@ def test_a_save_that_is_committed_meanwhile_stands(
     """Between the listing and the look at the index."""
     hf.save_alone(url, 0)
     index, old = hf.get(url, hf.INDEX), set(hf.files(url)) - {hf.INDEX}
-    store = BlobStore(BlobLocation.parse(url), hf.KEY)
+    store = BlobStore(BlobLocation.parse(url), Access(hf.KEY))
     assert store.delete(BlobLocation.parse(url).join(hf.INDEX).path)
     proxy.when("Get Blob").do(Call(lambda: hf.put(url, hf.INDEX, index), at="request"))
     assert pruned(proxied_container).remains == []

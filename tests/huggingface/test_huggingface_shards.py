@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from azure_torch_ckpt import BlobLocation, CheckpointError, IncompleteSaveError, TransferOptions
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
@@ -135,7 +136,7 @@ def test_a_grid_is_joined_in_windows_of_any_size(container: str, window: int) ->
     of = (301, 1_003)
     grid = [plan(rows, cut, of) for rows in ((0, 151), (151, 301)) for cut in ((0, 502), (502, 1_003))]
     location = BlobLocation.parse(f"{container}/m")
-    store = BlobStore(location, hf.KEY, options=TransferOptions(memory_budget=window))
+    store = BlobStore(location, Access(hf.KEY, options=TransferOptions(memory_budget=window)))
     laid_out = arranged(grid)
     [tensor] = laid_out.scattered
     whole = torch.arange(of[0] * of[1], dtype=torch.float32).reshape(of)
@@ -159,7 +160,7 @@ def test_a_grid_is_joined_in_windows_of_any_size(container: str, window: int) ->
 def test_columns_of_320_mib_are_joined_with_a_budget_of_32(container: str) -> None:
     mib = 1 << 20
     location = BlobLocation.parse(f"{container}/m")
-    store = BlobStore(location, hf.KEY)
+    store = BlobStore(location, Access(hf.KEY))
     rows = 320 * mib // (joining_child.COLUMNS * 4)
     for name, length in arranged(columns(of=joining_child.COLUMNS, rows=rows, ranks=2)).shards.items():
         writer = BlockWriter(store, location.join(name).path, BlobSettings())
@@ -183,7 +184,7 @@ def test_columns_of_320_mib_are_joined_with_a_budget_of_32(container: str) -> No
 def test_shards_that_were_damaged_meanwhile_are_noticed(container: str) -> None:
     """Between the ranks' writing and the joining."""
     location = BlobLocation.parse(f"{container}/m")
-    store = BlobStore(location, hf.KEY)
+    store = BlobStore(location, Access(hf.KEY))
     plan = arranged(columns(of=100, rows=50, ranks=2))
     for name, length in plan.shards.items():
         store.put(location.join(name).path, bytes(length))

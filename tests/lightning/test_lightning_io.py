@@ -32,6 +32,7 @@ from azure_torch_ckpt import (
     LocationError,
     UnsupportedCheckpointError,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from tests.support import jobs, trainers
 from tests.support.alike import assert_alike, through_torch
@@ -223,12 +224,12 @@ def test_a_blob_that_torch_save_wrote_is_loaded_and_removed(lightning: Namespace
     assert plugin.load_checkpoint(url, weights_only=False)["w"].tolist() == [1, 1, 1]
     plugin.remove_checkpoint(url)
     location = BlobLocation.parse(url)
-    assert not list(BlobStore(location, KEY).list(location.path))
+    assert not list(BlobStore(location, Access(KEY)).list(location.path))
 
 
 def test_an_empty_blob_is_the_mark_of_a_folder_and_no_checkpoint(lightning: Namespace, url: str) -> None:
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     store.put(location.path, b"")
     with pytest.raises(CheckpointNotFoundError):
         lightning.plugin().load_checkpoint(url)

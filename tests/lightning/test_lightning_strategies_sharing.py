@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter, BlobLocation
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
@@ -121,7 +122,7 @@ def test_ranks_write_equal_shares_and_read_large_tensors_once(
     url, width = f"{proxied_container}/run", 600
     ranks(2).run(save_trained, url, width)
     location = BlobLocation.parse(url)
-    blobs = BlobStore(location, KEY).list(f"{location.path}/")
+    blobs = BlobStore(location, Access(KEY)).list(f"{location.path}/")
     sizes = sorted(blob.size for blob in blobs if blob.path.endswith(".distcp"))
     whole = sum(sizes)
     assert len(sizes) == 2

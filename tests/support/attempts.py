@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from tests.support import sharded
 from tests.support.waits import waiting_at_most
@@ -74,7 +75,7 @@ def raised(
 
 
 def store_of(url: str) -> BlobStore:
-    return BlobStore(BlobLocation.parse(url), sharded.KEY)
+    return BlobStore(BlobLocation.parse(url), Access(sharded.KEY))
 
 
 def contents(url: str) -> dict[str, tuple[str, bytes]]:

@@ -43,6 +43,7 @@ from azure_torch_ckpt import (
     TransferOptions,
     remove_checkpoint,
 )
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.layout import remove_blobs
 from azure_torch_ckpt.emulator import Azurite
@@ -261,7 +262,7 @@ def clean_up_until_told_to_stop(url: str, names: list[str]) -> None:
     """What follows the commit of an overwriting save, with the data blobs of so many ranks."""
     exit_on_sigterm()
     location = BlobLocation.parse(url)
-    remove_blobs(BlobStore(location, KEY, options=OPTIONS), location, names)
+    remove_blobs(BlobStore(location, Access(KEY, options=OPTIONS)), location, names)
 
 
 # ---- What stands at a URL ------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def blobs(url: str) -> set[str]:
     """Names of all blobs below `url`, relative to it."""
     location = BlobLocation.parse(url)
     prefix = location.path + "/"
-    return {blob.path.removeprefix(prefix) for blob in BlobStore(location, KEY).list(prefix)}
+    return {blob.path.removeprefix(prefix) for blob in BlobStore(location, Access(KEY)).list(prefix)}
 
 
 def live_blobs(url: str) -> set[str]:
@@ -297,13 +298,13 @@ def live_blobs(url: str) -> set[str]:
 def contents(url: str) -> dict[str, bytes]:
     """All blobs below `url`."""
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     return {name: store.read(location.join(name).path, limit=1 << 20)[0] for name in blobs(url)}
 
 
 def put(url: str, content: dict[str, bytes]) -> None:
     """Make what stood at another URL stand at this one."""
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     for name, data in content.items():
         store.put(location.join(name).path, data)

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, AzureCheckpointError, BlobLocation, TransferOptions
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.emulator import Azurite
@@ -76,7 +77,7 @@ def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
     """Write the blob again with one byte of an item changed; a second time changes it back."""
     location = BlobLocation.parse(url)
     path = location.join(item.relative_path).path
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     data = bytearray(store.read(path, limit=1 << 30)[0])
     data[item.offset + position] ^= 0x01
     store.put(path, bytes(data))
@@ -85,5 +86,5 @@ def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
 def blobs_below(url: str) -> list[str]:
     """Paths in the container, in order."""
     location = BlobLocation.parse(url)
-    store = BlobStore(location, KEY)
+    store = BlobStore(location, Access(KEY))
     return [blob.path for blob in store.list(location.path + "/" if location.path else "")]

@@ -9,17 +9,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter, BlobLocation
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from tests.support.mixed_checkpoint import KEY, blobs_below
 
 
 def put(container: str, path: str, data: bytes = b"x") -> None:
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     store.put(path, data)
 
 
 def content(container: str, path: str) -> bytes:
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     return store.read(path, limit=1 << 30)[0]
 
 
@@ -28,7 +29,7 @@ def plant(container: str, names: Iterable[str]) -> None:
     dcp.save({"x": torch.arange(3)}, storage_writer=AzureBlobWriter(f"{container}/seed", credential=KEY))
     paths = [path.removeprefix("seed/") for path in blobs_below(f"{container}/seed")]
     blobs = {path: content(container, f"seed/{path}") for path in sorted(paths, key=lambda path: path == ".metadata")}
-    store = BlobStore(BlobLocation.parse(container), KEY)
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
 
     def at(name: str) -> None:
         for path, data in blobs.items():

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 
@@ -160,7 +161,7 @@ def blobs(url: str) -> list[str]:
     """Names of all blobs below `url`, relative to it."""
     location = BlobLocation.parse(url)
     prefix = location.path + "/"
-    return [blob.path.removeprefix(prefix) for blob in BlobStore(location, KEY).list(prefix)]
+    return [blob.path.removeprefix(prefix) for blob in BlobStore(location, Access(KEY)).list(prefix)]
 
 
 def data_blobs(url: str) -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 from azure.core.exceptions import HttpResponseError
 from azure.storage.blob import BlobPrefix, ContainerClient
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.location import BlobLocation
 from tests.blobs.store_support import KEY
@@ -98,9 +99,9 @@ def test_paths_are_normalised(directories: str, hierarchical: HierarchicalAccoun
 def test_a_sas_for_a_directory_is_good_for_nothing_above_it(
     directories: str, hierarchical: HierarchicalAccount
 ) -> None:
-    BlobStore(BlobLocation.parse(directories), KEY).put("run/step-1/x", b"data")
+    BlobStore(BlobLocation.parse(directories), Access(KEY)).put("run/step-1/x", b"data")
     url = f"{directories}/run/step-1"
-    store = BlobStore(BlobLocation.parse(url), hierarchical.directory_sas(url, "rl"))
+    store = BlobStore(BlobLocation.parse(url), Access(hierarchical.directory_sas(url, "rl")))
     assert store.read("run/step-1/x", limit=10)[0] == b"data"
     assert [blob.path for blob in store.list("run/step-1/")] == ["run/step-1/x"]
     for prefix in ("", "run/", "run/step-2/"):

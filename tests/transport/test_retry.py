@@ -11,6 +11,7 @@ import pytest
 from azure.core.credentials import AzureSasCredential
 
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
@@ -44,7 +45,7 @@ def store(proxied_container: str) -> BlobStore:
 
 
 def store_with(url: str, retry_seconds: float) -> BlobStore:
-    return BlobStore(BlobLocation.parse(url), options=TransferOptions(retry_seconds=retry_seconds))
+    return BlobStore(BlobLocation.parse(url), Access(options=TransferOptions(retry_seconds=retry_seconds)))
 
 
 # ---- When ----------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_an_endpoint_that_comes_back_is_used(store: BlobStore, proxy: FaultProxy
 
 
 def test_an_unknown_authority_is_not_tried_again(azurite_tls: Azurite, clock: Clock) -> None:
-    store = BlobStore(BlobLocation.parse(azurite_tls.url("container")), azurite_tls.account_key)
+    store = BlobStore(BlobLocation.parse(azurite_tls.url("container")), Access(azurite_tls.account_key))
     with pytest.raises(ServiceUnavailableError, match="certificate") as caught:
         store.put("blob", b"data")
     assert clock.waits == [] and azurite_tls.endpoint in str(caught.value)
@@ -294,7 +295,7 @@ def test_logs_name_the_reason_and_no_secret(
     proxied_container: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     sas = AzureSasCredential("sv=2024-11-04&sr=c&sp=r&sig=c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0")
-    store = BlobStore(BlobLocation.parse(proxied_container), sas)
+    store = BlobStore(BlobLocation.parse(proxied_container), Access(sas))
     proxy.when("Head", nth=1).do(Answer(503, "ServerBusy"))
     proxy.when("Head", nth=2, times=2).do(Cut("request"))  # on a connection used again, the first one is no failure
     with caplog.at_level(logging.DEBUG), pytest.raises(AccessDeniedError):  # the signature is none

@@ -20,6 +20,7 @@ from azure.core.exceptions import (
     AzureError,
 )
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import ConfigurationError
@@ -168,7 +169,7 @@ def test_a_proxy_that_cannot_be_used_is_refused_at_once(
 ) -> None:
     monkeypatch.setenv(f"{scheme}_proxy", url)
     monkeypatch.setenv("no_proxy", "")
-    store = BlobStore(BlobLocation.parse(f"{scheme}://data.example.org/container"), False)
+    store = BlobStore(BlobLocation.parse(f"{scheme}://data.example.org/container"), Access(False))
     for ask in (lambda: store.stat("blob"), lambda: store.read_some("blob", 0, 1), lambda: list(store.list(""))):
         with pytest.raises(ConfigurationError, match=re.escape(says)) as caught:
             ask()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
@@ -96,8 +97,8 @@ def copy(
         StoreError: the service could not be asked.
     """
     options = options or TransferOptions()
-    source = open_end(src, credential, options, ca_file)
-    target = open_end(dst, credential if dst_credential is None else dst_credential, options, ca_file)
+    source = open_end(src, Access(credential, options, ca_file))
+    target = open_end(dst, Access(credential if dst_credential is None else dst_credential, options, ca_file))
     _check_ends(source, target)
     stores = [end.store for end in (source, target) if isinstance(end, BlobEnd)]
     skipped = 0

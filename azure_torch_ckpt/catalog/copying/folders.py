@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from azure_torch_ckpt._internal.atomic_file import NewFile, is_part, remove_abandoned
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import MARK, BlobSink, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import Stored, commit, delete_metadata, metadata_name, read_metadata_blob, remove_blobs
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -31,7 +31,6 @@ from azure_torch_ckpt.errors import (
     LocationError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["BlobEnd", "End", "FileSink", "FolderEnd", "Sink", "local_file_errors", "open_end"]
@@ -94,9 +93,7 @@ class End(Protocol):
 
 def open_end(
     place: str | os.PathLike[str] | BlobLocation,
-    credential: Credential,
-    options: TransferOptions | None,
-    ca_file: str | None,
+    access: Access,
 ) -> BlobEnd | FolderEnd:
     """The end that a URL or a local path names.
 
@@ -108,7 +105,7 @@ def open_end(
         location = BlobLocation.parse(place)
         if location.snapshot is not None or location.version_id is not None:
             raise LocationError(f"{location} is one blob at one moment, not a checkpoint. Leave the query away")
-        return BlobEnd(location, BlobStore(location, credential, options=options, ca_file=ca_file))
+        return BlobEnd(location, BlobStore(location, access))
     if not os.fspath(place):
         raise LocationError("The path is empty (an unset variable?). For the current folder, pass '.'")
     return FolderEnd(Path(place))

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Final
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.environment import VARIABLES, credential_from_environment
@@ -14,7 +15,7 @@ from azure_torch_ckpt.filesystem.paths import PathParts, locate
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
-__all__ = ["Access", "one_credential"]
+__all__ = ["Stores", "one_credential"]
 
 # https://learn.microsoft.com/azure/storage/common/storage-configure-connection-string
 _EMULATOR: Final = "http://127.0.0.1:10000/devstoreaccount1"
@@ -49,7 +50,7 @@ def one_credential(
 
 
 @dataclass(slots=True)
-class Access:
+class Stores:
     """The way from a path to its container. Nothing is requested here.
 
     Attributes:
@@ -92,7 +93,7 @@ class Access:
         root = location.container_root()
         store = self._stores.get(root)
         if store is None:
-            store = self._stores[root] = BlobStore(root, self.credential(), options=self.options, ca_file=self.ca_file)
+            store = self._stores[root] = BlobStore(root, Access(self.credential(), self.options, self.ca_file))
         return store
 
     def pickled(self) -> PickledCredential:
