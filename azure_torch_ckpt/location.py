@@ -187,6 +187,11 @@ class BlobLocation:
         return self.path.rpartition("/")[2]
 
     @property
+    def prefix(self) -> str:
+        """What the names of all blobs below this location begin with; ``""`` for a container."""
+        return self.path + "/" if self.path else ""
+
+    @property
     def parent(self) -> BlobLocation:
         """The prefix above, as it is now (no snapshot, no version). The container's root is its own parent."""
         return dataclasses.replace(self, path=self.path.rpartition("/")[0], snapshot=None, version_id=None)

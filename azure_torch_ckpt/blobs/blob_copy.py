@@ -13,7 +13,7 @@ from azure_torch_ckpt.blobs.blob_info import BLOCK_BLOB
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.staging import Staging
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobChangedError,
@@ -224,9 +224,11 @@ def copy_blob(
 
     if info.size > _LARGEST_WHOLE or fetch.try_to(sink, info, 0, info.size, settings, cancel) is None:
         step = max(SERVICE_PART, least) if fetch.possible else piece
-        with Workers(target.options.concurrency, "blob-copy", cancel.cancel) as workers:
-            for start in range(0, info.size, step):
-                workers.submit(functools.partial(move, start, min(step, info.size - start)))
-            workers.finish()
+        run_all(
+            (functools.partial(move, start, min(step, info.size - start)) for start in range(0, info.size, step)),
+            target.options.concurrency,
+            "blob-copy",
+            cancel.cancel,
+        )
     sink.commit(info, settings, strict=strict)
     return info

@@ -16,7 +16,7 @@ from azure_torch_ckpt._internal.checksums import combine, crc64
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.staging import Staging
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import Workers, run_all
 from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
@@ -306,10 +306,12 @@ class Download:
             StoreError: for other reasons; and whatever a `Check` or a `Read.use` raises.
         """
         cancel = Cancel()
-        with Workers(self._store.options.concurrency, "blob-download", cancel.cancel) as workers:
-            for request in self._requests(reads):
-                workers.submit(functools.partial(self._fetch, request, cancel))
-            workers.finish()
+        run_all(
+            (functools.partial(self._fetch, request, cancel) for request in self._requests(reads)),
+            self._store.options.concurrency,
+            "blob-download",
+            cancel.cancel,
+        )
 
     def _requests(self, reads: Iterable[Read]) -> list[list[Read]]:
         """Runs that one request fetches, in the order of their offsets."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-__all__ = ["WAIT_SECONDS", "Workers"]
+__all__ = ["WAIT_SECONDS", "Workers", "run_all"]
 
 WAIT_SECONDS = 0.5
 """No wait of the main thread is longer, so that SIGTERM ends a transfer whose requests hang: a signal that comes just
@@ -31,7 +31,7 @@ class Workers:
         self._count = count
         self._name = name
         self._stop = stop
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # A few tasks wait ready, so that no thread idles while the caller prepares the next one.
         self._permits = threading.Semaphore(count + 2)
         # With each thread, an event for its end: Thread.join believes, up to Python 3.12, that the thread has ended
@@ -52,7 +52,7 @@ class Workers:
             self._join()
             raise
 
-    def submit(self, task: Callable[[], None]) -> None:
+    def submit(self, task: Callable[[], object]) -> None:
         """Hand over a task, waiting while ``count + 2`` are unfinished.
 
         Raises:
@@ -112,7 +112,7 @@ class Workers:
             thread.join()
         self._threads, self._tasks = [], queue.SimpleQueue()
 
-    def _work(self, tasks: queue.SimpleQueue[Callable[[], None] | None], ended: threading.Event) -> None:
+    def _work(self, tasks: queue.SimpleQueue[Callable[[], object] | None], ended: threading.Event) -> None:
         while (task := tasks.get()) is not None:
             try:
                 if self._error is None:
@@ -123,3 +123,17 @@ class Workers:
                 self._permits.release()
         tasks.put(None)  # for the next thread
         ended.set()
+
+
+def run_all(
+    tasks: Iterable[Callable[[], object]], count: int, name: str, stop: Callable[[], None] | None = None
+) -> None:
+    """Run tasks on at most `count` threads, and return when all have ended. Arguments as for `Workers`.
+
+    Raises:
+        the first error of a task, or of `tasks`.
+    """
+    with Workers(count, name, stop) as workers:
+        for task in tasks:
+            workers.submit(task)
+        workers.finish()

@@ -84,7 +84,7 @@ def list_checkpoints(
     if location.snapshot is not None or location.version_id is not None:
         raise LocationError(f"{location} is one blob at one moment; nothing lies below it. Leave the query away")
     store = BlobStore(location, Access(credential, options, ca_file))
-    listed = list(store.list(location.path + "/" if location.path else ""))
+    listed = list(store.list(location.prefix))
     for folder in mixed_folders(listed):
         root = location.container_root()
         _log.warning(
@@ -138,7 +138,7 @@ def age_key(entries: Sequence[CheckpointEntry]) -> Callable[[CheckpointEntry], t
 
 def entries_of(location: BlobLocation, blobs: Iterable[BlobInfo]) -> list[tuple[CheckpointEntry, Place]]:
     """The checkpoints among `blobs`, which lie below `location`, in the order of `list_checkpoints`."""
-    prefix = location.path + "/" if location.path else ""
+    prefix = location.prefix
     found = []
     for place in survey(blobs, prefix):
         name = place.path[len(prefix) :]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs, remove_empty_folders
@@ -136,7 +136,7 @@ def prune(
     _check_rules(keep_last, keep_every, older_than, grace)
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(credential, options, ca_file))
-    prefix = location.path + "/" if location.path else ""
+    prefix = location.prefix
     listed = list(store.list(prefix))
     if any("/" in blob.path[len(prefix) :] for blob in listed) and not any(blob.is_folder for blob in listed):
         store.has_directories = False  # they would be listed
@@ -288,7 +288,4 @@ def _undeleted(
 
 
 def _in_parallel(store: BlobStore, cancel: Cancel, tasks: list[functools.partial[None]]) -> None:
-    with Workers(store.options.concurrency, "blob-prune", cancel.cancel) as workers:
-        for task in tasks:
-            workers.submit(task)
-        workers.finish()
+    run_all(tasks, store.options.concurrency, "blob-prune", cancel.cancel)

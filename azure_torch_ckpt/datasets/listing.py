@@ -95,7 +95,7 @@ class BlobListing:
         """
         location = BlobLocation.parse(container_url)
         store = BlobStore(location, Access(credential, options, ca_file))
-        folder = location.path + "/" if location.path else ""
+        folder = location.prefix
         wanted = _filter(glob, suffix)
         columns = _Builder(location.container_root())
         for info in store.list(folder + (prefix or "")):
@@ -326,4 +326,4 @@ def _folder(url: str, numbers: dict[BlobLocation, int]) -> tuple[str, int] | Non
     except LocationError:  # the account, and the plain name is the container
         return None
     root = location.container_root()
-    return location.path + "/" if location.path else "", numbers.setdefault(root, len(numbers))
+    return location.prefix, numbers.setdefault(root, len(numbers))

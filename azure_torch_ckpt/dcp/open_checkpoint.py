@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.layout import Stored, metadata_name, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, data_paths, load_metadata
 from azure_torch_ckpt.dcp.survey import survey
@@ -111,7 +111,7 @@ def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:
 
 def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
     """The ranks that have metadata of their own at `location`."""
-    prefix = location.path + "/" if location.path else ""
+    prefix = location.prefix
     try:
         listed = [entry for entry in store.list_folder(prefix + "__") if not isinstance(entry, str)]
     except RequestRefusedError:  # in an account with directories, where `location` is that of a blob
@@ -138,10 +138,7 @@ def read_standing(store: BlobStore, location: BlobLocation, ranks: Iterable[int 
     if len(wanted) == 1:
         read(wanted[0])
     else:
-        with Workers(store.options.concurrency, "blob-metadata") as workers:
-            for rank in wanted:
-                workers.submit(functools.partial(read, rank))
-            workers.finish()
+        run_all((functools.partial(read, rank) for rank in wanted), store.options.concurrency, "blob-metadata")
     return [found[rank] for rank in sorted(found, key=lambda rank: -1 if rank is None else rank)]
 
 
@@ -185,7 +182,7 @@ def nothing_at(store: BlobStore, location: BlobLocation, name: str) -> Checkpoin
         StoreError: the service could not be asked.
     """
     missing = f"No complete checkpoint at {location}: {name} is not there"
-    prefix = location.path + "/" if location.path else ""
+    prefix = location.prefix
     try:
         listed = [blob for blob in store.list(prefix, limit=1_000) if not blob.is_folder]
     except RequestRefusedError:  # in an account with directories, where the URL is that of a blob

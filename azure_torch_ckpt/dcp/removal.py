@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
 from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_standing
@@ -173,8 +173,7 @@ def _named_at(store: BlobStore, location: BlobLocation, places: list[Place]) -> 
         parts = read_standing(store, where, {None, *place.metadata})
         named[place.path] = {where.join(name).path for part in parts for name in part.names}
 
-    with Workers(store.options.concurrency, "blob-prune", cancel.cancel) as workers:
-        for place in places:
-            workers.submit(functools.partial(read, place))
-        workers.finish()
+    run_all(
+        (functools.partial(read, place) for place in places), store.options.concurrency, "blob-prune", cancel.cancel
+    )
     return named

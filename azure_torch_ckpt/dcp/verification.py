@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.transfer import Check, Download, Read
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
@@ -147,7 +147,7 @@ def _listed(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> d
 
     That is one folder for each save; what else lies below the URL, other checkpoints perhaps, is not listed.
     """
-    prefix = location.path + "/" if location.path else ""
+    prefix = location.prefix
     sizes = {}
     for folder in sorted({path.rpartition("/")[0] for path in paths}):
         for entry in store.list_folder(f"{prefix}{folder}/" if folder else prefix):
@@ -165,10 +165,7 @@ def _asked(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> di
         with contextlib.suppress(BlobNotFoundError):
             sizes[path] = store.stat(location.join(path).path, cancel=cancel).size
 
-    with Workers(store.options.concurrency, "blob-verify", cancel.cancel) as workers:
-        for path in paths:
-            workers.submit(functools.partial(look, path))
-        workers.finish()
+    run_all((functools.partial(look, path) for path in paths), store.options.concurrency, "blob-verify", cancel.cancel)
     return sizes
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.transfer import Download, Read
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobNotFoundError
 from azure_torch_ckpt.transport.buffers import Cancel
 
@@ -52,10 +52,7 @@ def each(tasks: Sequence[Callable[[], object]], threads: int) -> None:
         for task in tasks:
             task()
         return
-    with Workers(threads, "blob-files") as workers:
-        for task in tasks:
-            workers.submit(task)  # type: ignore[arg-type]  # nobody looks at what it returns
-        workers.finish()
+    run_all(tasks, threads, "blob-files")
 
 
 def read_blob(store: BlobStore, wanted: Range) -> bytes:
@@ -144,10 +141,12 @@ def save_to_disk(
 def delete_all(store: BlobStore, blobs: Iterable[BlobInfo]) -> None:
     """Delete blobs, and directories that are empty; those that are gone already are no error."""
     cancel = Cancel()
-    with Workers(store.options.concurrency, "blob-remove", cancel.cancel) as workers:
-        for blob in blobs:
-            workers.submit(functools.partial(_delete, store, blob, cancel))
-        workers.finish()
+    run_all(
+        (functools.partial(_delete, store, blob, cancel) for blob in blobs),
+        store.options.concurrency,
+        "blob-remove",
+        cancel.cancel,
+    )
 
 
 def _begin(store: BlobStore, wanted: Range) -> _Begun:

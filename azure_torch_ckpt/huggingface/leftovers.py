@@ -110,7 +110,7 @@ def other_files_at(store: BlobStore, location: BlobLocation) -> list[str]:
 
 
 def _names_at(store: BlobStore, location: BlobLocation) -> list[str]:
-    prefix = location.path + "/" if location.path else ""
+    prefix = location.prefix
     return [blob.path[len(prefix) :] for blob in store.list_folder(prefix) if isinstance(blob, BlobInfo)]
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.transfer import Download, Read
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, storage_info
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
@@ -113,10 +113,11 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         # Files of others keep their names when they are replaced, and then the header is that of the old one.
         paths = {read.path for read in wanted}
         foreign = [file for file in self._etags if not SAVED_FILE.fullmatch(file) and self._at(file) in paths]
-        with Workers(self._store.options.concurrency, "blob-look") as workers:
-            for file in foreign:
-                workers.submit(functools.partial(self._check_unchanged, file))
-            workers.finish()
+        run_all(
+            (functools.partial(self._check_unchanged, file) for file in foreign),
+            self._store.options.concurrency,
+            "blob-look",
+        )
 
     def _at(self, file: str) -> str:
         return self._location.join(file).path
@@ -165,7 +166,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         return parse_index(data, f"{self.checkpoint_id}/{INDEX}"), None
 
     def _files_without_index(self) -> list[str]:
-        prefix = self._location.path + "/" if self._location.path else ""
+        prefix = self._location.prefix
         blobs = [entry for entry in self._store.list_folder(prefix) if isinstance(entry, BlobInfo)]
         named = {blob.path[len(prefix) :]: blob for blob in blobs if blob.path.endswith(".safetensors")}
         # Files of our writer count only if an index names them: its save may have failed.
@@ -184,10 +185,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         def read(file: str) -> None:
             headers[file] = self._header(file)
 
-        with Workers(self._store.options.concurrency, "blob-headers") as workers:
-            for file in files:
-                workers.submit(functools.partial(read, file))
-            workers.finish()
+        run_all((functools.partial(read, file) for file in files), self._store.options.concurrency, "blob-headers")
         return headers
 
     def _header(self, file: str) -> dict[str, Stored]:

@@ -22,7 +22,7 @@ from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.outcome import Outcome, Result
 from azure_torch_ckpt.blobs.transfer import Item
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import SavingPlace, step
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
@@ -317,10 +317,11 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         return joined.items
 
     def _commit_files(self, headers: Mapping[str, bytes | None], blocks: Mapping[str, list[Block]]) -> None:
-        with Workers(self._store.options.concurrency, "blob-commit") as workers:
-            for name, header in headers.items():
-                workers.submit(functools.partial(self._commit_file, name, header, blocks))
-            workers.finish()
+        run_all(
+            (functools.partial(self._commit_file, name, header, blocks) for name, header in headers.items()),
+            self._store.options.concurrency,
+            "blob-commit",
+        )
 
     def _commit_file(self, name: str, header: bytes | None, blocks: Mapping[str, list[Block]]) -> None:
         path = self._location.join(name).path
@@ -362,7 +363,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         Raises:
             StoreError: the service could not be asked.
         """
-        prefix = self._location.path + "/" if self._location.path else ""
+        prefix = self._location.prefix
         try:
             found = {blob.path[len(prefix) :] for blob in self._store.list(prefix + file_prefix(self._save_id))}
         except AccessDeniedError:  # a credential that may not list may save all the same
@@ -446,7 +447,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
 
     def _remove_save(self, location: BlobLocation, save_id: str) -> None:
         """Remove the files that an earlier save has made without an index."""
-        prefix = location.path + "/" if location.path else ""
+        prefix = location.prefix
         try:
             found = [blob.path for blob in self._store.list(prefix + file_prefix(save_id))]
         except AzureCheckpointError as error:

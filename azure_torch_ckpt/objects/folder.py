@@ -65,4 +65,4 @@ def newest_of(
 
 
 def _prefix(folder: BlobLocation) -> str:
-    return folder.path + "/" if folder.path else ""
+    return folder.prefix

@@ -119,7 +119,7 @@ class BlobEnd:
         self.store = store
         self.where = str(location)
         self.may_look = True
-        self._prefix = location.path + "/" if location.path else ""
+        self._prefix = location.prefix
 
     def path(self, name: str) -> str:
         """The path in the container."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt._internal.checksums import combine
 from azure_torch_ckpt.blobs.store import BlobInfo
-from azure_torch_ckpt.blobs.workers import Workers
+from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.folders import End
 from azure_torch_ckpt.dcp.layout import Stored, metadata_name
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
@@ -147,10 +147,7 @@ def in_parallel(
     options: TransferOptions, tasks: Iterable[Callable[[], None]], stop: Callable[[], None] | None = None
 ) -> None:
     """Carry out tasks with as many threads as connections. The first error ends them and is raised."""
-    with Workers(options.concurrency, "blob-copy", stop) as workers:
-        for task in tasks:
-            workers.submit(task)
-        workers.finish()
+    run_all(tasks, options.concurrency, "blob-copy", stop)
 
 
 def _plan(source: End, place: Place, leaves: dict[str, BlobInfo], there: dict[str, BlobInfo]) -> CheckpointPlan:
