@@ -35,7 +35,8 @@ from azure.core.pipeline.policies import (
 from azure.core.rest import HttpRequest, HttpResponse
 from azure.core.settings import settings
 
-from azure_torch_ckpt.credentials import STORAGE_SCOPE, SdkCredential, SharedTokens
+from azure_torch_ckpt._internal.shared_tokens import STORAGE_SCOPE, SharedTokens
+from azure_torch_ckpt.credentials import SdkCredential
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport

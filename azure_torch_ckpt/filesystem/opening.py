@@ -89,7 +89,7 @@ class OpeningFileSystem(LookingFileSystem):
             path,
             location,
             autocommit=autocommit,
-            credential=self._stores.credential(),
+            credential=self._stores.given,
             options=self._stores.options,
             ca_file=self._stores.ca_file,
         )

@@ -105,6 +105,7 @@ def test_the_environment_counts_where_nothing_was_passed_and_is_looked_at_anew(
     endpoint = BlobLocation.parse(container).endpoint
     there = AzureBlobFileSystem(endpoint=endpoint)
     monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "devstoreaccount1")
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", sas(container, "r"))
     assert there.cat_file(f"{url}/a") == b"a"
     with pytest.raises(AccessDeniedError):

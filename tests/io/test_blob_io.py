@@ -233,7 +233,7 @@ def test_takes_every_kind_of_credential(url: str, credential: Any):
 )
 def test_refuses_what_is_no_credential(url: str, wrong: Any):
     for mode in ("rb", "wb"):
-        with pytest.raises(TypeError, match="no credential") as caught:
+        with pytest.raises(TypeError, match="not a credential") as caught:
             BlobIO(url, mode, credential=wrong)
         assert isinstance(caught.value, CredentialError)
 
