@@ -18,7 +18,7 @@ from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Doubt
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from azure_torch_ckpt.transport.retry import RetryPolicy
-from azure_torch_ckpt.transport.throttle import Pressure, RequestCounts
+from azure_torch_ckpt.transport.throttle import RequestCounts, Throttle
 
 __all__ = ["ContainerConnection"]
 
@@ -43,7 +43,7 @@ class ContainerConnection:
         self._requests: DirectRequests | None = None
         self._blobs: dict[str, BlobClient] = {}  # by the blob's path
         self._transport = GatherTransport(ca_file=access.ca_file)
-        self._pressure = Pressure()
+        self.throttle = Throttle()
         self.has_directories: bool | None = None
         """Whether the account has a hierarchical namespace; None while that is not known."""
 
@@ -65,7 +65,7 @@ class ContainerConnection:
                 self.location.container,
                 credential=self._credential,
                 transport=self._transport,
-                retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
+                retry_policy=RetryPolicy(self.options.retry_seconds, self.throttle),
                 user_agent=USER_AGENT,
                 max_single_get_size=_ONE_REQUEST,
                 max_single_put_size=_ONE_REQUEST,
@@ -79,7 +79,7 @@ class ContainerConnection:
             self._requests = direct = DirectRequests(
                 self._credential,
                 self._transport,
-                RetryPolicy(self.options.retry_seconds, self._pressure),
+                RetryPolicy(self.options.retry_seconds, self.throttle),
                 self._container().api_version,
             )
         return direct
@@ -104,7 +104,7 @@ class ContainerConnection:
     @property
     def counts(self) -> RequestCounts:
         """How many requests this store has sent in this process, and how many of them were retries."""
-        return self._pressure.counts
+        return self.throttle.counts
 
     @contextlib.contextmanager
     def _translated(self, doing: str, path: str, doubt: Doubt | None = None) -> Iterator[None]:

@@ -20,7 +20,7 @@ from azure.core.pipeline.policies import HTTPPolicy
 from azure.core.rest import HttpRequest, HttpResponse
 
 from azure_torch_ckpt.transport.buffers import Cancel
-from azure_torch_ckpt.transport.throttle import Pressure
+from azure_torch_ckpt.transport.throttle import Throttle
 
 __all__ = ["COPY_SOURCE", "DAMAGED", "HEALING_STATUS", "NOT_SUPPORTED", "RetryPolicy", "error_code"]
 
@@ -55,13 +55,13 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
 
     Args:
         seconds: no attempt starts later than this after the first one.
-        pressure: holds requests back while the service is busy.
+        throttle: holds requests back while the service is busy.
     """
 
-    def __init__(self, seconds: float, pressure: Pressure) -> None:
+    def __init__(self, seconds: float, throttle: Throttle) -> None:
         super().__init__()
         self._seconds = seconds
-        self._pressure = pressure
+        self._throttle = throttle
 
     def send(self, request: PipelineRequest[HttpRequest]) -> PipelineResponse[HttpRequest, HttpResponse]:
         cancel: Cancel = request.context.options.get("cancel") or Cancel()
@@ -72,11 +72,11 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
             failure: AzureError | None = None
             limit = self._seconds
             try:
-                with self._pressure.slot() as slot:
+                with self._throttle.permit() as permit:
                     response = self.next.send(request)
                     status = response.http_response.status_code
-                    slot.busy = status in _BUSY_STATUS
-                    slot.good = status < 400
+                    permit.busy = status in _BUSY_STATUS
+                    permit.good = status < 400
                 reason = f"status {status}"
                 if status < 400:
                     return response
@@ -105,7 +105,7 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                 attempt + 1,
                 delay,
             )
-            self._pressure.try_again()
+            self._throttle.count_retry()
             cancel.wait(delay)
 
 
