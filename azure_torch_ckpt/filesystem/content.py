@@ -6,10 +6,10 @@ import contextlib
 import functools
 import io
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.transfer import Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
@@ -20,6 +20,8 @@ __all__ = ["Range", "delete_all", "each", "read_blob", "read_ranges", "save_to_d
 
 # What is asked for before the blob's size is known, so that a small one costs one request.
 _FIRST = 4 * 1024 * 1024
+# Large files that are begun and not complete. A process may have as few as 256 descriptors (macOS).
+_OPEN_FILES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,8 @@ def save_to_disk(
         BlobChangedError: it was replaced between two requests.
         OSError: the disk.
     """
-    large: list[tuple[int, _Begun, str, str]] = []
+    large: list[tuple[int, _Begun, AtomicFile]] = []
+    waiting = iter(files)
 
     def begin(number: int, name: str, path: str) -> None:
         begun = _begin(store, Range(name, None, None))
@@ -113,29 +116,32 @@ def save_to_disk(
             os.makedirs(path, exist_ok=True)
             progress(number, 0, 0)
             return
-        folder, base = os.path.split(os.path.abspath(path))
-        # Not a `NewFile`, which stays open until it is complete: there may be thousands of large ones.
-        temporary = os.path.join(folder, f".{base[:40]}.{uuid.uuid4().hex}")  # of at most 255 bytes, in UTF-8
-        with _removed_on_error(temporary):
-            with open(temporary, "xb") as file:
-                file.write(begun.data)
-                file.truncate(begun.length)
+        with contextlib.ExitStack() as stack:
+            new = stack.enter_context(AtomicFile(path))
+            new.file.write(begun.data)
+            new.file.truncate(begun.length)
             if begun.length > len(begun.data):
-                large.append((number, begun, temporary, path))
+                large.append((number, begun, new))
+                stack.pop_all()  # it stays open
             else:
-                os.replace(temporary, path)
+                new.publish(sync=False)
         progress(number, len(begun.data), begun.length)
 
-    with contextlib.ExitStack() as stack:
+    def tasks(first: tuple[int, str, str]) -> Iterator[Callable[[], object]]:
+        yield functools.partial(begin, *first)
+        while len(large) < _OPEN_FILES and (file := next(waiting, None)):
+            yield functools.partial(begin, *file)
+
+    for first in waiting:
         try:
-            each([functools.partial(begin, *file) for file in files], store.options.concurrency)
+            run_all(tasks(first), store.options.concurrency, "blob-files")
+            for number, begun, new in large:
+                _receive(store, begun, new.file.fileno(), functools.partial(progress, number))
+                new.publish(sync=False)
         finally:
-            for _, _, temporary, _ in large:
-                stack.enter_context(_removed_on_error(temporary))
-        for number, begun, temporary, path in large:
-            with open(temporary, "r+b", buffering=0) as disk:
-                _receive(store, begun, disk.fileno(), functools.partial(progress, number))
-            os.replace(temporary, path)
+            for _, _, new in large:
+                new.abandon()
+            large.clear()
 
 
 def delete_all(store: BlobStore, blobs: Iterable[BlobInfo]) -> None:
@@ -197,13 +203,3 @@ def _delete(store: BlobStore, blob: BlobInfo, cancel: Cancel) -> None:
         store.delete_folder(blob.path, cancel=cancel)
     else:
         store.delete(blob.path, cancel=cancel)
-
-
-@contextlib.contextmanager
-def _removed_on_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        raise

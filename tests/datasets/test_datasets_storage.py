@@ -18,7 +18,7 @@ from azure.storage.blob import ContainerClient, ContainerSasPermissions, generat
 from torch.utils.data import DataLoader
 
 from azure_torch_ckpt import BlobIO, LocationError
-from azure_torch_ckpt._internal.atomic_file import NewFile
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.datasets import BlobCache, BlobDataset, BlobListing, IterableBlobDataset
@@ -232,7 +232,7 @@ def test_what_crashed_processes_left_behind_is_removed(tmp_path: Path):
     # The second name is one of earlier versions.
     for name in (".abandoned.0123456789abcdef.part", ".new-abandoned"):
         (folder / name).write_bytes(bytes(100))
-    with NewFile(folder / "being written") as new:
+    with AtomicFile(folder / "being written") as new:
         new.file.write(bytes(100))
         for number in range(20):
             cache.put(str(number), "etag", bytes(900))

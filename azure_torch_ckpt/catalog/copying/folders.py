@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from azure_torch_ckpt._internal.atomic_file import NewFile, is_part, remove_abandoned
+from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import MARK, BlobSink, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
@@ -315,7 +315,7 @@ class FileSink:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._new: NewFile | None = None
+        self._new: AtomicFile | None = None
         self._lock = threading.Lock()
 
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
@@ -355,11 +355,11 @@ class FileSink:
             if new is not None:
                 new.abandon()
 
-    def _open(self) -> NewFile:
+    def _open(self) -> AtomicFile:
         with self._lock:
             if self._new is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._new = NewFile(self._path)
+                self._new = AtomicFile(self._path)
             return self._new
 
 
