@@ -28,7 +28,7 @@ from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, PickledCredential
 from azure_torch_ckpt.datasets import BlobDataset
 from azure_torch_ckpt.errors import AccessDeniedError, CredentialError
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.store_support import sas_for
+from tests.blobs.stores import sas_for
 from tests.support.fake_credentials import (
     AZURE,
     CUSTOM,

@@ -24,7 +24,7 @@ from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Gather
-from tests.blobs.store_support import KEY, ODD_NAMES, sas_for
+from tests.blobs.stores import KEY, ODD_NAMES, sas_for
 from tests.support.faults import Answer, Exchange, Kind
 from tests.support.proxy import FaultProxy
 

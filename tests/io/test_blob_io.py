@@ -25,10 +25,10 @@ from azure_torch_ckpt import (
     LocationError,
 )
 from azure_torch_ckpt.emulator import Azurite
-from tests.io.blob_io_support import LINES, MIB, client, content, put
+from tests.io.blobs import LINES, MIB, client, content, put
 from tests.support.proxy import FaultProxy
 
-pytest_plugins = ("tests.io.blob_io_support",)
+pytest_plugins = ("tests.io.blobs",)
 
 # Arguments
 

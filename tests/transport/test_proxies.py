@@ -30,9 +30,9 @@ from azure_torch_ckpt.transport.buffers import Gather
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from tests.support.faults import Cut
 from tests.support.proxy import FaultProxy
-from tests.transport.transport_support import KIB, MIB, Blobs, some_bytes
+from tests.transport.signed_requests import KIB, MIB, Blobs, some_bytes
 
-pytest_plugins = ("tests.transport.transport_support",)
+pytest_plugins = ("tests.transport.signed_requests",)
 
 
 # ---- Proxies from the environment ----------------------------------------------------------------------------------
