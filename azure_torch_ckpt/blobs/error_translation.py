@@ -17,7 +17,7 @@ from azure_torch_ckpt.errors import (
     StoreError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.transport.retry import COPY_SOURCE, DAMAGED, HEALING_STATUS, NOT_SUPPORTED, error_code
+from azure_torch_ckpt.transport.retry import COPY_SOURCE, DAMAGED, NOT_SUPPORTED, PASSING_STATUS, error_code
 
 __all__ = ["translate"]
 
@@ -128,7 +128,7 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
         return _not_there(code, said, location, anonymous)
     if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
         return BlobChangedError(said)
-    if status in HEALING_STATUS and code != NOT_SUPPORTED:
+    if status in PASSING_STATUS and code != NOT_SUPPORTED:
         return ServiceUnavailableError(f"{said}, also after retries. The service is busy or down; try again later")
     if code in DAMAGED:
         return RequestRefusedError(

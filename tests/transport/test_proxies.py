@@ -147,10 +147,10 @@ def test_a_proxy_without_a_port_is_at_that_of_http(
     monkeypatch.setenv(f"{scheme}_proxy", url)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    way = connections.route(scheme, "account.blob.core.windows.net", None)
-    assert way.proxy is not None
-    assert (way.proxy.host, way.proxy.port) == (host, port)
-    assert "hunter2" not in repr(way) and "c29tZ" not in repr(way)
+    route = connections.find_route(scheme, "account.blob.core.windows.net", None)
+    assert route.proxy is not None
+    assert (route.proxy.host, route.proxy.port) == (host, port)
+    assert "hunter2" not in repr(route) and "c29tZ" not in repr(route)
 
 
 @pytest.mark.parametrize(
