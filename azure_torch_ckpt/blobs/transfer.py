@@ -1,7 +1,7 @@
 """Uploads and downloads as lists of memory views: cut into blocks and ranges, moved by a bounded set of workers.
 
-An `Upload` gathers items (views that follow one another) into the blocks of one blob; a `Download` scatters ranges of
-any number of blobs into views. The first error of a worker stops the others and is raised to the caller.
+An `Upload` gathers items (lists of views) into the blocks of one blob; a `Download` scatters ranges of any number of
+blobs into views. The first error of a worker stops the others and is raised to the caller.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from azure_torch_ckpt.transport.buffers import Cancel, Gather
 
 __all__ = ["GAP", "Check", "Download", "Item", "Read", "Segment", "Upload"]
 
-# Bytes nobody asked for that are fetched rather than starting another request: at tens of MB/s a connection and some
-# 20 ms a request, 128 KiB cost less than the request.
+# Unrequested bytes that are fetched to save a request: at tens of MB/s a connection and some 20 ms a request, 128 KiB
+# cost less than the request.
 GAP = 128 * 1024
-# Runs shorter than this are received together and copied: a receive or three for each would cost more.
+# Shorter ranges are received together and copied: receiving each separately would cost more.
 _COPY_BELOW = 32 * 1024
 
 
 @dataclass(slots=True)
 class Segment:
-    """The part of an item that lies in one block. `crc64` is there once the block is staged."""
+    """The bytes of an item that are in one block. `crc64` is set once the block is staged."""
 
     views: list[memoryview] = field(default_factory=list)
     length: int = 0
@@ -41,14 +41,14 @@ class Segment:
 
 @dataclass(slots=True)
 class Item:
-    """What one call of `Upload.add` wrote: `length` bytes at `offset` of the blob."""
+    """The result of one call of `Upload.add`: `length` bytes at `offset` of the blob."""
 
     offset: int
     length: int = 0
     segments: list[Segment] = field(default_factory=list)
 
     def crc64(self) -> int:
-        """CRC64-NVME of the item's bytes; valid after `Upload.finish`."""
+        """Return the CRC64-NVME of the item's bytes; valid after `Upload.finish`."""
         if len(self.segments) == 1:
             return self.segments[0].crc64
         crc = 0
@@ -60,14 +60,14 @@ class Item:
 class Upload:
     """One blob, written as parallel blocks, visible only after `finish`.
 
-    At most ``options.concurrency + 4`` blocks are held at a time, so `add` waits when the network is slower than its
-    caller. Use it as a context manager: an exception inside stops the workers, and nothing is committed.
+    At most ``options.concurrency + 4`` blocks are in memory, so `add` waits when the network is slower than its caller.
+    Use it as a context manager: an exception inside stops the workers, and nothing is committed.
 
     Args:
         path: the blob's name in the container.
-        total: about how many bytes will come; it decides the size of the blocks. None where nobody knows: the blocks
-            grow with the blob.
-        moved: called by a worker with the bytes of each block that has arrived.
+        total: the expected number of bytes, which determines the size of the blocks. None if unknown: the blocks grow
+            with the blob.
+        moved: called by a worker with the size of each block that has arrived.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Upload:
         """Append an item: one-dimensional byte views, whose memory must not change before `finish` returns.
 
         Args:
-            copies: whether nobody but the upload holds the views' memory. Each view of up to a block is then put into
-                one block, not two, so that a block that is staged leaves none of it behind.
+            copies: whether only the upload holds the views' memory. Each view of up to a block is then put into one
+                block, not two, so that staging a block frees all memory of its views.
 
         Raises:
             StoreError: a block could not be staged.
@@ -108,7 +108,7 @@ class Upload:
         if not copies:
             views = list(views)
             size = sum(view.nbytes for view in views)
-            if size <= self._room:  # as most items of a checkpoint of many small ones
+            if size <= self._room:  # most items of a checkpoint with many small ones
                 segment = Segment(views, size)
                 self._block.append(segment)
                 self._room -= size
@@ -139,7 +139,7 @@ class Upload:
         return item
 
     def finish(self) -> None:
-        """Wait for all blocks and commit the blob. Without any bytes, nothing is written.
+        """Wait for all blocks and commit the blob. Without any bytes, write nothing.
 
         Raises:
             StoreError: a block could not be staged, or the blob could not be committed.
@@ -148,7 +148,7 @@ class Upload:
             self._store.commit_blocks(self._path, block_ids)
 
     def stage(self) -> list[str]:
-        """Send the unfinished block as well, wait for all of them, and return their ids. More can be added.
+        """Send the unfinished block, wait for all blocks, and return their ids. More can be added afterwards.
 
         Raises:
             StoreError: a block could not be staged.
@@ -159,7 +159,7 @@ class Upload:
         return self._staging.ids(range(self._blocks))
 
     def settle(self) -> None:
-        """Let the memory that was given to `add` so far go: wait for the full blocks, copy the unfinished one.
+        """Release the memory that was given to `add` so far: wait for the full blocks, copy the unfinished one.
 
         Raises:
             StoreError: a block could not be staged.
@@ -169,7 +169,7 @@ class Upload:
         self._workers.finish()
 
     def abort(self, *, wait: bool = True) -> None:
-        """Break off; nothing is committed. With `wait`, no memory that was given to `add` is used afterwards."""
+        """Stop and commit nothing. With `wait`, no memory that was given to `add` is used afterwards."""
         self._workers.abort(wait=wait)
 
     def _new_segment(self, item: Item) -> Segment:
@@ -199,17 +199,17 @@ class Upload:
         body = Gather(views)
         self._staging.stage(number, body, crc, self._cancel)
         for segment in block:
-            segment.views = []  # the item lives on for its checksum; its memory need not
+            segment.views = []  # the item stays for its checksum, without its memory
         if self._moved is not None:
             self._moved(len(body))
 
 
 class Check:
-    """The checksum of an item that is read whole, in any number of parts and by any number of threads.
+    """Checks the checksum of an item that is read completely, in any number of parts and by any number of threads.
 
     Args:
         expected: CRC64-NVME of the item's `length` bytes.
-        mismatch: called with the CRC64 that was found instead, by the worker that received the last part.
+        mismatch: called with another CRC64 that the bytes have, by the worker that received the last part.
     """
 
     __slots__ = ("_expected", "_left", "_lock", "_mismatch", "_parts")
@@ -222,38 +222,38 @@ class Check:
         self._lock = threading.Lock()
 
     def add(self, offset: int, *views: memoryview) -> None:
-        """Take in the part that starts at `offset` and lies in `views`; the last one to come compares."""
-        found = length = 0
+        """Add the bytes in `views`, which start at `offset`; the last call compares the checksums."""
+        crc = length = 0
         for view in views:
-            found = crc64(view, found)
+            crc = crc64(view, crc)
             length += view.nbytes
         with self._lock:
             self._left -= length
             if self._parts or self._left > 0:
-                self._parts.append((offset, found, length))
+                self._parts.append((offset, crc, length))
             if self._left > 0:
                 return
         if self._parts:
-            found = 0
+            crc = 0
             for _, part_crc, part_length in sorted(self._parts):
-                found = combine(found, part_crc, part_length)
-        if found != self._expected:
-            self._mismatch(found)
+                crc = combine(crc, part_crc, part_length)
+        if crc != self._expected:
+            self._mismatch(crc)
 
 
 @dataclass(slots=True)
 class Read:
-    """A run of bytes of one blob, and where it goes.
+    """A range of one blob to be read, and its destination.
 
     Attributes:
         path: the blob's name in the container.
         offset: of the first byte in the blob.
         length: bytes.
-        dest: writable bytes that the run is received into, or its bytes from `skip` on; None for a buffer that lives
-            as long as `use`.
+        dest: writable bytes for the range, or for its bytes from `skip` on; None for a buffer that lives as long as
+            `use` runs.
         use: called by a worker with the received bytes.
-        check: the item's checksum, if the item is read whole.
-        skip: bytes of the run before those for `dest`. These, and those behind, are only for the check.
+        check: the item's checksum, if the whole item is read.
+        skip: bytes before those for `dest`. They, and those behind, are only for the check.
     """
 
     path: str
@@ -268,14 +268,14 @@ class Read:
 class Download:
     """Ranges of any number of blobs, received in parallel.
 
-    Runs that lie close together in a blob share a request. Runs with a `Read.dest` may be of any length and are
-    split; the others must not be longer than `part_size`, which is what bounds the memory.
+    Neighbouring ranges of a blob share a request. Ranges with a `Read.dest` may have any length and are split; the
+    others must not be longer than `part_size`, which bounds the memory.
 
     Args:
-        total: about how many bytes will be read; it decides the size of the requests.
+        total: the expected number of bytes, which determines the size of the requests.
         if_etag: read only from a blob with this ETag.
-        moment: where its URL names a snapshot or a version, that one is read.
-        moved: called by a worker with the bytes of each request that was answered, without those nobody asked for.
+        moment: if it names a snapshot or a version, that one is read.
+        moved: called by a worker with the number of bytes of each answered request, without unrequested bytes.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class Download:
         self._moved = moved
         self.part_size = store.options.part_size(total)
         self._etags: dict[str, str] = {}
-        # Scratch memory that a request is done with. To take it anew from the system costs a page fault per 4 KiB.
+        # Scratch memory of finished requests. New memory from the system costs a page fault per 4 KiB.
         self._free: list[bytearray] = []
 
     def run(self, reads: Iterable[Read]) -> None:
@@ -303,7 +303,7 @@ class Download:
             BlobNotFoundError: a blob is missing.
             BlobChangedError: a blob was replaced between two requests, or has another ETag than `if_etag`.
             RequestRefusedError: a blob is shorter than a range (``status`` is 416).
-            StoreError: for other reasons; and whatever a `Check` or a `Read.use` raises.
+            StoreError: for other reasons; and the errors of a `Check` or a `Read.use`.
         """
         cancel = Cancel()
         run_all(
@@ -314,7 +314,7 @@ class Download:
         )
 
     def _requests(self, reads: Iterable[Read]) -> list[list[Read]]:
-        """Runs that one request fetches, in the order of their offsets."""
+        """Return the ranges of each request, in the order of their offsets."""
         parts: list[Read] = []
         for read in reads:
             if 0 < read.length <= self.part_size:
@@ -323,7 +323,7 @@ class Download:
                 parts += self._split(read)
         requests: list[list[Read]] = []
         path, start, end = "", 0, 0
-        most = self.part_size + GAP  # an item's envelope must not cost a request
+        most = self.part_size + GAP  # an item's envelope should not need a request of its own
         with CollectorPause():
             parts.sort(key=operator.attrgetter("path", "offset"))
             for part in parts:
@@ -355,9 +355,9 @@ class Download:
 
     def _fetch(self, request: list[Read], cancel: Cancel) -> None:
         path, end = request[0].path, request[0].offset
-        used = 0  # bytes of scratch memory: gaps, envelopes, and small runs, for which a receive each would cost more
+        used = 0  # bytes of scratch memory: gaps, envelopes and small ranges
         placed: list[tuple[Read, int]] = []
-        direct: list[tuple[int, memoryview]] = []  # destinations, each with the scratch bytes that come before it
+        direct: list[tuple[int, memoryview]] = []  # destinations, each with the number of scratch bytes before it
         with CollectorPause():
             for read in request:
                 used += read.offset - end
@@ -401,16 +401,16 @@ class Download:
 
 
 def _deliver(read: Read, scratch: memoryview, position: int) -> None:
-    """Bring a run to where it belongs. What was not received right there lies in `scratch` from `position` on."""
+    """Copy a range to its destination, unless it was received there. Its other bytes are in `scratch` at `position`."""
     dest, length = read.dest, read.length
     if dest is None or length < _COPY_BELOW:
-        run = scratch[position : position + length]
+        received = scratch[position : position + length]
         if read.check is not None:
-            read.check.add(read.offset, run)
+            read.check.add(read.offset, received)
         if dest is None:
-            dest = run
+            dest = received
         else:
-            dest[:] = run[read.skip : read.skip + dest.nbytes]
+            dest[:] = received[read.skip : read.skip + dest.nbytes]
     elif read.check is not None:
         inside = position + read.skip
         behind = position + length - dest.nbytes

@@ -189,12 +189,12 @@ def described(size: int, data: int, **expected: Any) -> Callable[[tuple[bytes, B
 IS_A_DIRECTORY = lambda info: info.is_folder and info.size == 0 and info.etag == ETAG  # noqa: E731
 # A source that the service cannot read is no reason to wait: the bytes can go through this machine.
 NO_SOURCE = Refused(RequestRefusedError, "copy the data through this machine")
-DAMAGED = Refused(RequestRefusedError, "what arrived is not what was checksummed", (5, 25))
+DAMAGED = Refused(RequestRefusedError, "do not have the checksum", (5, 25))
 CHANGED = Refused(BlobChangedError, "412 ConditionNotMet")
 ACCESS = Refused(AccessDeniedError, "Check that the credential")
 ANONYMOUS = Refused(AccessDeniedError, "Pass a credential=")
 NO_BLOB = Refused(BlobNotFoundError, "404 BlobNotFound")
-CPK = Refused(RequestRefusedError, "encrypted with a key that each request must bring.*Store it again")
+CPK = Refused(RequestRefusedError, "encrypted with a key that each request must send.*Store it again")
 IMMUTABLE = Refused(RequestRefusedError, "immutability policy.*Write to another name")
 OTHER_PATH = Refused(RequestRefusedError, "made over the account's dfs endpoint.*Delete it first")
 
@@ -227,7 +227,9 @@ EXPECTED: dict[str, list[tuple[Act, Any]]] = {
     "get-blob-range-of-empty": [(get_blob_to_its_end, lambda got: got[0] == b"" and got[1].size == 0)],
     "get-blob-missing": [(get_blob, NO_BLOB)],
     "get-blob-cpk": [(get_blob, CPK)],
-    "get-blob-anonymous-old": [(get_blob, Refused(ContainerNotFoundError, "a private container answers so as well"))],
+    "get-blob-anonymous-old": [
+        (get_blob, Refused(ContainerNotFoundError, "a private container gives the same answer"))
+    ],
     "head-missing": [(get_properties, NO_BLOB)],
     "head-no-container": [(get_properties, Refused(ContainerNotFoundError, "Create the container"))],
     "head-if-match": [(get_properties_if_match, CHANGED)],
@@ -242,7 +244,7 @@ EXPECTED: dict[str, list[tuple[Act, Any]]] = {
     "delete": [(delete_blob, True)],
     "delete-missing": [(delete_blob, False)],
     "delete-if-match": [(delete_blob_if_match, CHANGED)],
-    "delete-leased": [(delete_blob, Refused(RequestRefusedError, "holds a lease.*break it"))],
+    "delete-leased": [(delete_blob, Refused(RequestRefusedError, "A lease protects.*break it"))],
     "delete-snapshots-present": [(delete_blob, Refused(RequestRefusedError, "Delete those first"))],
     "delete-snapshots-include": [(delete_blob, True)],
     "delete-anonymous": [(delete_blob, ANONYMOUS)],
@@ -263,14 +265,14 @@ EXPECTED: dict[str, list[tuple[Act, Any]]] = {
     "copy-source-unreachable": [(copy_from_url, NO_SOURCE), (put_block_from_url, NO_SOURCE)],
     "copy-source-firewall": [(copy_from_url, NO_SOURCE), (put_block_from_url, NO_SOURCE)],
     "copy-of-empty": [(copy_from_url, NO_SOURCE)],
-    "put-block-other-id-length": [(put_block, Refused(RequestRefusedError, "take another name"))],
+    "put-block-other-id-length": [(put_block, Refused(RequestRefusedError, "another name"))],
     "put-block-on-dfs-file": [(put_block, OTHER_PATH), (put_block_list, OTHER_PATH)],
     "delete-hns-directory-with-snapshots-header": [
         (delete_blob, Refused(RequestRefusedError, "directory of a hierarchical namespace"))
     ],
     "delete-hns-directory-not-empty": [
         (delete_directory, False),
-        (delete_blob, Refused(RequestRefusedError, "Delete what lies in it first")),
+        (delete_blob, Refused(RequestRefusedError, "Delete its content first")),
     ],
     "blob-immutable": [(put_blob, IMMUTABLE), (delete_blob, IMMUTABLE)],
     "blob-archived": [(get_blob, Refused(RequestRefusedError, "Move it to an online tier"))],
