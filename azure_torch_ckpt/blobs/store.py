@@ -292,8 +292,8 @@ class BlobStore(ServiceCopy, ContainerListing):
             return etag
         if len(data) != dest.size:
             error = RequestRefusedError(
-                f"could not read {dest.size} bytes at offset {offset} of {self.location}/{path}: it has only {len(data)}"
-                " there; the blob is shorter than expected"
+                f"could not read {dest.size} bytes at offset {offset} of {self.location}/{path}, got {len(data)}: "
+                "the blob is shorter than expected"
             )
             error.status = 416
             raise error

@@ -249,9 +249,9 @@ class Accounts:
     """One emulator with two accounts: what is signed for one is no good for the other."""
 
     def __enter__(self) -> Accounts:
-        from azure_torch_ckpt import emulator
+        from azure_torch_ckpt._internal.azurite_installation import find_azurite
 
-        node, script = emulator._find_azurite()
+        node, script = find_azurite()
         options = ["--loose", "--skipApiVersionCheck", "--silent", "--inMemoryPersistence", "--disableTelemetry"]
         self._process = subprocess.Popen(
             [node, str(script), *options, "--blobPort", "0"],
