@@ -39,8 +39,8 @@ _Mode = Literal["rb", "wb", "xb"]
 _PEEK = 64 * 1024
 _NO_FILE = (
     "A blob is not a file on this machine, so it has no file descriptor and cannot be mapped into memory. Omit "
-    "mmap=True: torch.load(BlobIO(url, 'rb')) reads every tensor directly into its own memory. To map it nevertheless, copy it "
-    "first: `with open(path, 'wb') as file: shutil.copyfileobj(blob, file, 2**25)`, and load that path"
+    "mmap=True: torch.load(BlobIO(url, 'rb')) reads every tensor directly into its own memory. To map it nevertheless, "
+    "copy it first: `with open(path, 'wb') as file: shutil.copyfileobj(blob, file, 2**25)`, and load that path"
 )
 # torch.load(mmap=True) refuses every file object with a plain ValueError, "f must be a file path in order to use the
 # mmap argument", before it uses the object in any way. So its words are the only sign of it; tests/io/test_formats.py
