@@ -11,7 +11,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 
 from azure_torch_ckpt.blobs.blob_copy import copy_blob
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.layout import remove_empty_folders
+from azure_torch_ckpt.dcp.removal import remove_empty_folders
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobExistsError,
