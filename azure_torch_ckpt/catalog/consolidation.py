@@ -19,12 +19,12 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.copying.folders import BlobEnd, FileSink, FolderEnd, open_end
 from azure_torch_ckpt.catalog.copying.report import CopyFigures
 from azure_torch_ckpt.catalog.torch_file import Placeholders, outline
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, stand_at
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, objects_of, parts_of, tensors_of
 from azure_torch_ckpt.dcp.tensors.memory import readable
 from azure_torch_ckpt.errors import (
@@ -40,6 +40,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.huggingface.safetensors_head import as_text, safetensors_head
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["ConsolidateReport", "Format", "consolidate"]
@@ -77,7 +78,7 @@ def consolidate(
     format: Format | None = None,
     keys: Callable[[str], bool] | None = None,
     overwrite: bool = False,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     credential: Credential = None,
     dst_credential: Credential = None,
     options: TransferOptions | None = None,
@@ -100,7 +101,7 @@ def consolidate(
         format: None tells by the suffix: ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` are torch's.
         keys: only what it accepts is written; it is called with flattened names.
         overwrite: replace a file that is there. False refuses before anything is read.
-        progress: called with the bytes written, and those of the whole file.
+        progress: as for `AzureBlobReader`; counts the bytes written.
         credential: for both ends.
         dst_credential: for the target, if it needs another one. It has to allow writing and nothing else.
 
@@ -115,6 +116,7 @@ def consolidate(
         LocalFileError: the file could not be written.
         StoreError: the service could not be asked.
     """
+    check_progress(progress)
     kind = _format(format, dst)
     if str(dst).endswith("/"):
         raise LocationError("The target ends with a slash, which says that it is a folder; append the name of the file")
@@ -138,7 +140,8 @@ def consolidate(
         else:
             size, data = _safetensors_file(checkpoint, tensors, objects, window)
         try:
-            with byte_meter("consolidate", checkpoint.url, size, progress) as meter, contextlib.closing(data):
+            zero = Progress("consolidate", checkpoint.url, job_rank(), 0, size, 0.0)
+            with Meter(progress, zero) as meter, contextlib.closing(data):
                 for view in data:
                     output.write(view)
                     meter.moved(view.nbytes)

@@ -16,15 +16,15 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.contents import dtype_name
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, open_standing
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.dcp.tensor_stream import Part, ahead, object_bytes, parts_of, tensors_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.progress import Meter
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 
 __all__ = ["Change", "CheckpointDiff", "diff"]
 
@@ -87,7 +87,7 @@ def diff(
     b: str | os.PathLike[str] | BlobLocation,
     *,
     values: bool = False,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     credential: Credential = None,
     b_credential: Credential = None,
     options: TransferOptions | None = None,
@@ -102,7 +102,7 @@ def diff(
             tensor that both stored in the same chunks, with the same CRC64 and length of every item, counts as the same
             without being read; whether what is stored still has that checksum, `verify` tells. Objects are compared by
             their pickles, and where these differ after ``torch.load(weights_only=True)``.
-        progress: called with the bytes that were read so far and those that will be, of both.
+        progress: as for `AzureBlobReader`; counts the bytes read from both. Nothing is reported without `values`.
         credential: for both.
         b_credential: for the second one, if it needs another one.
 
@@ -111,6 +111,7 @@ def diff(
         UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: one of them cannot be read.
         StoreError: the service could not be asked.
     """
+    check_progress(progress)
     whole = options or TransferOptions()
     # A third for each reader, of which half is for windows, and a third for the comparison.
     third = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 3, _MIB))
@@ -149,7 +150,7 @@ def _values(
     other: StandingCheckpoint,
     keys: list[str],
     options: TransferOptions,
-    progress: ByteProgress | None,
+    progress: ProgressOption,
 ) -> list[Change]:
     doubtful = {key for key in keys if not _same_checksums(one, other, key)}
     mine, theirs = tensors_of(one, doubtful.__contains__), tensors_of(other, doubtful.__contains__)
@@ -157,7 +158,7 @@ def _values(
     objects = [key for key in keys if key in doubtful and key not in mine]
     lengths = [_length(checkpoint, key) for checkpoint in (one, other) for key in objects]
     total = 2 * sum(math.prod(mine[key].size) * mine[key].properties.dtype.itemsize for key in tensors) + sum(lengths)
-    with byte_meter("diff", one.url, total, progress) as meter:
+    with Meter(progress, Progress("diff", one.url, job_rank(), 0, total, 0.0)) as meter:
         found = _objects(one, other, objects, options.memory_budget // 2, meter)
         # Three windows of each may exist at a time.
         window = options.memory_budget // 8

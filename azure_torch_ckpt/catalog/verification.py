@@ -6,7 +6,6 @@ import os
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.bytemeter import ByteProgress
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, compare
 from azure_torch_ckpt.dcp.verification import verify as verify_checkpoint
@@ -15,6 +14,7 @@ from azure_torch_ckpt.huggingface.leftovers import saved_files_at
 from azure_torch_ckpt.huggingface.reader import AzureBlobHuggingFaceReader
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import ProgressOption
 
 __all__ = ["verify"]
 
@@ -24,7 +24,7 @@ def verify(
     *,
     credential: Credential = None,
     sample: float = 1.0,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> VerifyReport:
@@ -38,7 +38,7 @@ def verify(
     Args:
         url: the checkpoint's place.
         sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
-        progress: called with the bytes that were read so far and those that will be; see `ByteProgress`.
+        progress: as for `AzureBlobReader`; counts the bytes read.
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint and no model.

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
 from azure_torch_ckpt.blobs.settings import CopiedSettings
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.copying.file_copy import CopyRun, FileCopy
 from azure_torch_ckpt.catalog.copying.folders import BlobEnd, End, FolderEnd, open_end
 from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, in_parallel, plan_copy
 from azure_torch_ckpt.catalog.copying.report import CopyFigures
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 
 __all__ = ["CopyReport", "copy"]
 
@@ -51,7 +52,7 @@ def copy(
     *,
     overwrite: bool = False,
     verify: bool = True,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     credential: Credential = None,
     dst_credential: Credential = None,
     options: TransferOptions | None = None,
@@ -81,7 +82,7 @@ def copy(
         verify: compare the checksums of all items also where that takes reading the copy: of what the service has
             fetched without telling its CRC64, and of files that were there. Data that goes through this machine is
             always compared.
-        progress: called with the bytes that have arrived or were there, and those of all blobs.
+        progress: as for `AzureBlobReader`; counts the bytes that have arrived or were there already.
         credential: for both ends.
         dst_credential: for the target, if it needs another one. For a new checkpoint it has to allow writing and
             nothing else; what was copied by a copy that was broken off is then copied again.
@@ -96,6 +97,7 @@ def copy(
         LocalFileError: a file could not be read or written.
         StoreError: the service could not be asked.
     """
+    check_progress(progress)
     options = options or TransferOptions()
     source = open_end(src, Access(credential, options, ca_file))
     target = open_end(dst, Access(credential if dst_credential is None else dst_credential, options, ca_file))
@@ -107,7 +109,7 @@ def copy(
         files = [file for plan in plans for file in plan.files]
         total = sum(file.source.size for file in files)
         target.sweep()
-        with byte_meter("copy", source.where, total, progress) as meter:
+        with Meter(progress, Progress("copy", source.where, job_rank(), 0, total, 0.0)) as meter:
             run = CopyRun(
                 source=source,
                 target=target,
