@@ -77,9 +77,9 @@ def check_progress(option: ProgressOption) -> None:
 class Meter:
     """Counts the bytes of one transfer and reports them, ten times a second at most and one report at a time.
 
-    A context manager: entering reports the bytes so far, leaving reports the end. After an error it does not report the
-    end, nor after `pause`. If a callback raises, the error is logged once and the callback is not called again: a broken
-    display must not cost a checkpoint.
+    A context manager: entering reports the bytes so far, leaving reports the end. After an error, and after `pause`,
+    leaving reports nothing. If a callback raises, the error is logged once and the callback is not called again: a
+    broken display must not cost a checkpoint.
 
     Args:
         option: ``progress=`` as the user gave it.
@@ -190,7 +190,7 @@ class TqdmBar:
     def __call__(self, done: int | Progress, total: int | None = None) -> None:
         """Show a `Progress`, or a number of bytes done and a total."""
         if isinstance(done, Progress):
-            done, total = done.done, done.total
+            total, done = done.total, done.done
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         self._bar.refresh()
