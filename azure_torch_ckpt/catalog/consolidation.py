@@ -186,9 +186,7 @@ def _format(format: Format | None, dst: str | os.PathLike[str] | BlobLocation) -
     name = dst.name if isinstance(dst, BlobLocation) else os.fspath(dst).partition("?")[0]
     suffix = os.path.splitext(name)[1].lower()
     if suffix not in _SUFFIXES:
-        raise ValueError(
-            f"the suffix {suffix!r} implies no format; use one of {', '.join(_SUFFIXES)}, or pass format="
-        )
+        raise ValueError(f"the suffix {suffix!r} implies no format; use one of {', '.join(_SUFFIXES)}, or pass format=")
     return _SUFFIXES[suffix]
 
 
