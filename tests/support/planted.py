@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from azure_torch_ckpt import AzureBlobWriter, BlobLocation
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from tests.support.mixed_checkpoint import KEY, blobs_below
 
 
@@ -39,3 +40,12 @@ def plant(container: str, names: Iterable[str]) -> None:
         list(pool.map(at, names))
     for path in blobs:
         store.delete(f"seed/{path}")
+
+
+def plant_leftovers(container: str, checkpoint: str, ranks: int = 2) -> list[str]:
+    """Put data blobs of 10 bytes as a save that was killed before its commit; return their paths."""
+    save_id = new_save_id()
+    paths = [f"{checkpoint}/{save_id}/__{rank}_0.distcp".lstrip("/") for rank in range(ranks)]
+    for path in paths:
+        put(container, path, b"1234567890")
+    return paths

@@ -21,8 +21,8 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.cli.app import app
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
-from tests.cli import cli_docs
-from tests.cli.cli_runs import cli, cli_on_terminal
+from tests.cli import docs_pages
+from tests.cli.command_process import cli, cli_on_terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -213,9 +213,9 @@ def test_a_terminal_gets_a_bar_with_bytes(run: str, tmp_path: Path) -> None:
 
 
 def test_the_pages_are_the_command_s_help() -> None:
-    folder = cli_docs.FOLDER
+    folder = docs_pages.FOLDER
     there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
-    assert there == cli_docs.pages(), "run: python -m tests.cli.cli_docs"
+    assert there == docs_pages.pages(), "run: python -m tests.cli.docs_pages"
     assert {path.stem for path in (folder / "schema").iterdir()} == {name[:-3] for name in there} - {"README"}
 
 
@@ -246,10 +246,7 @@ def test_without_rich_the_command_says_what_to_install() -> None:
     script = "import sys; sys.modules['rich'] = None; from azure_torch_ckpt.cli import main; main()"
     done = python("-c", script, "ls")
     assert done.returncode == 7
-    assert done.stderr == (
-        "azure-torch-ckpt: error: the command needs rich. Install what belongs to it: "
-        "pip install 'azure-torch-ckpt[cli]'\n"
-    )
+    assert done.stderr == ("azure-torch-ckpt: error: the command needs rich: pip install 'azure-torch-ckpt[cli]'\n")
 
 
 def test_consolidate_writes_what_torch_loads(run: str, tmp_path: Path) -> None:

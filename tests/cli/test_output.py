@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from rich.text import Text
 
 from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.cli.exit_codes import in_words_of_the_command
+from azure_torch_ckpt.cli.messages import message_for_people
 from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.emulator import Azurite
-from tests.cli.cli_runs import cli, cli_on_terminal
+from tests.cli.command_process import cli, cli_on_terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -140,7 +140,7 @@ def test_an_empty_argument_is_no_folder_and_no_credential(container: str) -> Non
         done = cli(*command, option, "")
         assert done.code == 2 and f"{option} is empty" in done.err
         done = cli(*command, option, "junk")
-        assert done.code == 2 and f"{option} is no shared access signature" in done.err and "junk" not in done.err
+        assert done.code == 2 and f"{option} is not a shared access signature" in done.err and "junk" not in done.err
         done = cli(*command, option, "-")
         assert done.code == 2 and f"{option} - reads the SAS from standard input" in done.err
 
@@ -168,17 +168,15 @@ def test_messages_speak_of_options(container: str, tmp_path: Path) -> None:
 
 
 def test_words_of_the_command() -> None:
-    assert in_words_of_the_command("leave it out with keys=, or write a .pt file") == (
+    assert message_for_people("leave it out with keys=, or write a .pt file") == (
         "leave it out with --match, or write a .pt file"
     )
-    assert (
-        in_words_of_the_command("on the way: verify() tells what") == "on the way: azure-torch-ckpt verify tells what"
-    )
-    assert in_words_of_the_command("use overwrite=True; pass its PEM file as ca_file=") == (
+    assert message_for_people("on the way: verify() tells what") == "on the way: azure-torch-ckpt verify tells what"
+    assert message_for_people("use overwrite=True; pass its PEM file as ca_file=") == (
         "use --overwrite; pass its PEM file as --ca-file"
     )
     url = "https://a.blob.core.windows.net/c/format=/keys=, 'keys=' a.keys=. &format= x"
-    assert in_words_of_the_command(url) == url
+    assert message_for_people(url) == url
 
 
 def test_the_cost_of_a_row() -> None:

@@ -1,6 +1,6 @@
 """A process that consolidates a checkpoint and prints how much its memory grew, and the file's size, as JSON.
 
-Run as ``python -m tests.catalog.consolidate_child URL TARGET KEY BUDGET``.
+Run as ``python -m tests.catalog.consolidate_memory URL TARGET KEY BUDGET``.
 """
 
 from __future__ import annotations

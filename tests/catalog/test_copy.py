@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,22 +35,18 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
-from tests.catalog.test_verify_prune import save_without_collectives
+from azure_torch_ckpt.progress import Progress
+from tests.catalog.catalog_process import start
 from tests.support.faults import Answer, Call, Kill
 from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, flip_in_storage, item_of, load, save
 from tests.support.planted import content, plant, put
 from tests.support.proxy import FaultProxy, meet
 from tests.support.put_block_from_url import FromUrlServer
+from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def other(azurite: Azurite, container: str) -> str:
-    """Another container."""
-    return azurite.create_container("to-" + container.rpartition("-")[2])
 
 
 def through(proxy: FaultProxy, url: str) -> str:
@@ -64,13 +59,13 @@ def test_the_service_moves_the_data_of_all_checkpoints_at_once(proxy: FaultProxy
     put(container, "run/step-1/meta.pt", b"a framework's own")
     put(container, f"run/step-1/{new_save_id()}/__0_0.distcp", b"of a failed save")
     put(container, f"run/step-3/{new_save_id()}/__0_0.distcp", b"of a running save")
-    told: list[tuple[int, int]] = []
+    reports: list[Progress] = []
     report = copy(
         through(proxy, f"{container}/run"),
         through(proxy, f"{other}/deep/er"),
         credential=KEY,
         verify=False,
-        progress=lambda done, total: told.append((done, total)),
+        progress=reports.append,
     )
     for step in (1, 2):
         assert_right(load(f"{other}/deep/er/step-{step}"), step)
@@ -83,8 +78,9 @@ def test_the_service_moves_the_data_of_all_checkpoints_at_once(proxy: FaultProxy
     assert (report.blobs, report.skipped) == (5, 0)
     assert report.bytes == sum(entry.size for entry in found)
     data = report.bytes - sum(len(content(container, f"run/step-{step}/.metadata")) for step in (1, 2))
-    assert told[0] == (0, data) and told[-1] == (data, data)
-    # A listing of each end; of each checkpoint its metadata, read and written, and a request for each other blob.
+    assert (reports[0].operation, reports[0].url) == ("copy", through(proxy, f"{container}/run"))
+    assert [(told.done, told.total) for told in (reports[0], reports[-1])] == [(0, data), (data, data)]
+    # A listing of source and destination; for each checkpoint its metadata, read and written; and each other blob.
     assert [proxy.count(kind) for kind in ("List", "Get Blob", "Copy Blob", "Put Blob")] == [2, 2, 3, 2]
     assert proxy.count() == 9
     assert all(seen.kind == "Put Blob" for seen in proxy.log[-2:])  # the metadata, last
@@ -93,15 +89,15 @@ def test_the_service_moves_the_data_of_all_checkpoints_at_once(proxy: FaultProxy
 def test_a_second_copy_moves_nothing(proxy: FaultProxy, container: str, other: str) -> None:
     save(f"{container}/a", 1)
     copy(f"{container}/a", f"{other}/a", credential=KEY)
-    told: list[tuple[int, int]] = []
+    reports: list[Progress] = []
     report = copy(
         through(proxy, f"{container}/a"),
         through(proxy, f"{other}/a"),
         credential=KEY,
-        progress=lambda done, total: told.append((done, total)),
+        progress=reports.append,
     )
     assert (report.bytes, report.blobs, report.skipped) == (0, 0, 2)
-    assert told[-1][0] == told[-1][1] > 0
+    assert reports[-1].done == reports[-1].total > 0
     assert {seen.kind for seen in proxy.log} == {"List", "Get Blob"} and proxy.count("Get Blob") == 2
 
 
@@ -111,19 +107,9 @@ def test_a_copy_that_is_killed_is_invisible_and_goes_on(
 ) -> None:
     """Killed at the first blob, at the second one, and at the metadata."""
     url = f"{container}/alone"
-    for rank in range(2):
-        save_without_collectives(AzureBlobWriter(url, credential=KEY), rank)
-    code = (
-        "import sys; from azure_torch_ckpt import TransferOptions; from azure_torch_ckpt.catalog import copy\n"
-        "sys.stdin.readline()\n"
-        "copy(sys.argv[1], sys.argv[2], credential=sys.argv[3], options=TransferOptions(concurrency=1))"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, url, through(proxy, f"{other}/a"), KEY],
-        stdin=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[2],
-    )
+    save_without_collectives(url, 0, 1)
+    call = "copy(*args[:2], credential=args[2], options=TransferOptions(concurrency=1))"
+    child = start(call, url, through(proxy, f"{other}/a"), KEY)
     kind = {1: "Copy Blob", 2: "Copy Blob", 3: "Put Blob"}[nth]
     proxy.when(kind, nth=2 if nth == 2 else 1).do(Kill(child.pid, "request"))  # type: ignore[arg-type]
     child.communicate(b"\n", timeout=60)
@@ -340,9 +326,8 @@ def test_torchs_own_layout_is_hidden_while_it_is_replaced(
 
 
 def test_metadata_of_the_other_kind_does_not_stay_beside_the_new_one(container: str, other: str) -> None:
-    for rank in range(2):
-        save_without_collectives(AzureBlobWriter(f"{container}/a", credential=KEY), rank)
-        save_without_collectives(AzureBlobWriter(f"{other}/b", credential=KEY), rank)
+    for url in (f"{container}/a", f"{other}/b"):
+        save_without_collectives(url, 0, 1)
     save(f"{other}/a", 1)
     save(f"{container}/b", 2)
     for name in ("a", "b"):
@@ -377,7 +362,7 @@ def test_a_source_without_all_its_data_is_refused_before_anything_is_copied(cont
 
 
 def test_nothing_to_copy_and_nowhere_to(container: str, other: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="No save has left anything there"):
+    with pytest.raises(CheckpointNotFoundError, match="No save"):
         copy(f"{container}/nothing", other, credential=KEY)
     put(container, f"a/{new_save_id()}/__0_0.distcp")
     with pytest.raises(CheckpointNotFoundError, match="1 incomplete save"):

@@ -14,7 +14,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
-from tests.cli.cli_runs import Done, cli, cli_on_terminal
+from tests.cli.command_process import Done, cli, cli_on_terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -103,7 +103,7 @@ def test_prune_asks_before_it_deletes(steps: str) -> None:
     assert no.code == 130
     assert len(names(steps)) == 5
     yes = cli_on_terminal("prune", steps, "--keep-last", "1", "--delete", "--grace", "0s", question="[y/N]", answer="y")
-    assert yes.code == 0 and "removed 3 checkpoints and the remains of 1 failed save" in yes.out
+    assert yes.code == 0 and "removed 3 checkpoints and the leftovers of 1 failed save" in yes.out
     assert names(steps) == ["run/step-1000"]
 
 

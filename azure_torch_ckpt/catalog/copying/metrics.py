@@ -1,4 +1,4 @@
-"""What a copy came to: counted while it runs, told in its log line and its event."""
+"""`CopyMetrics`: counts what `copy` and `consolidate` do, and reports it as a log line and an event."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.report import figures_log, job_rank, rate_and_requests
 from azure_torch_ckpt.events import TransferEvent, emit
 
-__all__ = ["CopyFigures"]
+__all__ = ["CopyMetrics"]
 
 _PAST = {"copy": "copied", "consolidate": "consolidated"}
 
 
-class CopyFigures:
-    """A context manager around a copy. An error in it is in the event, and not in the log, for it speaks for itself.
+class CopyMetrics:
+    """A context manager around a copy, which reports when it is left.
+
+    After an error there is an event, and no log line: the error has its own message.
 
     Args:
-        source, target: URLs without a SAS, or local paths.
-        stores: of both ends, made for this copy.
+        source: URL without a SAS, or local path.
+        destination: URL without a SAS, or local path.
+        stores: the stores of source and destination, made for this copy, whose requests are counted.
 
     Attributes:
-        items: that were copied.
-        bytes: that were copied.
-        remark: for the end of the log line.
+        items: number of items copied.
+        bytes: bytes copied.
+        remark: text for the end of the log line.
     """
 
     def __init__(
-        self, operation: Literal["copy", "consolidate"], source: str, target: str, stores: Iterable[BlobStore]
+        self, operation: Literal["copy", "consolidate"], source: str, destination: str, stores: Iterable[BlobStore]
     ) -> None:
         self.items = 0
         self.bytes = 0
         self.remark = ""
         self._operation = operation
         self._source = source
-        self._target = target
+        self._destination = destination
         self._stores = list(stores)
-        self._clock = time.monotonic()
-        self._time = datetime.datetime.now(datetime.timezone.utc)
+        self._began = time.monotonic()
+        self._started = datetime.datetime.now(datetime.timezone.utc)
 
     @property
     def seconds(self) -> float:
-        """Since the copy began."""
-        return time.monotonic() - self._clock
+        """Seconds since the copy began."""
+        return time.monotonic() - self._began
 
-    def __enter__(self) -> CopyFigures:
+    def __enter__(self) -> CopyMetrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -64,9 +67,9 @@ class CopyFigures:
             retries=sum(count.retries for count in counts),
             checkpoint_bytes=None,
             error=error,
-            started=self._time,
+            started=self._started,
             finished=datetime.datetime.now(datetime.timezone.utc),
-            target=self._target,
+            target=self._destination,
         )
         if error is None:
             took = f"{format_duration(event.seconds)} ({rate_and_requests(event)})"

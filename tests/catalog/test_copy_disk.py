@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,10 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
-from azure_torch_ckpt.catalog.copying.folders import FolderEnd
+from azure_torch_ckpt.catalog.copying.trees import FolderTree
 from azure_torch_ckpt.errors import LocalFileError
-from tests.catalog.test_verify_prune import save_without_collectives
+from azure_torch_ckpt.progress import Progress
+from tests.catalog.catalog_process import start
 from tests.support.faults import Call, Flip, Gate, Hold, Kill
 from tests.support.mixed_checkpoint import (
     KEY,
@@ -45,6 +44,7 @@ from tests.support.mixed_checkpoint import (
 )
 from tests.support.planted import content, put
 from tests.support.proxy import FaultProxy, meet
+from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -66,14 +66,14 @@ def test_torch_loads_the_copy(proxy: FaultProxy, container: str, proxied_contain
     for step in (1, 2):
         save(f"{container}/run/step-{step}", step)
     put(container, "run/step-1/notes.txt", b"")
-    told: list[tuple[int, int]] = []
+    reports: list[Progress] = []
     meet(proxy, 2, lambda seen: seen.kind == "Get Blob" and seen.path.endswith(".distcp"))
     report = copy(
         f"{proxied_container}/run",
         tmp_path / "new" / "folder",
         credential=KEY,
         options=SMALL,
-        progress=lambda done, total: told.append((done, total)),
+        progress=reports.append,
     )
     for step in (1, 2):
         assert_right(load_from(tmp_path / "new" / "folder" / f"step-{step}"), step)
@@ -82,11 +82,8 @@ def test_torch_loads_the_copy(proxy: FaultProxy, container: str, proxied_contain
     assert (report.blobs, report.skipped) == (5, 0)
     sizes = [(tmp_path / "new" / "folder" / name).stat().st_size for name in names]
     assert report.bytes == sum(sizes)
-    assert (
-        told[-1][0]
-        == told[-1][1]
-        == report.bytes - sum(len(content(container, f"run/{n}")) for n in names if n.endswith(".metadata"))
-    )
+    metadata_bytes = sum(size for name, size in zip(names, sizes, strict=True) if name.endswith(".metadata"))
+    assert reports[-1].done == reports[-1].total == report.bytes - metadata_bytes
 
 
 def test_the_folders_of_a_hierarchical_namespace_are_not_copied_as_files(container: str, tmp_path: Path) -> None:
@@ -123,19 +120,9 @@ def test_what_is_there_and_right_is_not_fetched_again(
 def test_a_copy_that_is_killed_leaves_no_checkpoint_and_goes_on(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path, at: str
 ) -> None:
-    for rank in range(3):
-        save_without_collectives(AzureBlobWriter(f"{container}/a", credential=KEY), rank)
-    code = (
-        "import sys; from azure_torch_ckpt import TransferOptions; from azure_torch_ckpt.catalog import copy\n"
-        "sys.stdin.readline()\n"
-        "copy(sys.argv[1], sys.argv[2], credential=sys.argv[3], options=TransferOptions(concurrency=1))"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, f"{proxied_container}/a", str(tmp_path), KEY],
-        stdin=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[2],
-    )
+    save_without_collectives(f"{container}/a", 0, 1, 2)
+    call = "copy(*args[:2], credential=args[2], options=TransferOptions(concurrency=1))"
+    child = start(call, f"{proxied_container}/a", tmp_path, KEY)
     nth = {"first": 1, "middle": 2, "last": 3}[at]
     proxy.when(lambda seen: seen.method == "GET" and seen.path.endswith(".distcp"), nth=nth).do(
         Kill(child.pid, 10 if at == "middle" else "request")
@@ -153,17 +140,7 @@ def test_an_interrupt_leaves_nothing_half_done(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path
 ) -> None:
     save(f"{container}/a", 1)
-    code = (
-        "import sys; from azure_torch_ckpt.catalog import copy\n"
-        "sys.stdin.readline(); copy(sys.argv[1], sys.argv[2], credential=sys.argv[3])"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, f"{proxied_container}/a", str(tmp_path), KEY],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[2],
-    )
+    child = start("copy(*args[:2], credential=args[2])", f"{proxied_container}/a", tmp_path, KEY)
     proxy.when(lambda seen: seen.method == "GET" and seen.path.endswith(".distcp")).do(
         Call(lambda: child.send_signal(signal.SIGINT), 1000), Hold(Gate(), 2000)
     )
@@ -177,7 +154,7 @@ def test_damage_on_the_way_or_in_storage_leaves_nothing_visible(
 ) -> None:
     save(f"{container}/a", 1)
     proxy.when(lambda seen: seen.method == "GET" and seen.path.endswith(".distcp")).do(Flip(3000))
-    with pytest.raises(CorruptCheckpointError, match="on the way"):
+    with pytest.raises(CorruptCheckpointError, match="in transit"):
         copy(f"{proxied_container}/a", tmp_path, credential=KEY)
     assert files_below(tmp_path) == []
     flip_in_storage(f"{container}/a", item_of(f"{container}/a", "object"), 50)
@@ -241,8 +218,8 @@ def test_errors_of_the_disk_are_ours(container: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(LocalFileError, match="file"):
         copy(f"{container}/a", tmp_path / "file", credential=KEY)
-    with pytest.raises(LocalFileError, match="are free there"):
-        FolderEnd(tmp_path / "not" / "there").check_room(1 << 60)
+    with pytest.raises(LocalFileError, match="free space"):
+        FolderTree(tmp_path / "not" / "there").check_free_space(1 << 60)
 
 
 # ---- from a disk -----------------------------------------------------------------------------------------------------
@@ -314,7 +291,7 @@ def test_a_damaged_file_is_not_uploaded(container: str, on_disk: Path) -> None:
 
 def test_a_folder_without_a_checkpoint(container: str, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointNotFoundError, match="No save has left anything"):
+        with pytest.raises(CheckpointNotFoundError, match="No save"):
             copy(folder, container, credential=KEY)
 
 

@@ -17,10 +17,9 @@ from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AzureBlobWriter
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.cli import app
-from azure_torch_ckpt.cli import exit_codes as failures
+from azure_torch_ckpt.cli import app, exit_codes
 from azure_torch_ckpt.emulator import Azurite
-from tests.cli.cli_runs import Done, cli, cli_on_terminal, running
+from tests.cli.command_process import Done, cli, cli_on_terminal, running
 from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 
@@ -55,7 +54,7 @@ def check_error(done: Done, code: int, said: str) -> None:
 def test_wrong_usage_is_told_with_a_way_to_the_help(container: str) -> None:
     check_error(cli("ls"), 2, "Missing argument 'URL'")
     check_error(cli("lst", container), 2, "No such command 'lst'")
-    check_error(cli("verify", container, "--sample", "120%"), 2, "'120%' is no share")
+    check_error(cli("verify", container, "--sample", "120%"), 2, "'120%' is not a share")
     done = cli("ls", container, "--sas", "x", "--anonymous")
     check_error(done, 2, "exclude each other")
     assert done.err.endswith("hint: see azure-torch-ckpt ls --help\n")
@@ -99,7 +98,7 @@ def test_a_sas_comes_from_the_url_the_option_stdin_or_the_environment(container:
         cli("latest", container, env={"AZURE_STORAGE_SAS_TOKEN": sas, **EMULATOR}),
     ):
         assert (done.code, done.out, done.err) == (0, f"{container}/step-1\n", "")
-    check_error(cli("latest", container, "--sas", "-"), 2, "nothing came")
+    check_error(cli("latest", container, "--sas", "-"), 2, "which is empty")
 
 
 def test_a_sas_that_is_typed_is_not_shown(container: str) -> None:
@@ -207,11 +206,11 @@ def test_a_bug_is_a_traceback_without_secrets_and_code_70(
 def test_every_error_of_the_package_has_a_code() -> None:
     from azure_torch_ckpt import errors
 
-    codes = {name: failures.exit_code(getattr(errors, name)("x")) for name in errors.__all__}
-    assert failures.BUG not in codes.values()
-    assert set(codes.values()) <= failures.EXIT_CODES.keys()
+    codes = {name: exit_codes.exit_code(getattr(errors, name)("x")) for name in errors.__all__}
+    assert exit_codes.BUG not in codes.values()
+    assert set(codes.values()) <= exit_codes.EXIT_CODES.keys()
     assert (codes["CredentialError"], codes["AccessDeniedError"], codes["ServiceUnavailableError"]) == (2, 4, 5)
-    assert failures.exit_code(ValueError("x")) == failures.BUG
+    assert exit_codes.exit_code(ValueError("x")) == exit_codes.BUG
 
 
 def test_the_emulator_serves_until_ctrl_c(tmp_path: Path) -> None:

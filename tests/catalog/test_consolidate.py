@@ -34,7 +34,7 @@ from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.dcp.tensors.chunks import boxes
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
-from tests.catalog.test_verify_prune import save_without_collectives
+from azure_torch_ckpt.progress import Progress
 from tests.dcp.memory_child import ENVIRONMENT
 from tests.support.faults import Answer, Call
 from tests.support.mixed_checkpoint import KEY, blobs_below, flip_in_storage, item_of, save, state
@@ -43,6 +43,7 @@ from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 from tests.support.sharded import GLOBAL, expected, rows, writer
 from tests.support.states import COPIED, DTYPES, assert_same, fill
+from tests.support.without_collectives import save_without_collectives
 
 pytest_plugins = ("tests.support.ranks",)
 pytestmark = [
@@ -102,19 +103,13 @@ def test_the_file_is_what_torchs_converter_makes(
     container: str, tmp_path: Path, options: TransferOptions | None
 ) -> None:
     dcp.save(nested(COPIED), storage_writer=AzureBlobWriter(f"{container}/a", credential=KEY))
-    told: list[tuple[int, int]] = []
-    report = consolidate(
-        f"{container}/a",
-        tmp_path / "new" / "whole.pt",
-        credential=KEY,
-        options=options,
-        progress=lambda done, total: told.append((done, total)),
-    )
+    reports: list[Progress] = []
     file = tmp_path / "new" / "whole.pt"
+    report = consolidate(f"{container}/a", file, credential=KEY, options=options, progress=reports.append)
     assert_equal(torch.load(file, weights_only=True), by_torch(f"{container}/a", tmp_path))
     assert_equal(torch.load(file, weights_only=True, mmap=True), nested(COPIED))
     assert (report.dst, report.format, report.bytes) == (str(file), "torch", file.stat().st_size)
-    assert told[-1] == (report.bytes, report.bytes)
+    assert reports[-1].operation == "consolidate" and reports[-1].done == reports[-1].total == report.bytes
     assert (report.tensors, report.objects) == (len(COPIED) + 5 + 5, 6)
     assert [path.name for path in file.parent.iterdir()] == ["whole.pt"]
 
@@ -196,8 +191,7 @@ def test_torchs_own_checkpoints_and_ranks_without_collectives(container: str, tm
     copy(tmp_path / "foreign", f"{container}/foreign", credential=KEY)
     consolidate(f"{container}/foreign", tmp_path / "foreign.pt", credential=KEY, options=TIGHT)
     assert_equal(torch.load(tmp_path / "foreign.pt", weights_only=True), nested())
-    for rank in range(2):
-        save_without_collectives(AzureBlobWriter(f"{container}/alone", credential=KEY), rank)
+    save_without_collectives(f"{container}/alone", 0, 1)
     consolidate(f"{container}/alone", tmp_path / "alone.pt", credential=KEY)
     found = torch.load(tmp_path / "alone.pt", weights_only=True)
     assert sorted(found) == ["rank0", "rank1"] and torch.equal(found["rank1"], torch.arange(50))
@@ -327,14 +321,14 @@ def test_data_that_is_missing_or_refused_leaves_no_file(
 
 def test_what_is_refused_at_once(container: str, tmp_path: Path) -> None:
     save(f"{container}/a", 1)
-    with pytest.raises(ValueError, match=r"'\.gguf' tells no format"):
+    with pytest.raises(ValueError, match=r"'\.gguf'"):
         consolidate(f"{container}/a", tmp_path / "x.gguf", credential=KEY)
     with pytest.raises(ValueError, match="'torch' or 'safetensors'"):
         consolidate(f"{container}/a", tmp_path / "x", credential=KEY, format="gguf")  # type: ignore[arg-type]
     consolidate(f"{container}/a", tmp_path / "x.gguf", credential=KEY, format="torch")
     with pytest.raises(CheckpointNotFoundError):
         consolidate(f"{container}/nothing", tmp_path / "x.pt", credential=KEY)
-    with pytest.raises(LocationError, match="needs a name"):
+    with pytest.raises(LocationError, match="append the name"):
         consolidate(f"{container}/a", container, credential=KEY, format="torch")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(LocalFileError):
@@ -364,7 +358,7 @@ def test_a_checkpoint_of_300_mib_takes_a_budget_of_32(
 ) -> None:
     dst = f"{large.rpartition('/')[0]}/whole.pt" if target == "blob" else str(tmp_path / target)
     child = subprocess.run(
-        [sys.executable, "-m", "tests.catalog.consolidate_child", large, dst, KEY, str(BUDGET)],
+        [sys.executable, "-m", "tests.catalog.consolidate_memory", large, dst, KEY, str(BUDGET)],
         cwd=Path(__file__).parents[2],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Makes docs/cli of the command's own help and of the JSON schemas that lie there.
 
-    python -m tests.cli.cli_docs
+    python -m tests.cli.docs_pages
 
 The width is fixed, so that the pages are the same on every machine.
 """
@@ -39,7 +39,7 @@ def _index() -> str:
     codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
     return f"""# The command `{NAME}`
 
-`pip install 'azure-torch-ckpt[cli]'`. `python -m tests.cli.cli_docs` makes these pages from the command's help.
+`pip install 'azure-torch-ckpt[cli]'`. `python -m tests.cli.docs_pages` makes these pages from the command's help.
 
 {commands}
 

@@ -1,28 +1,38 @@
-"""`prune` removes what every rule gives up, and never the newest, a running save, or what was saved meanwhile."""
+"""`prune` removes checkpoints that no rule keeps and leftovers of failed saves; the newest and running saves stay."""
 
 from __future__ import annotations
 
 import datetime
-import os
+import pickle
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from azure_torch_ckpt import CheckpointNotFoundError, CorruptCheckpointError, ServiceUnavailableError, TransferOptions
-from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, prune
+from azure_torch_ckpt import (
+    BlobLocation,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ServiceUnavailableError,
+    TransferOptions,
+    UnsafeMetadataError,
+)
+from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, prune, verify
 from azure_torch_ckpt.dcp.blob_names import new_save_id
+from tests.catalog.catalog_process import start
+from tests.faults.tally import Tally
 from tests.support.faults import Answer, Call, Kill, Kind
 from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, load, save
-from tests.support.planted import plant, put
+from tests.support.planted import plant, plant_leftovers, put
 from tests.support.proxy import FaultProxy, meet
+from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 NOW = datetime.timedelta(0)
+HOUR = datetime.timedelta(hours=1)
 DAY = datetime.timedelta(days=1)
 
 
@@ -147,16 +157,7 @@ def test_metadata_goes_first_and_a_crash_leaves_only_remains(
 ) -> None:
     save(f"{container}/run/step-1", 1)
     save(f"{container}/run/step-2", 2)
-    code = (
-        "import sys; from azure_torch_ckpt.catalog import prune\n"
-        "sys.stdin.readline(); prune(sys.argv[1], credential=sys.argv[2], keep_last=1, dry_run=False)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, f"{proxied_container}/run", KEY],
-        stdin=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=Path(__file__).parents[2],
-    )
+    child = start("prune(args[0], credential=args[1], keep_last=1, dry_run=False)", f"{proxied_container}/run", KEY)
     proxy.when("Delete", nth=2).do(Kill(child.pid, "request"))
     child.communicate(b"\n", timeout=60)
     assert child.returncode == -signal.SIGKILL
@@ -221,3 +222,96 @@ def test_rules_that_make_no_sense_are_refused(container: str) -> None:
         with pytest.raises(ValueError, match=next(iter(rules))):
             prune(container, credential=KEY, **rules)
     assert prune(f"{container}/nothing", credential=KEY, keep_last=1, dry_run=False) == PruneReport([], [], [])
+
+
+# ---- leftovers of failed saves ---------------------------------------------------------------------------------------
+
+
+LEFTOVERS = ("run", "run/alone", "run/never-committed", "run/step-1", "run/step-2/inner")
+
+
+def a_full_container(container: str) -> tuple[list[str], list[str]]:
+    """Put blobs that a prune must not delete, and leftovers that it must; return the paths of both."""
+    save(f"{container}/run/step-1", 1)
+    save(f"{container}/run/step-2", 2)
+    save(f"{container}/run/step-2/inner", 3)  # a checkpoint below another
+    save(f"{container}/other/step-1", 4)
+    save_without_collectives(f"{container}/run/alone", 0, 1)
+    save_id = new_save_id()
+    foreign = [
+        f"run/step-1/{save_id}/notes.txt",
+        f"run/step-1/{save_id}/__0_0.distcp.bak",
+        f"run/step-1/{save_id}/deeper/__0_0.distcp",
+        f"run/step-1/{save_id[:-1]}/__0_0.distcp",
+        f"run/step-1/{save_id[:-1]}F/__0_0.distcp",
+        "run/step-1/__0_0.distcp",  # torch's FileSystemWriter
+        "run/step-1/__1_0.distcp",
+        f"run/{save_id}",
+        "run/model.safetensors",
+        f"runs/{save_id}/__0_0.distcp",  # outside the prefix "run/"
+    ]
+    for path in foreign:
+        put(container, path)
+    keep = blobs_below(container)
+    leftovers = [path for folder in ("run/step-1", *LEFTOVERS) for path in plant_leftovers(container, folder)]
+    return keep, sorted(leftovers)
+
+
+def test_prune_finds_leftovers_and_nothing_else(container: str, tally: Tally) -> None:
+    keep, leftovers = a_full_container(container)
+    assert prune(f"{container}/run", credential=KEY, grace=HOUR).remains == []
+    found = prune(f"{container}/run", credential=KEY, grace=NOW).remains
+    assert sorted(path for one in found for path in one.blobs) == leftovers
+    assert len(found) == 6 and all(one.size == 20 and len(one.blobs) == 2 for one in found)
+    assert {one.url for one in found} == {f"{container}/{folder}" for folder in LEFTOVERS}
+    assert all(one.save_id in path for one in found for path in one.blobs)
+    assert sorted(blobs_below(container)) == sorted(keep + leftovers)  # that was a dry run
+
+    assert prune(f"{container}/run", credential=KEY, grace=HOUR, dry_run=False).remains == []
+    assert sorted(blobs_below(container)) == sorted(keep + leftovers)
+
+    deleted = prune(f"{container}/run", credential=KEY, grace=NOW, dry_run=False).remains
+    assert deleted == found
+    assert blobs_below(container) == keep
+    for version, name in ((1, "run/step-1"), (2, "run/step-2"), (3, "run/step-2/inner"), (4, "other/step-1")):
+        assert_right(load(f"{container}/{name}"), version)
+    assert verify(f"{container}/run/step-1", credential=KEY).ok
+    assert prune(f"{container}/run", credential=KEY, grace=NOW).remains == []
+    tally.add("prune among 5 checkpoints and 10 other files", len(leftovers), "only remains deleted", len(leftovers))
+
+
+def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> None:
+    save(f"{container}/a", 1)
+    save(container, 2)  # a checkpoint at the container's root
+    inside, beside, at_root = (plant_leftovers(container, folder) for folder in ("a", "b", ""))
+    [found] = prune(f"{container}/a", credential=KEY, grace=NOW, dry_run=False).remains
+    assert found.blobs == inside and found.url == f"{container}/a"
+    everything = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
+    assert sorted(path for one in everything for path in one.blobs) == sorted(beside + at_root)
+    assert_right(load(f"{container}/a"), 1)
+    assert_right(load(container), 2)
+
+
+def test_the_grace_period_goes_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
+    [_, last] = plant_leftovers(container, "a")
+    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    age = store.now() - store.stat(last).last_modified
+    assert prune(f"{container}/a", credential=KEY, grace=age + HOUR).remains == []
+    assert proxy.log == []
+    [found] = prune(f"{proxied_container}/a", credential=KEY, grace=age).remains  # by now it is that old
+    assert found.last_modified is not None and last in found.blobs
+    # The blobs, the time (one blob at most), and whether there is metadata by now.
+    assert [seen.kind for seen in proxy.log] == ["List", "List", "Get Blob"]
+    assert [seen.query.get("maxresults") for seen in proxy.requests("List")] == [None, "1"]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__1.metadata"])
+def test_metadata_that_cannot_be_read_stops_a_prune_before_it_deletes(container: str, name: str) -> None:
+    save(f"{container}/run/a")
+    leftovers = {path for folder in ("a", "b", "b", "c") for path in plant_leftovers(container, f"run/{folder}")}
+    for data, expected in ((b"garbage", CorruptCheckpointError), (pickle.dumps(print), UnsafeMetadataError)):
+        put(container, f"run/b/{name}", data)
+        before = blobs_below(container)
+        with pytest.raises(expected, match=name):
+            prune(f"{container}/run", credential=KEY, grace=NOW, dry_run=False)
+        assert blobs_below(container) == before and leftovers <= set(before)

@@ -1,6 +1,6 @@
 """A session of the command on checkpoints of a real training, as Markdown for the README.
 
-    python -m tests.cli.cli_recording > recording.md
+    python -m tests.cli.recording > recording.md
 
 examples/gpt.py trains on two processes and saves into an emulator; then the commands below run one after the other, as
 they would in a shell, and what they print is written down as it comes. One byte is changed between two of them.

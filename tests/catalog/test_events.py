@@ -118,11 +118,11 @@ def test_a_consolidation_is_an_event_and_a_line(
 def test_keys_that_accept_nothing_are_refused_and_nothing_is_written(container: str, tmp_path: Path) -> None:
     save(f"{container}/run")
     for target in (str(tmp_path / "a.pt"), f"{container}/a.safetensors"):
-        with pytest.raises(ConfigurationError, match=r"none of the 2 keys of .*/run, so nothing was written.*'x'"):
+        with pytest.raises(ConfigurationError, match=r"none of the 2 keys of .*/run.*'x'"):
             consolidate(f"{container}/run", target, keys=lambda key: key.startswith("model."), credential=KEY)
     assert not list(tmp_path.iterdir())
     dcp.save({}, storage_writer=AzureBlobWriter(f"{container}/empty", credential=KEY))
-    with pytest.raises(ConfigurationError, match="it was saved empty"):
+    with pytest.raises(ConfigurationError, match="is empty"):
         consolidate(f"{container}/empty", tmp_path / "b.pt", keys=lambda key: True, credential=KEY)
 
 
