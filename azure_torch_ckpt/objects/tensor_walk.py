@@ -1,4 +1,4 @@
-"""Which tensors an object holds: those that dicts, lists and tuples lead to, and those that other objects pickle."""
+"""`TensorWalk`: the tensors that an object holds, in dicts, lists and tuples and in other objects."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
 
-__all__ = ["Walk", "is_sharded", "tensors_in"]
+__all__ = ["TensorWalk", "is_sharded", "tensors_in"]
 
-# These are put together again without a look at what is in them.
+# Rebuilding one of these does not look at its contents.
 _CONTAINERS = (dict, list, tuple, OrderedDict, defaultdict)
 _NO_TENSORS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
 
 
-class Walk:
-    """A way through dicts, lists and tuples, and what is met on it.
+class TensorWalk:
+    """Walks through dicts, lists and tuples, and collects the tensors and the other objects in them.
 
     Attributes:
-        tensors: in order, each with its path, and whether some object has it that may be more than its content: one of
-            a subclass of those.
-        plain: the ids of those that are plain.
-        objects: what is something else, and may hold tensors.
+        tensors: in order, each with its path, and whether it is within an object of a subclass of dict, list or tuple,
+            whose rebuilding may look at its contents.
+        plain: the ids of the plain tensors.
+        objects: all other objects that may hold tensors.
     """
 
     def __init__(self, value: Any) -> None:
@@ -64,24 +64,24 @@ class Walk:
 
 
 def tensors_in(objects: list[Any]) -> list[torch.Tensor]:
-    """The tensors that objects of any class hold: what pickling the objects comes by."""
+    """The tensors that objects of any class hold: those that pickling the objects reaches."""
     if not objects:
         return []
-    finder = _Finder(_Sink(), protocol=2)
+    finder = _TensorFinder(_NullStream(), protocol=2)
     finder.dump(objects)
-    return finder.found
+    return finder.tensors
 
 
-class _Finder(pickle.Pickler):
-    """Collects the tensors that may be items. Of others it comes by the tensors that those are made of."""
+class _TensorFinder(pickle.Pickler):
+    """Collects the tensors that may be items. Of a special tensor it reaches the plain tensors that it consists of."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.found: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
 
     def reducer_override(self, thing: Any) -> Any:
         if isinstance(thing, torch.Tensor) and (is_sharded(thing) or is_plain(thing)):
-            self.found.append(thing)
+            self.tensors.append(thing)
             return int, ()
         return NotImplemented
 
@@ -89,17 +89,17 @@ class _Finder(pickle.Pickler):
         return 0 if isinstance(thing, torch.storage.TypedStorage) or torch.is_storage(thing) else None
 
 
-class _Sink:
+class _NullStream:
     def write(self, data: Any) -> int:
         return len(data)
 
 
 def _step(key: Any, number: int) -> str:
-    """A key as part of a name: as torch's own names have it where it is an ordinary one, else by its position."""
+    """A key as part of a name: as in torch's own names if it is a string or a number, else its position."""
     return str(key) if isinstance(key, (str, int, float)) else str(number)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor. Where there is one its module has been imported; importing it takes seconds."""
+    """Whether the tensor is a DTensor, without importing DTensor's module, which takes seconds."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
