@@ -1,4 +1,4 @@
-"""fsspec's own tests of what a filesystem's copies, opens and pipes do, run against ours."""
+"""fsspec's own tests of copies, opens and pipes, run against our filesystem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fsspec.tests.abstract import (
 )
 
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from tests.filesystem.fs_support import azblob, filesystem
+from tests.filesystem.emulated_filesystem import azblob, filesystem
 
 
 class Fixtures(AbstractFixtures):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Options that callers of fsspec pass to any filesystem: those that mean nothing here, and all others."""
+"""The options that callers of fsspec pass to any filesystem: which are ignored here, and which are refused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from azure_torch_ckpt.errors import UnknownOptionError
 
-__all__ = ["MEANT_ELSEWHERE", "refuse_unknown", "without_hints"]
+__all__ = ["MEANT_ELSEWHERE", "refuse_unknown", "without_ignored"]
 
-# Of caches, buffers and event loops. Whatever their values, what is read, written or found is the same.
-_HINTS: Final = frozenset(
+# Options of caches, buffers and event loops. Their values change nothing about what is read, written or found.
+_IGNORED: Final = frozenset(
     {
         "asynchronous",
         "auto_mkdir",
@@ -37,38 +37,39 @@ _HINTS: Final = frozenset(
         "use_listings_cache",
     }
 )
-# What users of other filesystems look for.
+# What to use in place of options that other filesystems have.
 _INSTEAD: Final = {
     "account_name": "The account is a part of the path: azblob://ACCOUNT/CONTAINER/NAME",
     "account_host": "Pass endpoint=",
     "client_id": "Pass credential=, an object of azure-identity",
     "client_secret": "Pass credential=ClientSecretCredential(...)",
     "content_settings": "Pass content_type=",
-    "overwrite": "Pass mode='create' to leave a blob alone that is there",
+    "overwrite": "Pass mode='create' to keep an existing blob",
     "tenant_id": "Pass credential=, an object of azure-identity",
     "timeout": "Pass options=TransferOptions(retry_seconds=...)",
     "version_id": "BlobIO reads a version by its URL",
 }
 MEANT_ELSEWHERE: Final = frozenset(_INSTEAD)
-"""Options that mean something in other filesystems of Azure's storage."""
+"""Options that have a meaning in other filesystems for Azure Storage."""
 
 
-def without_hints(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that mean something, or that nobody here knows."""
-    return {name: value for name, value in options.items() if name not in _HINTS}
+def without_ignored(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options without those that are ignored here."""
+    return {name: value for name, value in options.items() if name not in _IGNORED}
 
 
 def refuse_unknown(what: str, options: Iterable[str]) -> None:
-    """Refuse all options but those that mean nothing here: what they ask for would not be done.
+    """Refuse all options but the ignored ones, because they would have no effect.
 
     Args:
-        what: takes the options, for the message.
+        what: what the caller passed the options to, for the message.
+        options: the names of the options.
 
     Raises:
-        UnknownOptionError: there is such an option.
+        UnknownOptionError: an option is not an ignored one.
     """
-    unknown = sorted(set(options) - _HINTS)
+    unknown = sorted(set(options) - _IGNORED)
     if unknown:
         instead = "".join(f". {_INSTEAD[name]}" for name in unknown if name in _INSTEAD)
         named = ", ".join(f"{name}=" for name in unknown)
-        raise UnknownOptionError(f"{what} does not know {named} and would not do what it asks for{instead}")
+        raise UnknownOptionError(f"{what} does not know {named}, so it would have no effect{instead}")

@@ -1,4 +1,4 @@
-"""Credentials and endpoints of the filesystem: where they come from, and that they never get out."""
+"""Credentials and endpoints of the filesystem: their sources, and that no output contains a secret."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 from azure_torch_ckpt import AccessDeniedError, BlobLocation, CredentialError, TransferOptions
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
+from azure_torch_ckpt.filesystem.stores import Stores
 from tests.conftest import UnsignedToken
-from tests.filesystem.fs_support import VARIABLES, azblob, connection_string, filesystem
+from tests.filesystem.emulated_filesystem import VARIABLES, azblob, connection_string, filesystem
 from tests.test_project import pyproject
 
 KEY = Azurite.account_key
@@ -69,7 +70,7 @@ def test_every_form_of_a_credential_works_and_survives_a_pickle(
     assert again.cat(url, recursive=True) == fs.cat(url, recursive=True)
     with again.open(f"{url}/c") as file:
         assert file.read() == b"a"
-    for text in (fs.to_json(), repr(fs), str(fs), str(fs.__dict__["_stores"]), fs.fsid):
+    for text in (fs.to_json(), repr(fs), str(fs), fs.fsid):
         assert KEY not in text and "sig=" not in text and "AccountKey" not in text
 
 
@@ -86,6 +87,10 @@ def test_anonymous_access_is_denied_by_a_private_container(container: str):
         fs.ls(azblob(container))
 
 
+def test_a_repr_of_the_stores_hides_the_credential():
+    assert KEY not in repr(Stores(None, KEY, None, None))
+
+
 def test_two_credentials_at_a_time_are_refused():
     with pytest.raises(CredentialError, match="account_key, sas_token"):
         AzureBlobFileSystem(account_key=KEY, sas_token="sv=1&sig=x")
@@ -93,7 +98,7 @@ def test_two_credentials_at_a_time_are_refused():
         AzureBlobFileSystem(account_name="account")
 
 
-def test_the_environment_counts_where_nothing_was_passed_and_is_looked_at_anew(
+def test_the_environment_is_used_without_a_credential_and_read_for_every_call(
     container: str, monkeypatch: pytest.MonkeyPatch
 ):
     url = azblob(container)
@@ -109,15 +114,15 @@ def test_the_environment_counts_where_nothing_was_passed_and_is_looked_at_anew(
     assert there.cat_file(f"{url}/a") == b"a"
     with pytest.raises(AccessDeniedError):
         there.pipe_file(f"{url}/a", b"b")
-    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", sas(container))  # the old one has expired, say
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", sas(container))  # say the old one has expired
     there.pipe_file(f"{url}/a", b"b")
-    monkeypatch.setenv("AZURE_STORAGE_KEY", "A" * 86 + "==")  # goes before a SAS
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "A" * 86 + "==")  # takes precedence over a SAS
     with pytest.raises(AccessDeniedError):
         there.cat_file(f"{url}/a")
     monkeypatch.setenv("AZURE_STORAGE_KEY", KEY)
     assert there.cat_file(f"{url}/a") == b"b"
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(container).replace(KEY, "A" * 86 + "=="))
-    with pytest.raises(AccessDeniedError):  # goes before a key
+    with pytest.raises(AccessDeniedError):  # takes precedence over a key
         there.cat_file(f"{url}/a")
     assert AzureBlobFileSystem(endpoint=endpoint, account_key=KEY).cat_file(f"{url}/a") == b"b"
 
@@ -132,7 +137,7 @@ def test_a_connection_string_is_for_its_account_only(container: str):
     assert KEY not in str(caught.value)
 
 
-def test_json_brings_back_the_filesystem_without_its_secret(container: str, monkeypatch: pytest.MonkeyPatch):
+def test_json_restores_the_filesystem_without_its_secret(container: str, monkeypatch: pytest.MonkeyPatch):
     fs = filesystem(container, options=TransferOptions(concurrency=2))
     fields = json.loads(fs.to_json())
     assert fields["endpoint"] == BlobLocation.parse(container).endpoint
@@ -143,7 +148,7 @@ def test_json_brings_back_the_filesystem_without_its_secret(container: str, monk
     assert fs.cat_file(f"{azblob(container)}/a") == b"a"
 
 
-def test_nothing_that_is_logged_has_the_secret(container: str, caplog: pytest.LogCaptureFixture):
+def test_no_log_contains_the_secret(container: str, caplog: pytest.LogCaptureFixture):
     token = sas(container)
     with caplog.at_level(logging.DEBUG):
         fs = filesystem(container, sas_token=token)
@@ -172,10 +177,10 @@ def _read_in_child(fs: AzureBlobFileSystem, path: str, pipe) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_goes_on_with_the_filesystem_of_its_parent(container: str, method: str):
+def test_a_child_process_uses_the_filesystem_of_its_parent(container: str, method: str):
     fs = filesystem(container)
     path = f"{azblob(container)}/a"
-    fs.pipe_file(path, b"a")  # there are connections now
+    fs.pipe_file(path, b"a")  # opens connections
     context: Any = multiprocessing.get_context(method)
     here, there = context.Pipe()
     child = context.Process(target=_read_in_child, args=(fs, path, there))

@@ -1,10 +1,11 @@
-"""Checkpoints by their ``azblob://`` URL: torch and Lightning that know nothing of this package."""
+"""Checkpoints by their ``azblob://`` URL, saved and loaded by torch and Lightning without this package's API."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.emulator import Azurite
-from tests.filesystem.fs_support import azblob, connection_string, filesystem, load_by_url, save_by_url, save_that_fails
+from tests.filesystem.emulated_filesystem import azblob, connection_string, filesystem
 from tests.support.faults import Answer
 from tests.support.proxy import FaultProxy
-from tests.support.sharded import assert_same, assert_stands, empty, expected, plain
+from tests.support.sharded import assert_same, assert_stands, empty, expected, failures, plain, rows
 
 if TYPE_CHECKING:
     from tests.support.ranks import RankGroup
@@ -34,6 +35,30 @@ def environment(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(container))
 
 
+# Run by ranks
+
+
+def save_by_url(url: str, version: int, sharded: bool, **save: Any) -> None:
+    """Save as a program does that does not use this package."""
+    os.environ["AZURE_STORAGE_CONNECTION_STRING"] = connection_string(url)
+    dcp.save((rows if sharded else plain)(version), checkpoint_id=azblob(url), **save)
+
+
+def load_by_url(url: str, version: int, sharded: bool) -> None:
+    os.environ["AZURE_STORAGE_CONNECTION_STRING"] = connection_string(url)
+    state = empty((rows if sharded else plain)(version))
+    dcp.load(state, checkpoint_id=azblob(url))
+    assert state.pop("step") == version
+    for name, value in state.items():
+        assert_same(value, expected(name, version), name)
+
+
+def save_that_fails(url: str) -> list[str]:
+    """Return the names of the errors that a save to a missing container raises, by rank."""
+    os.environ["AZURE_STORAGE_CONNECTION_STRING"] = connection_string(url)
+    return [type(error).__name__ for error in failures(lambda: dcp.save(rows(1), checkpoint_id=azblob(url))).values()]
+
+
 def test_torch_saves_and_loads_by_url_alone(container: str):
     url = f"{container}/run/step-1"
     save_by_url(url, 0, False)
@@ -46,7 +71,7 @@ def test_torch_saves_and_loads_by_url_alone(container: str):
     assert_stands(url, 1, plain)  # with our reader
 
 
-def test_torch_loads_by_url_what_our_writer_saved(container: str):
+def test_torch_loads_by_url_a_checkpoint_of_our_writer(container: str):
     url = f"{container}/run/step-1"
     dcp.save(plain(3), storage_writer=AzureBlobWriter(url, credential=KEY))
     load_by_url(url, 3, False)
@@ -60,10 +85,10 @@ def test_two_ranks_save_and_load_by_url_alone(container: str, ranks: Callable[[i
     load_by_url(url, 1, False)
 
 
-def test_a_first_save_that_fails_leaves_nothing_that_loads(
+def test_a_failed_first_save_leaves_no_checkpoint(
     container: str, proxied_container: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ):
-    """The copy by which torch renames the metadata does not take place, neither by the service nor through here."""
+    """The copy by which torch renames the metadata fails, on the service's side and through this machine."""
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection_string(proxied_container))
     proxy.when(lambda seen: "x-ms-copy-source" in seen.headers, times=None).do(Answer(409, "PendingCopyOperation"))
     proxy.when("Get Blob").do(Answer(403, "AuthorizationFailure"))
@@ -84,7 +109,7 @@ def test_a_missing_checkpoint_is_an_error_on_every_rank(container: str, ranks: C
 
 
 def test_torch_converts_a_checkpoint_that_was_fetched(container: str, tmp_path: Path):
-    """`format_utils` takes local folders only, so the prefix goes through the filesystem's get and put."""
+    """`format_utils` takes local folders only, so `get` and `put` copy the checkpoint."""
     fs = filesystem(container)
     url = f"{azblob(container)}/run"
     dcp.save(plain(2), checkpoint_id=url)
@@ -110,7 +135,7 @@ def test_a_checkpoint_is_a_path_as_lightning_expects(container: str):
     fs.makedirs(url, exist_ok=True)
     assert [entry["name"].rpartition("/")[2] for entry in fs.ls(url)] == [".metadata", "__0_0.distcp"]
     fs.rm(url, recursive=True)
-    assert not fs.exists(url) and fs.ls(container and azblob(container)) == []
+    assert not fs.exists(url) and fs.ls(azblob(container)) == []
 
 
 def test_lightnings_own_files_are_written_whole_or_not_at_all(container: str):
@@ -118,13 +143,11 @@ def test_lightnings_own_files_are_written_whole_or_not_at_all(container: str):
     _atomic_save({"weights": torch.arange(10)}, url)
     assert torch.equal(_load(url, weights_only=True)["weights"], torch.arange(10))
     fs = get_filesystem(url)
-    fs.rm(url, recursive=True)  # what ModelCheckpoint does to a file as well
+    fs.rm(url, recursive=True)  # ModelCheckpoint removes files like this, too
     assert not fs.exists(url)
 
 
-def test_of_a_checkpoint_that_is_removed_the_metadata_goes_first(
-    container: str, proxied_container: str, proxy: FaultProxy
-):
+def test_a_removal_removes_the_metadata_first(container: str, proxied_container: str, proxy: FaultProxy):
     url = azblob(container) + "/run"
     dcp.save(plain(0), checkpoint_id=url)
     dcp.save(plain(0), storage_writer=AzureBlobWriter(f"{container}/run/other", credential=KEY))
@@ -134,7 +157,7 @@ def test_of_a_checkpoint_that_is_removed_the_metadata_goes_first(
     assert len(removed) == 4 and all(name.endswith(".distcp") for name in removed[2:])
 
 
-def test_a_removal_that_breaks_off_leaves_no_checkpoint(container: str, proxied_container: str, proxy: FaultProxy):
+def test_an_interrupted_removal_leaves_no_checkpoint(container: str, proxied_container: str, proxy: FaultProxy):
     url = azblob(container) + "/run"
     dcp.save(plain(0), checkpoint_id=url)
     proxy.when("Delete", nth=2).do(Answer(403, "AuthorizationFailure"))
@@ -144,9 +167,7 @@ def test_a_removal_that_breaks_off_leaves_no_checkpoint(container: str, proxied_
     assert not fs.exists(f"{url}/.metadata") and fs.exists(f"{url}/__0_0.distcp")
 
 
-def test_of_a_checkpoint_that_is_copied_the_metadata_comes_last(
-    container: str, proxied_container: str, proxy: FaultProxy
-):
+def test_a_copy_writes_the_metadata_last(container: str, proxied_container: str, proxy: FaultProxy):
     dcp.save(plain(0), checkpoint_id=f"{azblob(container)}/run")
     filesystem(proxied_container).cp(f"{azblob(container)}/run", f"{azblob(container)}/copy", recursive=True)
     copied = [exchange.path.partition("/copy/")[2] for exchange in proxy.requests("Copy Blob")]

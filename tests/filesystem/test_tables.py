@@ -12,7 +12,7 @@ import pyarrow.fs
 import pyarrow.parquet
 import pytest
 
-from tests.filesystem.fs_support import azblob, connection_string, filesystem
+from tests.filesystem.emulated_filesystem import azblob, connection_string, filesystem
 
 FRAME = pd.DataFrame({"number": range(1000), "text": [f"row {number % 7}" for number in range(1000)]})
 
@@ -43,7 +43,7 @@ def test_pandas_takes_storage_options(container: str):
     pd.testing.assert_frame_equal(pd.read_parquet(url, storage_options=options), FRAME)
 
 
-def test_partitioned_tables_come_back_whole_and_in_parts(root: str):
+def test_partitioned_tables_are_read_whole_and_in_parts(root: str):
     FRAME.to_parquet(f"{root}/parts", partition_cols=["text"])
     back = pd.read_parquet(f"{root}/parts")
     assert sorted(back["number"]) == list(range(1000))

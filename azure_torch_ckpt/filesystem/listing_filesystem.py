@@ -1,4 +1,4 @@
-"""The part of the filesystem that looks: paths, credentials, infos, listings."""
+"""`ListingFileSystem`: the constructor of the filesystem, and the methods that ask which blobs and folders exist."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from azure_torch_ckpt.errors import (
     ContainerNotFoundError,
     RequestRefusedError,
 )
-from azure_torch_ckpt.filesystem.hints import MEANT_ELSEWHERE, refuse_unknown
-from azure_torch_ckpt.filesystem.listing import Entry, folder_entries, look_up, tree_entries
+from azure_torch_ckpt.filesystem.entries import Entry, folder_entries, look_up, tree_entries
+from azure_torch_ckpt.filesystem.fsspec_options import MEANT_ELSEWHERE, refuse_unknown
 from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
 from azure_torch_ckpt.filesystem.stores import Stores, one_credential
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
-__all__ = ["LookingFileSystem"]
+__all__ = ["ListingFileSystem"]
 
 _SECRET = frozenset({"credential", "account_key", "sas_token", "connection_string"})
 
 
-class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not annotated
-    """Base of `AzureBlobFileSystem`, which tells what the arguments mean."""
+class ListingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not annotated
+    """Base of `AzureBlobFileSystem`, where the arguments are documented."""
 
     protocol = PROTOCOL
 
@@ -65,13 +65,13 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return {name: value for name, value in options.items() if name not in _SECRET and name != "loop"}
 
     def to_dict(self, *, include_password: bool = True) -> dict[str, Any]:
-        """fsspec's form, without the credential (whoever restores the filesystem has one of its own) and `options`."""
+        """Return fsspec's form, without `options` and the credential: the process that restores it passes its own."""
         public = type(self).__new__(type(self))
         public.storage_args = ()
         public.storage_options = {
             name: value for name, value in self._public_options().items() if name != "options" and value is not None
         }
-        return cast("dict[str, Any]", super(LookingFileSystem, public).to_dict(include_password=include_password))
+        return cast("dict[str, Any]", super(ListingFileSystem, public).to_dict(include_password=include_password))
 
     @property
     def fsid(self) -> str:
@@ -82,33 +82,34 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return [strip(one) for one in path] if isinstance(path, list) else strip(path)
 
     def unstrip_protocol(self, name: str) -> str:
-        """The path with its protocol. Nothing is encoded, as `open` and the other methods decode nothing."""
+        """Return the path with its protocol. Nothing is encoded, because `open` and other methods decode nothing."""
         return unstrip(name)
 
     def info(self, path: str, **hints: Any) -> Entry:
-        """What is there: ``name``, ``size``, ``type`` and, of a blob, what `ls` tells and ``metadata`` (a dict),
-        ``content_settings`` (Content-Type and the like, under azure-storage-blob's names), ``tag_count`` and
-        ``blob_type``.
+        """Return the ``name``, ``size`` and ``type`` of a blob or folder.
+
+        Of a blob, the dict also has what `ls` returns, ``metadata`` (a dict), ``content_settings`` (Content-Type and
+        the like, under azure-storage-blob's names), ``tag_count`` and ``blob_type``.
 
         Raises:
-            BlobNotFoundError: nothing is there.
+            BlobNotFoundError: there is neither a blob nor a folder.
         """
         refuse_unknown("info", hints)
         store, parts = self._at(path)[1:]
         return look_up(store, parts)
 
     def ls(self, path: str, detail: bool = True, **hints: Any) -> list[Any]:
-        """What lies right in a folder, or the blob itself: infos, or only their names.
+        """List the direct children of a folder, or a blob itself: dicts or, without `detail`, names.
 
         Raises:
-            BlobNotFoundError: nothing is there.
+            BlobNotFoundError: there is neither a blob nor a folder.
         """
         refuse_unknown("ls", hints)
         store, parts = self._at(path)[1:]
         try:
             entries = folder_entries(store, parts)
         except (AccessDeniedError, RequestRefusedError):
-            # For a blob, a credential that allows no listing will do; and a directory's listing of a blob is an error.
+            # A blob needs no permission to list. An account with directories refuses to list below a blob.
             entry = look_up(store, parts)
             if entry["type"] != "file":
                 raise
@@ -127,10 +128,10 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         prefix: str = "",
         **hints: Any,
     ) -> Any:
-        """All blobs below a folder, with one request for 5,000 of them; the blob itself if it is one.
+        """Find all blobs below a folder, with one request for 5,000 of them, or a blob itself.
 
         Args:
-            prefix: only what has a path that starts with the folder's, a slash, and this.
+            prefix: only paths that start with the folder's path, a slash, and this prefix.
         """
         refuse_unknown("find", hints)
         if prefix:
@@ -159,7 +160,7 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return {name: found[name] for name in names} if detail else names
 
     def _find_with(self, prefix: str, path: str, maxdepth: int | None, withdirs: bool, detail: bool) -> Any:
-        """`find`, of what begins with a prefix, and no more of the container is listed."""
+        """`find` with a prefix, which lists only the blobs that start with it."""
         root = self._strip_protocol(path)
         above, _, begins = f"{root}/{prefix}".rpartition("/")
         found: dict[str, Entry] = {}
@@ -176,16 +177,15 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
     def du(
         self, path: str, total: bool = True, maxdepth: int | None = None, withdirs: bool = False, **more: Any
     ) -> Any:
-        """Bytes of all blobs below a folder, or of each of them. `more` is for `find`."""
+        """Return the bytes of all blobs below a folder, or of each of them. `more` is passed to `find`."""
         found = self.find(path, maxdepth=maxdepth, withdirs=withdirs, detail=True, **more)
         sizes = {name: entry["size"] for name, entry in found.items()}
         return sum(sizes.values()) if total else sizes
 
     def exists(self, path: str, **hints: Any) -> bool:
-        """Whether a blob or a folder is there. Raises if the service cannot be asked or does not tell.
+        """Whether there is a blob or a folder. Raises if the service cannot be asked or denies access.
 
-        As in other filesystems, any option is taken, except those of other filesystems for which the answer would be
-        another one.
+        As in other filesystems, unknown options are accepted, except those that would change the answer elsewhere.
         """
         refuse_unknown("exists", hints.keys() & MEANT_ELSEWHERE)
         return self._info_or_none(path) is not None
@@ -199,20 +199,20 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         return entry is not None and entry["type"] == "directory"
 
     def modified(self, path: str) -> datetime.datetime:
-        """When a blob was written last. Raises `BlobNotFoundError` for a folder, too: it has no time of its own."""
+        """Return when a blob was last written. Raises `BlobNotFoundError` for a folder, too: folders have no times."""
         return cast(datetime.datetime, self._file_info(path)["last_modified"])
 
     def created(self, path: str) -> datetime.datetime:
-        """When a blob was made. Raises `BlobNotFoundError` for a folder, too: it has no time of its own."""
+        """Return when a blob was created. Raises `BlobNotFoundError` for a folder, too: folders have no times."""
         return cast(datetime.datetime, self._file_info(path)["created"])
 
     def ukey(self, path: str) -> str:
-        """A text that changes with every write: made of the ETag."""
+        """Return a string that changes with every write, because it follows from the ETag."""
         entry = self._file_info(path)
         return hashlib.sha256(f"{entry['name']}\n{entry['etag']}".encode()).hexdigest()
 
     def checksum(self, path: str) -> int:
-        """A number that changes with every write."""
+        """Return a number that changes with every write."""
         return int(self.ukey(path), 16)
 
     def walk(
@@ -223,7 +223,7 @@ class LookingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         on_error: str | Callable[[OSError], object] = "omit",
         **kwargs: Any,
     ) -> Iterator[Any]:
-        """As ``os.walk``. ``"omit"`` leaves out a folder that is not there, and nothing that may not be looked at."""
+        """Walk as ``os.walk`` does. ``"omit"`` leaves out a missing folder, but raises where access is denied."""
         handler = _omit_missing if on_error == "omit" else on_error
         yield from super().walk(path, maxdepth=maxdepth, topdown=topdown, on_error=handler, **kwargs)
 
@@ -251,8 +251,8 @@ def _omit_missing(error: OSError) -> None:
 
 
 def _restore(
-    kind: type[LookingFileSystem], name: str, credential: PickledCredential, options: dict[str, Any]
-) -> LookingFileSystem:
-    if name:  # that of the argument, so that the filesystem is equal to one that is made the same way
+    kind: type[ListingFileSystem], name: str, credential: PickledCredential, options: dict[str, Any]
+) -> ListingFileSystem:
+    if name:  # the name of the argument, so that the filesystem equals one that is made by the same call
         options = {**options, name: credential.restore()}
     return kind(**options)
