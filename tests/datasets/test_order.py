@@ -1,4 +1,4 @@
-"""Which samples a rank and a worker read, in which order: sharding, shuffling, resuming. No storage needed."""
+"""Which samples a rank and a worker read, in which order: sharding, shuffling, resuming. Needs no storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST_OF_SEED_1_EPOCH_2 = [7, 52, 24, 69, 46, 43, 86, 84]
 
 
 def in_turns(shares: list[Share]) -> list[int]:
-    """What a DataLoader collects from its workers: a batch from each in turn, those that have ended left out."""
+    """Return what a DataLoader collects from its workers: a batch from each in turn, skipping those that have ended."""
     sources = [iter([share.position(index) for index in range(len(share))]) for share in shares]
     found: list[int] = []
     while sources:
@@ -36,14 +36,14 @@ def test_a_permutation_has_every_number_once(count: int, seed: int, epoch: int):
     assert sorted(order[position] for position in range(count)) == list(range(count))
 
 
-def test_a_permutation_is_another_one_for_another_epoch_or_seed_and_else_the_same():
+def test_a_permutation_depends_on_seed_and_epoch_only():
     def order(seed: int, epoch: int) -> list[int]:
         permutation = Permutation(100, seed, epoch)
         return [permutation[position] for position in range(100)]
 
     assert order(1, 2) == order(1, 2)
     assert len({tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
-    # Written down, so that a release cannot change the order under a run that is to be resumed.
+    # A constant, because a release must not change the order of a run that will be resumed.
     assert order(1, 2)[:8] == FIRST_OF_SEED_1_EPOCH_2
 
 
@@ -85,16 +85,16 @@ def test_shares_cover_the_order_whatever_the_numbers(
                 Share(count, base, rank, world_size, worker, workers, batch_size, uneven) for worker in range(workers)
             ]
             by_rank.append(in_turns(shares))
-            # Not depending on the number of workers, which take turns by batches.
+            # The number of workers does not matter, because they take turns by batches.
             assert by_rank[-1] == in_turns([Share(count, base, rank, world_size, uneven=uneven)])
-        together = [position for step in itertools.zip_longest(*by_rank) for position in step if position is not None]
+        order = [position for step in itertools.zip_longest(*by_rank) for position in step if position is not None]
         if uneven == "keep":
-            assert together == rest
+            assert order == rest
         elif uneven == "drop":
-            assert together == rest[: len(rest) // world_size * world_size]
+            assert order == rest[: len(rest) // world_size * world_size]
         else:
-            assert together[: len(rest)] == rest
-            assert len(together) == -(-len(rest) // world_size) * world_size
+            assert order[: len(rest)] == rest
+            assert len(order) == -(-len(rest) // world_size) * world_size
         lengths = {len(positions) for positions in by_rank}
         assert max(lengths) - min(lengths) <= (uneven == "keep")
 
@@ -122,7 +122,7 @@ def test_an_epoch_is_resumed_on_other_numbers_of_ranks(before: int, after: int):
         one.load_state_dict(pickle.loads(pickle.dumps(states[0])))
     rest = [number for step in itertools.zip_longest(*resumed) for number in step if number is not None]
     assert read + rest == whole
-    # The state is that of one pass; the next one is whole again.
+    # A state is for one pass; the next one is whole again.
     assert sorted(number for one in resumed for number in one) == list(range(50))
 
 
@@ -141,7 +141,7 @@ def test_a_state_can_be_asked_for_by_the_number_of_samples():
     assert list(resumed) == list(sampler(20, 1, 3))[5:]
 
 
-def test_set_epoch_keeps_what_was_loaded_for_that_epoch_and_drops_it_for_another():
+def test_set_epoch_keeps_a_loaded_state_of_that_epoch_and_drops_that_of_another():
     one = sampler(20, 0, 1)
     one.set_epoch(4)
     source = iter(one)
@@ -157,7 +157,7 @@ def test_set_epoch_keeps_what_was_loaded_for_that_epoch_and_drops_it_for_another
     assert list(resumed) == list(one) and len(list(one)) == 20
 
 
-def test_a_state_of_something_else_is_refused():
+def test_a_state_of_another_dataset_or_order_is_refused():
     state = sampler(20, 0, 1).state_dict()
     with pytest.raises(ValueError, match="another dataset"):
         sampler(21, 0, 1).load_state_dict(state)
@@ -168,7 +168,7 @@ def test_a_state_of_something_else_is_refused():
         BlobSampler(BlobDataset(listing(20)), shuffle=True, seed=4, rank=0, world_size=1).load_state_dict(state)
 
 
-def test_the_rank_is_torchruns_where_nobody_says_it(monkeypatch: pytest.MonkeyPatch):
+def test_the_rank_is_torchruns_by_default(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RANK", raising=False)
     assert this_rank(None, None) == (0, 1)
     monkeypatch.setenv("RANK", "2")
@@ -182,6 +182,6 @@ def test_the_rank_is_torchruns_where_nobody_says_it(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "wrong", [{"rank": 3, "world_size": 3}, {"rank": -1, "world_size": 1}, {"uneven": "wrap"}], ids=str
 )
-def test_refuses_shares_that_cannot_be(wrong: dict[str, Any]):
+def test_invalid_shares_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ValueError, match=r"rank must|uneven must"):
         BlobSampler(BlobDataset(listing(5)), **wrong)

@@ -1,4 +1,4 @@
-"""A dataset of a million blobs: what it costs in memory when it is made, saved, loaded and handed to workers."""
+"""The memory that a dataset of a million blobs needs when it is made, saved, loaded and pickled for workers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ EXPECTED = MILLION * (NAME + 24)
 
 @dataclass
 class Allocated:
-    """Bytes that Python allocated in a block: what it still held at the end, and at most at once.
+    """Bytes that Python allocated in a block: those held at its end, and the peak.
 
-    Pages of a mapped file are none. The process' resident memory would count them, and with them whatever the allocator
-    happens to keep or to have free: it cannot be asserted on.
+    Pages of a mapped file do not count. The process' resident memory would count them, and also what the allocator
+    happens to keep, so a test cannot assert on it.
     """
 
     held: int = 0
@@ -73,7 +73,7 @@ def test_a_million_blobs_cost_their_names_and_24_bytes_each(million: Million):
         some = [dataset.listing[index] for index in itertools.islice(order, 1000)]
     assert len(dataset) == len(iterable) == len(order) == MILLION
     assert len({blob.location.path for blob in some}) == 1000
-    # An array that grows has room for an eighth more, and the names are copied once when all are there.
+    # A growing array has room for an eighth more, and the complete names are copied once.
     assert EXPECTED <= million.made.held < 1.13 * EXPECTED
     assert million.made.peak < 2 * EXPECTED
     assert cost.peak < EXPECTED / 50
@@ -81,7 +81,7 @@ def test_a_million_blobs_cost_their_names_and_24_bytes_each(million: Million):
 
 def test_a_listing_of_a_million_blobs_is_saved_and_mapped(million: Million):
     assert EXPECTED <= os.path.getsize(million.path) < EXPECTED + 4096
-    assert million.saved.peak < 1_000_000  # nothing is copied to be written
+    assert million.saved.peak < 1_000_000  # the columns are written without a copy
     with allocations() as cost:
         loaded = BlobListing.load(million.path)
         assert len(loaded) == MILLION

@@ -1,4 +1,4 @@
-"""`TarDataset`: samples and members of tar files, over ranks and workers, shuffled, resumed, fetched ahead."""
+"""`TarDataset`: samples and members of tar files, over ranks and workers, shuffled, resumed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-import azure_torch_ckpt.datasets.progress
+import azure_torch_ckpt.datasets.epoch_state
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.datasets import BlobListing, TarDataset
 from azure_torch_ckpt.emulator import Azurite
-from tests.datasets.datasets_support import collate, fill, join, key, shard, tar_of
+from tests.datasets.sample_blobs import collate, fill, join, key, shard, tar_of
 from tests.support.ranks import Ranks
 
 pytest_plugins = ("tests.support.ranks",)
@@ -125,7 +125,7 @@ def test_samples_are_shuffled_within_a_buffer_by_seed_and_epoch(listing: BlobLis
 
 
 @pytest.mark.parametrize(("buffer", "step"), [(0, 5), (10, 1), (100, 5)])
-def test_a_tar_dataset_is_resumed_wherever_it_was_left(listing: BlobListing, buffer: int, step: int):
+def test_a_tar_dataset_is_resumed_after_any_sample(listing: BlobListing, buffer: int, step: int):
     def make() -> TarDataset[int]:
         return TarDataset(listing, transform=key, shuffle=True, shuffle_buffer=buffer, seed=2)
 
@@ -137,13 +137,13 @@ def test_a_tar_dataset_is_resumed_wherever_it_was_left(listing: BlobListing, buf
         resumed = make()
         resumed.load_state_dict(pickle.loads(pickle.dumps(dataset.state_dict())))
         assert list(resumed) == whole[done:]
-        assert list(resumed) == whole  # the state was for one pass
+        assert list(resumed) == whole  # a state is for one pass
         assert list(itertools.islice(source, step)) == whole[done : done + step]
 
 
 @pytest.mark.parametrize("buffer", [0, 4])
 @pytest.mark.parametrize("workers", [0, 1, 4])
-def test_torchdatas_loader_resumes_a_tar_dataset(listing: BlobListing, workers: int, buffer: int):
+def test_a_stateful_dataloader_resumes_a_tar_dataset(listing: BlobListing, workers: int, buffer: int):
     def make(rank: int) -> StatefulDataLoader:
         dataset = TarDataset(listing, transform=key, shuffle=True, shuffle_buffer=buffer, rank=rank, world_size=2)
         return StatefulDataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=collate)
@@ -179,7 +179,7 @@ def test_a_tar_dataset_is_saved_and_loaded_with_a_checkpoint(listing: BlobListin
     assert sorted(first + rest) == list(range(COUNT))
 
 
-def test_a_state_inside_of_a_tar_file_is_of_one_rank(listing: BlobListing):
+def test_a_state_inside_a_tar_file_is_for_its_rank(listing: BlobListing):
     def make(rank: int) -> TarDataset[int]:
         return TarDataset(listing, transform=key, rank=rank, world_size=2)
 
@@ -189,9 +189,7 @@ def test_a_state_inside_of_a_tar_file_is_of_one_rank(listing: BlobListing):
         make(1).load_state_dict(dataset.state_dict())
 
 
-def test_a_state_inside_of_the_buffer_is_not_one_for_several_workers(
-    listing: BlobListing, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_state_inside_the_buffer_is_refused_by_several_workers(listing: BlobListing, monkeypatch: pytest.MonkeyPatch):
     def make(buffer: int) -> TarDataset[int]:
         return TarDataset(listing, transform=key, shuffle_buffer=buffer)
 
@@ -207,8 +205,8 @@ def test_a_state_inside_of_the_buffer_is_not_one_for_several_workers(
     resumed, dataset = make(10), make(10)
     next(iter(dataset))
     resumed.load_state_dict(dataset.state_dict())
-    # Not in real workers: a DataLoader waits for 5 seconds for each whose dataset has failed.
+    # Without real workers: a DataLoader waits 5 seconds for each one whose dataset has failed.
     worker = SimpleNamespace(id=1, num_workers=2, seed=8)
-    monkeypatch.setattr(azure_torch_ckpt.datasets.progress, "get_worker_info", lambda: worker)
+    monkeypatch.setattr(azure_torch_ckpt.datasets.epoch_state, "get_worker_info", lambda: worker)
     with pytest.raises(ValueError, match="num_workers=0 or 1"):
         iter(resumed)

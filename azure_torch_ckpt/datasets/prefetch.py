@@ -1,4 +1,4 @@
-"""Work that is done ahead of its use by threads, in order, within a budget of bytes."""
+"""`prefetch`: run jobs on threads before their results are needed, in order, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["ahead"]
+__all__ = ["prefetch"]
 
 _T = TypeVar("_T")
 _Task = Callable[[], None]
 
 
-def ahead(jobs: Iterable[tuple[int, Callable[[], _T]]], threads: int, budget: int) -> Generator[Future[_T], None, None]:
-    """Run jobs on threads, and give their futures, done or not, in the order of the jobs.
+def prefetch(
+    jobs: Iterable[tuple[int, Callable[[], _T]]], threads: int, budget: int
+) -> Generator[Future[_T], None, None]:
+    """Run jobs on threads and yield their futures, finished or not, in the order of the jobs.
 
-    A future that was given and is not the last one any more counts as used.
+    A future counts as used when the next one is requested.
 
     Args:
-        jobs: how many bytes each will hold, and the job. They are taken as there is room for them.
-        threads: daemons, so that a request that hangs does not keep the process from ending.
-        budget: bytes of all jobs that are running or done and not used; one job may always run.
+        jobs: each job, with the number of bytes that its result will hold. They are taken when there is room for them.
+        threads: the number of threads. They are daemons, so that a hanging request does not keep the process alive.
+        budget: bytes of all jobs that are running, or finished and not used. One job may always run.
     """
     tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
     waiting: deque[tuple[int, Future[_T]]] = deque()
@@ -39,7 +41,7 @@ def ahead(jobs: Iterable[tuple[int, Callable[[], _T]]], threads: int, budget: in
                 future: Future[_T] = Future()
                 tasks.put(_task(future, job))
                 if started < threads:
-                    threading.Thread(target=_work, args=(tasks,), name="blob-ahead", daemon=True).start()
+                    threading.Thread(target=_work, args=(tasks,), name="blob-prefetch", daemon=True).start()
                     started += 1
                 waiting.append((cost, future))
                 held += cost

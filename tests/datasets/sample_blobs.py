@@ -1,4 +1,4 @@
-"""What the tests of the datasets have in common: blobs, and functions that DataLoader's workers can import."""
+"""Blobs and tar files whose samples are numbers, and transforms for them that DataLoader's workers can import."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from azure_torch_ckpt.location import BlobLocation
 
 
 def fill(container: str, blobs: dict[str, bytes]) -> None:
+    """Write blobs to a container."""
     store = BlobStore(BlobLocation.parse(container))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store.put, blobs.keys(), blobs.values()))
 
 
 def numbered(count: int) -> dict[str, bytes]:
-    """Blobs whose content is their number, in the order of their names."""
+    """Return blobs whose content is their number, in the order of their names."""
     return {f"data/{number:03}.txt": str(number).encode() for number in range(count)}
 
 
@@ -45,6 +46,7 @@ def join(batches: Iterable[list[int]]) -> list[int]:
 
 
 def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
+    """Return a tar file with these members."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode=mode, format=form) as tar:  # type: ignore[call-overload]
         for name, data in files.items():
@@ -55,8 +57,8 @@ def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FOR
 
 
 def shard(first: int, count: int, repeat: int = 400) -> dict[str, bytes]:
-    """Samples for a tar file: their number, so many times."""
-    # Names of more than 100 characters have a header of their own in front.
+    """Return members of samples for a tar file, whose content is the sample's number, `repeat` times."""
+    # A name of more than 100 characters has a header of its own.
     return {
         f"{'long/' * 25 if number % 3 == 0 else ''}{number:04}.{extension}": str(number).encode() * repeat
         for number in range(first, first + count)
@@ -65,7 +67,7 @@ def shard(first: int, count: int, repeat: int = 400) -> dict[str, bytes]:
 
 
 def key(sample: dict[str, Any]) -> int:
-    """The number of a sample of `shard`, checked."""
+    """Check a sample of `shard` and return its number."""
     assert set(sample) == {"__key__", "__url__", "jpg", "cls.txt"}
     number = int(sample["__key__"].rpartition("/")[2])
     text = str(number).encode()

@@ -1,6 +1,6 @@
-"""A loaded state is for one pass, whatever the numbers of workers: exactly what remains, then whole epochs.
+"""A loaded state is for one pass on any number of workers: exactly the rest of the epoch, then whole epochs.
 
-Sequences of passes are tried with simulated workers, which begin as those of a DataLoader do, and some with real ones.
+Simulated workers, which begin as those of a DataLoader do, run any sequence of passes; real workers run some.
 """
 
 from __future__ import annotations
@@ -22,56 +22,63 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from azure_torch_ckpt.datasets import BlobDataset, BlobListing, BlobSampler, IterableBlobDataset, TarDataset, progress
+from azure_torch_ckpt.datasets import (
+    BlobDataset,
+    BlobListing,
+    BlobSampler,
+    IterableBlobDataset,
+    TarDataset,
+    epoch_state,
+)
+from azure_torch_ckpt.datasets.base import StreamDataset
 from azure_torch_ckpt.datasets.blob import Blob
+from azure_torch_ckpt.datasets.epoch_state import Cursor, StreamPosition
 from azure_torch_ckpt.datasets.order import Uneven
-from azure_torch_ckpt.datasets.progress import Cursor, Place, Plan
-from azure_torch_ckpt.datasets.stream import Stream
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import ConfigurationError
-from tests.datasets.datasets_support import collate, fill, join, key, number_of, numbered, shard, tar_of
+from tests.datasets.sample_blobs import collate, fill, join, key, number_of, numbered, shard, tar_of
 
 URL = "https://account.blob.core.windows.net/data"
 COUNT = 24
 
 
-class Numbers(Stream[Blob, int]):
-    """An `IterableBlobDataset` that gives the numbers of the blobs instead of reading them."""
+class Numbers(StreamDataset[Blob, int]):
+    """An `IterableBlobDataset` that yields the blobs' numbers instead of reading them."""
 
     def __init__(self, count: int, **order: Any) -> None:
         listing = BlobListing.from_blob_urls(f"{URL}/{number}" for number in range(count))
-        super().__init__(listing, Plan.make(listing, seed=3, **order))
+        super().__init__(listing, seed=3, **order)
 
     def _read(self, cursor: Cursor) -> Iterator[int]:
         for position in range(cursor.place.position, len(cursor.share)):
-            cursor.place = Place(position + 1)
+            cursor.place = StreamPosition(position + 1)
             yield cursor.index(position)
 
     def __len__(self) -> int:
-        return len(self._progress.plan.share(0))
+        return len(self._epochs.order.share(0))
 
     def state_at(self, samples: int) -> dict[str, Any]:
-        return self._progress.state_at(samples)
+        return self._epochs.state_at(samples)
 
 
 class Worker:
-    """A worker of a simulated DataLoader: a copy of the dataset, in what takes itself for another process."""
+    """A worker of a simulated DataLoader: a copy of the dataset, with the identity of another process."""
 
     pids = itertools.count(-1, -1)
 
     def __init__(self, dataset: Numbers, number: int, workers: int, seed: int) -> None:
         self._info = SimpleNamespace(id=number, num_workers=workers, seed=seed + number)
         self._pid = next(self.pids)
-        # As a fork does it: the shared memory is shared, all the rest is as it was at that moment.
+        # Like a fork: the copies share the shared memory, and all the rest stays as it was at that moment.
         self.dataset = copy.copy(dataset)
-        self.dataset._progress = copy.copy(dataset._progress)
+        self.dataset._epochs = copy.copy(dataset._epochs)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         process = SimpleNamespace(name=f"Process-{-self._pid}")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(multiprocessing, "current_process", lambda: process)
-            patch.setattr(progress, "get_worker_info", lambda: self._info)
+            patch.setattr(epoch_state, "get_worker_info", lambda: self._info)
             patch.setattr(os, "getpid", lambda: self._pid)
             yield
 
@@ -81,7 +88,7 @@ class Worker:
 
 
 class Loader:
-    """Gives the batches of a DataLoader, and begins the passes of its workers in any order."""
+    """Yields the batches of a DataLoader, and begins the passes of its workers in any order."""
 
     def __init__(self, dataset: Numbers, batch_size: int, workers: int, seed: int, persistent: bool) -> None:
         self._dataset = dataset
@@ -94,7 +101,7 @@ class Loader:
         self._behind: set[int] = set()  # workers that have not begun the pass before this one
 
     def batches(self, late: frozenset[int] = frozenset()) -> Iterator[list[int]]:
-        """A pass. The workers in `late` begin when their first batch is wanted.
+        """Yield the batches of a pass. The workers in `late` begin when their first batch is wanted.
 
         Before a DataLoader wants a batch of workers that persist, all of them have answered that they will begin the
         pass. So they have begun the one before, some of them perhaps after others have begun this one.
@@ -115,7 +122,7 @@ class Loader:
         return self._from([functools.partial(self._begin, number) for number in numbers])
 
     def begin_the_rest(self) -> None:
-        """Let those begin of which no batch was wanted, though it is of no use any more."""
+        """Let the workers begin whose batches were not wanted, although nothing uses them any more."""
         for number in range(self._number):
             self._begin(number)
 
@@ -281,7 +288,7 @@ def test_any_sequence_of_passes_gives_what_remains_and_then_whole_epochs(
             dataset.load_state_dict(states[-1])
 
 
-def test_set_epoch_after_a_pass_is_the_beginning_also_of_the_epoch_that_was_loaded():
+def test_set_epoch_after_a_pass_begins_also_the_epoch_of_a_loaded_state():
     dataset = Numbers(9, rank=0, world_size=1)
     dataset.load_state_dict(dataset.state_at(4))
     dataset.set_epoch(0)
@@ -293,7 +300,7 @@ def test_set_epoch_after_a_pass_is_the_beginning_also_of_the_epoch_that_was_load
 
 
 def test_a_worker_that_goes_through_the_epochs_by_itself_does_not_disturb_the_others():
-    """As an IterableDataset around this one does, whose `__iter__` never ends."""
+    """An IterableDataset around this one does that, if its `__iter__` never ends."""
     dataset = Numbers(12, rank=0, world_size=1, shuffle=True)
     dataset.set_epoch(1)
     dataset.load_state_dict(dataset.state_at(4))
@@ -311,7 +318,7 @@ def test_a_worker_that_goes_through_the_epochs_by_itself_does_not_disturb_the_ot
     assert sorted(found[2]) == sorted(whole[2])
 
 
-def test_more_samples_than_there_are_are_all_of_them():
+def test_a_state_beyond_the_end_of_the_epoch():
     for world_size in (1, 2):
         dataset = Numbers(9, rank=0, world_size=world_size)
         dataset.load_state_dict(dataset.state_at(12))  # three batches of four
@@ -319,7 +326,7 @@ def test_more_samples_than_there_are_are_all_of_them():
         assert list(dataset) == list(range(0, 9, world_size))
 
 
-def test_what_is_no_state_is_refused():
+def test_an_invalid_state_is_refused():
     dataset = Numbers(9, rank=0, world_size=2)
     dataset.load_state_dict(dataset.state_at(3))
     with pytest.raises(ConfigurationError, match="must not be negative"):
@@ -420,8 +427,8 @@ def test_passes_with_workers_that_persist_and_others_in_turn(listing: BlobListin
         assert (join(first), join(second)) == ([], list(range(COUNT)))
 
 
-class _HeldUp(IterableDataset[Any]):
-    """Around a dataset: the second pass of worker 1 does not begin before `go` is set."""
+class _Delayed(IterableDataset[Any]):
+    """Delays a dataset: the second pass of worker 1 does not begin before `go` is set."""
 
     def __init__(self, dataset: IterableDataset[Any]) -> None:
         self._dataset = dataset
@@ -438,10 +445,10 @@ class _HeldUp(IterableDataset[Any]):
 
 @pytest.mark.parametrize("change", ["load", "epoch"])
 def test_a_worker_that_persists_may_begin_its_pass_after_the_next_one_was_prepared(listing: BlobListing, change: str):
-    """A DataLoader waits until such workers have heard of the next pass, but not until they have begun it."""
+    """A DataLoader waits until such workers know of the next pass, but not until they have begun it."""
     dataset = IterableBlobDataset(listing, transform=number_of, batch_size=4)
-    held_up = _HeldUp(dataset)
-    loader = DataLoader(held_up, 4, num_workers=2, persistent_workers=True, collate_fn=collate)
+    delayed = _Delayed(dataset)
+    loader = DataLoader(delayed, 4, num_workers=2, persistent_workers=True, collate_fn=collate)
     assert join(loader) == list(range(COUNT))
     dataset.load_state_dict(dataset.state_at(4))
     source = iter(loader)
@@ -450,18 +457,18 @@ def test_a_worker_that_persists_may_begin_its_pass_after_the_next_one_was_prepar
         dataset.load_state_dict(dataset.state_at(4))
     else:
         dataset.set_epoch(1)
-    held_up.go.set()
+    delayed.go.set()
     assert join(source) == list(range(8, COUNT))
     assert list(dataset) == list(range(8 if change == "load" else 0, COUNT))
     assert list(dataset) == join(loader) == list(range(COUNT))
 
 
-def test_workers_that_are_spawned_begin_where_the_state_was_when_they_were_started(listing: BlobListing):
+def test_spawned_workers_begin_at_the_state_of_their_start(listing: BlobListing):
     dataset = IterableBlobDataset(listing, transform=number_of, batch_size=4)
     dataset.load_state_dict(dataset.state_at(8))
     loader = DataLoader(dataset, 4, num_workers=2, multiprocessing_context="spawn", collate_fn=collate)
     source = iter(loader)
-    dataset.load_state_dict({**dataset.state_at(0), "position": 12})  # long before they have begun
+    dataset.load_state_dict({**dataset.state_at(0), "position": 12})  # before they have begun
     assert join(source) == list(range(8, COUNT))
     assert join(DataLoader(dataset, 4, num_workers=1, collate_fn=collate)) == list(range(20, COUNT))
     assert list(dataset) == list(range(COUNT))
@@ -491,7 +498,7 @@ def test_passes_of_a_sampler_with_other_numbers_of_workers(listing: BlobListing,
     assert join(loaders[0]) == list(range(8, COUNT))
     source = iter(loaders[1])
     assert join(itertools.islice(source, 2)) == list(range(8))
-    # In the pass after that which was resumed, samples are counted from the epoch's beginning.
+    # In the pass after the resumed one, samples count from the beginning of the epoch.
     sampler.load_state_dict(sampler.state_at(8))
     assert join(loaders[0]) == list(range(8, COUNT))
     assert join(loaders[0]) == list(range(COUNT))
@@ -499,11 +506,11 @@ def test_passes_of_a_sampler_with_other_numbers_of_workers(listing: BlobListing,
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("tar", [False, True])
-def test_torchdatas_loader_in_turn_with_a_plain_one(
+def test_a_stateful_dataloader_in_turn_with_a_plain_one(
     listing: BlobListing, shards: BlobListing, workers: int, persistent: bool, tar: bool
 ):
-    def make() -> tuple[Stream[Any, int], StatefulDataLoader]:
-        dataset: Stream[Any, int] = (
+    def make() -> tuple[StreamDataset[Any, int], StatefulDataLoader]:
+        dataset: StreamDataset[Any, int] = (
             TarDataset(shards, transform=key)
             if tar
             else IterableBlobDataset(listing, transform=number_of, batch_size=4)

@@ -1,4 +1,4 @@
-"""`TarDataset`: what is fetched ahead, and what becomes of shards and samples that fail."""
+"""`TarDataset`: which ranges are prefetched, and what happens to shards and samples that fail."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from torch.utils.data import DataLoader
 from azure_torch_ckpt import AccessDeniedError, BlobChangedError, BlobNotFoundError
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.datasets import BlobCache, BlobListing, TarDataset
-from azure_torch_ckpt.datasets.shards import _SMALLEST_PART as PART
+from azure_torch_ckpt.datasets.tar_shards import SMALLEST_RANGE
 from azure_torch_ckpt.location import BlobLocation
-from tests.datasets.datasets_support import fill, key, key_unless_three, shard, tar_of
+from tests.datasets.sample_blobs import fill, key, key_unless_three, shard, tar_of
 from tests.support.faults import Answer, Cut
 from tests.support.proxy import FaultProxy
 
-# With this budget, a part is 256 KiB.
-SMALL = 4 * PART
-DENIED = Answer(403, "AuthorizationPermissionMismatch")  # which is not tried again
+SMALL = 4 * SMALLEST_RANGE  # a budget with ranges of that size
+DENIED = Answer(403, "AuthorizationPermissionMismatch")  # not retried
 
 
 def large(first: int) -> bytes:
-    """Five samples of 400 to 800 kB: a shard of eight to sixteen small parts."""
+    """Return a shard of eight to sixteen small ranges: five samples of 400 to 800 kB."""
     return tar_of(shard(first, 5, 200_000))
 
 
@@ -43,16 +42,18 @@ def through(proxy: FaultProxy, container: str) -> str:
 
 
 def listed(url: str, known: bool) -> BlobListing:
-    """The blobs of a container: as they are listed, or only by their URLs."""
+    """Return the blobs of a container as they are listed, or only with their URLs."""
     listing = BlobListing.from_container_url(url)
     return listing if known else BlobListing.from_blob_urls([blob.location for blob in listing])
 
 
-# Ahead
+# Prefetching
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_next_parts_and_shards_are_fetched_while_the_transform_runs(proxy: FaultProxy, container: str, known: bool):
+def test_the_next_ranges_and_shards_are_prefetched_while_the_transform_runs(
+    proxy: FaultProxy, container: str, known: bool
+):
     fill(container, {f"{number}.tar": tar_of(shard(7 * number, 7)) for number in range(4)})
     requested_meanwhile: list[int] = []
 
@@ -69,42 +70,42 @@ def test_the_next_parts_and_shards_are_fetched_while_the_transform_runs(proxy: F
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_what_is_fetched_ahead_stays_within_its_budget(proxy: FaultProxy, large_shards: str, known: bool):
+def test_prefetching_stays_within_its_budget(proxy: FaultProxy, large_shards: str, known: bool):
     begin_of_last = 4 * len(tar_of({"a.jpg": bytes(200_000), "a.cls": bytes(200_000)})) - 4 * 10_240
     ahead: list[int] = []
 
     def transform(sample: dict[str, Any]) -> int:
         number = key(sample)
         if number == 3:  # in the first shard, of whose samples one is left
-            proxy.wait_until(lambda: fetched() >= begin_of_last + SMALL - PART)
+            proxy.wait_until(lambda: fetched() >= begin_of_last + SMALL - SMALLEST_RANGE)
             ahead.append(fetched() - begin_of_last)
         return number
 
     def fetched() -> int:
-        return proxy.count("Get Blob") * PART
+        return proxy.count("Get Blob") * SMALLEST_RANGE
 
     dataset = TarDataset(listed(through(proxy, large_shards), known), transform=transform, prefetch_bytes=SMALL)
     assert list(dataset) == list(range(15))
-    # The part that is being taken apart is one of the budget.
-    assert SMALL - PART <= ahead[0] <= SMALL
+    # The range that is being read counts, too.
+    assert SMALL - SMALLEST_RANGE <= ahead[0] <= SMALL
     requests = proxy.requests("Get Blob")
     assert sum(request.sent for request in requests) == sum(len(large(5 * number)) for number in range(3))
     assert proxy.count("Head") == 0
 
 
-def test_without_a_budget_a_part_is_fetched_when_it_is_asked_for(proxy: FaultProxy, container: str):
+def test_without_a_budget_a_range_is_fetched_on_demand(proxy: FaultProxy, container: str):
     fill(container, {f"{number}.tar": tar_of(shard(7 * number, 7)) for number in range(3)})
     source = iter(TarDataset.from_container_url(through(proxy, container), transform=key, prefetch_bytes=0))
     for number in range(14):
         assert next(source) == number
-        # A sample is complete when the header behind it was read: the last one of a shard, with its end.
+        # A sample is complete when the next header was read; the last one of a shard, when the shard's end was read.
         assert proxy.count("Get Blob") == 1 + number // 7
 
 
-def test_a_stream_of_tar_files_that_is_left_ends_its_threads(large_shards: str):
+def test_an_abandoned_stream_of_tar_files_ends_its_threads(large_shards: str):
     source = iter(TarDataset.from_container_url(large_shards, transform=key))
     next(source)
-    working = [thread for thread in threading.enumerate() if thread.name == "blob-ahead"]
+    working = [thread for thread in threading.enumerate() if thread.name == "blob-prefetch"]
     assert working
     source.close()  # type: ignore[attr-defined]
     for thread in working:
@@ -127,7 +128,7 @@ def test_shards_come_from_the_cache(proxy: FaultProxy, container: str, tmp_path:
     assert proxy.count("Get Blob", "Head") == 3
 
 
-# What fails
+# Failures
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:5000], lambda data: data[:1024] + b"x" * 512 + data[1536:]])
@@ -169,7 +170,7 @@ def test_a_missing_shard_is_an_error_or_skipped_with_its_name(
     with pytest.raises(BlobNotFoundError, match=r"1\.tar"):
         next(source)
     skipping = TarDataset(listing, transform=key, on_error="skip", retries=1)
-    skipping.load_state_dict(dataset.state_dict())  # which stands before it
+    skipping.load_state_dict(dataset.state_dict())  # the one before the error
     assert list(skipping) == list(range(14, 21))
     assert skipping.skipped == 1
     shuffling = TarDataset(listing, transform=key, on_error="skip", shuffle_buffer=10)
@@ -193,7 +194,7 @@ def test_a_shard_is_opened_again_behind_the_last_sample_that_was_read(
     for nth in (1, 8, 20):
         proxy.when("Get Blob", nth=nth).do(DENIED)
         assert list(make(retries=1)) == whole
-    # Without retries, what was handed out is not repeated by the pass that goes on.
+    # Without retries, a resumed pass does not repeat the yielded samples.
     proxy.when("Get Blob", nth=12).do(DENIED)
     dataset = make()
     first: list[int] = []
@@ -203,7 +204,7 @@ def test_a_shard_is_opened_again_behind_the_last_sample_that_was_read(
     resumed.load_state_dict(dataset.state_dict())
     rest = list(resumed)
     assert whole[len(whole) - len(rest) :] == rest and 0 < len(rest) < 15
-    # Where a rest was left out, a state repeats nothing, even if all of it can be read now.
+    # After a skipped rest, a resumed pass repeats nothing, even if all of the rest can be read now.
     proxy.when("Get Blob", nth=12).do(DENIED)
     dataset = make(on_error="skip")
     source = iter(dataset)
@@ -213,13 +214,13 @@ def test_a_shard_is_opened_again_behind_the_last_sample_that_was_read(
     rest, skipping = list(resumed), list(source)
     assert dataset.skipped == 1
     assert len({*first, *rest}) == len(first + rest) and set(rest) >= set(skipping)
-    # An error that stays.
+    # A permanent error.
     proxy.when("Get Blob", nth=8, times=None).do(DENIED)
     with pytest.raises(AccessDeniedError):
         list(make(retries=1))
 
 
-def test_broken_connections_are_not_the_datasets_business(proxy: FaultProxy, large_shards: str):
+def test_broken_connections_are_retried_by_the_transport(proxy: FaultProxy, large_shards: str):
     proxy.when("Get Blob", nth=3).do(Cut(70_000))
     proxy.when("Get Blob", nth=6).do(Answer(503, "ServerBusy"))
     url = through(proxy, large_shards)
@@ -235,7 +236,7 @@ def test_a_shard_that_was_replaced_since_it_was_listed_is_read_as_it_is_now(cont
     fill(container, {"0.tar": tar_of(shard(100, 40)), "1.tar": tar_of(shard(200, 40))})
     fresh = TarDataset(dataset.listing, transform=key)
     assert list(fresh) == [*range(100, 140), *range(200, 240)]
-    # In the middle of what was another file, there is nothing to go on with.
+    # A state in the middle of the old file cannot be used for the new one.
     fresh.load_state_dict(inside)
     with pytest.raises(BlobChangedError):
         list(fresh)
@@ -272,7 +273,7 @@ def test_a_sample_that_fails_is_skipped(container: str, workers: int):
     assert dataset.skipped == 1
 
 
-def test_a_transform_is_tried_again_with_the_whole_sample(container: str):
+def test_a_transform_is_called_again_with_the_whole_sample(container: str):
     fill(container, {"0.tar": tar_of(shard(0, 2))})
     failures = iter([OSError("first"), ValueError("second")])
 

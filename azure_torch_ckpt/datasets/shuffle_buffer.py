@@ -1,4 +1,4 @@
-"""A shuffle buffer that is resumed from four numbers."""
+"""`shuffled`: a shuffle buffer whose state is four numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from azure_torch_ckpt.datasets.epoch_state import StreamPosition
 from azure_torch_ckpt.datasets.order import Permutation
-from azure_torch_ckpt.datasets.progress import Place
 
 __all__ = ["shuffled"]
 
@@ -16,11 +16,11 @@ _Begin = tuple[int, int]
 
 
 @dataclass(slots=True)
-class _Block(Generic[_T]):
+class _ShuffleBlock(Generic[_T]):
     """Samples that follow each other from `begin` on.
 
     Attributes:
-        closed: no more will be added.
+        closed: no more samples will be added.
     """
 
     begin: _Begin
@@ -31,28 +31,28 @@ class _Block(Generic[_T]):
 def shuffled(
     source: Iterator[tuple[_T | None, _Begin]],
     size: int,
-    place: Place,
+    place: StreamPosition,
     order: Callable[[int, _Begin], Permutation | range],
-) -> Iterator[tuple[_T, Place]]:
-    """Shuffle a stream by blocks of `size` samples: a random one is drawn from a block, and the next block gets one.
+) -> Iterator[tuple[_T, StreamPosition]]:
+    """Shuffle a stream in blocks of `size` samples: for each sample drawn from a block, one is added to the next block.
 
-    So `size` samples are held at any time, the first comes when so many are read, and none moves by more than that.
-    In exchange, a pass can be resumed exactly: from the begin of its block, of which the first few are drawn already.
-    At most twice `size` samples are read again for that, and none is kept in the state.
+    So `size` samples are held at any time, the first one is yielded when so many have been read, and none moves by more
+    than that. In exchange, a pass is resumed exactly: from the beginning of its block, of which the first few samples
+    are drawn already. At most twice `size` samples are read again for that, and the state holds none.
 
     Args:
-        source: samples from `place` on, each with the position and offset behind it; None in the place of those that
-            are left out. That ends a block, so that one that is read again has the same samples, even if those can be
-            read then.
-        place: where to go on.
-        order: a permutation of so many, for a block that begins there.
+        source: samples from `place` on, each with the position and offset behind it; None in place of samples that are
+            left out. A None ends a block, so that a block that is read again has the same samples, even if the missing
+            ones can be read then.
+        place: where to continue.
+        order: returns a permutation of a number of samples, for a block that begins at a position.
 
-    Returns:
-        samples, each with the place to go on behind it.
+    Yields:
+        samples, each with the place at which to continue after it.
     """
     reached = place[:2]
 
-    def fill(block: _Block[_T], count: int) -> None:
+    def fill(block: _ShuffleBlock[_T], count: int) -> None:
         nonlocal reached
         while len(block.samples) < count and not block.closed:
             item = next(source, None)
@@ -67,18 +67,21 @@ def shuffled(
             else:
                 block.begin = reached
 
-    block = _Block[_T](reached)
+    block = _ShuffleBlock[_T](reached)
     drawn = place.drawn
     fill(block, place.block if drawn else size)
     while block.samples:
-        following = _Block[_T](reached)
+        following = _ShuffleBlock[_T](reached)
         count = len(block.samples)
         numbers = order(count, block.begin)
         for done in range(drawn + 1, count + 1):
             number = numbers[done - 1]
             sample, block.samples[number] = block.samples[number], None
             assert sample is not None
-            yield sample, Place(*block.begin, done, count) if done < count else Place(*following.begin)
+            yield (
+                sample,
+                StreamPosition(*block.begin, done, count) if done < count else StreamPosition(*following.begin),
+            )
             fill(following, min(done, size))
         block, drawn = following, 0
         fill(block, size)

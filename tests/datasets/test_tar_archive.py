@@ -1,4 +1,4 @@
-"""What may lie in a tar file: links, several archives, fields that occur twice; and how damage is told."""
+"""The content of tar files: links, concatenated archives, duplicate fields; and how damage is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from azure_torch_ckpt import AzureCheckpointError, TarShardError
 from azure_torch_ckpt.datasets import BlobCache, TarDataset
-from tests.datasets.datasets_support import fill, key, shard, tar_of
+from tests.datasets.sample_blobs import fill, key, shard, tar_of
 
 FORMS = [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
 
@@ -59,7 +59,7 @@ def symlink(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
 @pytest.mark.parametrize("buffer", [0, 3])
 @pytest.mark.parametrize("retries", [0, 2])
 @pytest.mark.parametrize(
-    ("second", "told"),
+    ("second", "message"),
     [
         ("a/1.jpg", r"the sample 'a/1' has a second member with the extension 'jpg'"),
         ("a/1.JPG", r"the sample 'a/1' has a second member with the extension 'jpg'"),
@@ -68,14 +68,14 @@ def symlink(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
     ],
 )
 def test_a_sample_with_a_field_twice_is_an_error_or_skipped(
-    container: str, second: str, told: str, retries: int, buffer: int, caplog: pytest.LogCaptureFixture
+    container: str, second: str, message: str, retries: int, buffer: int, caplog: pytest.LogCaptureFixture
 ):
     names = ["a/0.jpg", "a/1.jpg", second, "a/1.cls", "a/2.jpg", "a/3.jpg"]
     fill(container, {"train.tar": pack(member(name, name.encode()) for name in names)})
     settings: dict[str, Any] = {"shuffle_buffer": buffer, "retries": retries}
     found: list[str] = []
     dataset: TarDataset[dict[str, Any]] = TarDataset.from_container_url(container, **settings)
-    with pytest.raises(TarShardError, match=rf"/train\.tar: .*{told}"):
+    with pytest.raises(TarShardError, match=rf"/train\.tar: .*{message}"):
         found.extend(sample["__key__"] for sample in dataset)
     state = dataset.state_dict()
     with caplog.at_level(logging.WARNING):
@@ -84,11 +84,11 @@ def test_a_sample_with_a_field_twice_is_an_error_or_skipped(
         found += [sample["__key__"] for sample in skipping]
     assert sorted(found) == ["a/0", "a/2", "a/3"]
     assert skipping.skipped == 1 and "train.tar" in caplog.text
-    # Members one by one may have any name.
+    # Single members may have any name.
     assert [sample["name"] for sample in read(container, group=False)] == names
 
 
-def test_a_key_that_comes_back_is_another_sample(container: str):
+def test_a_key_that_occurs_again_is_another_sample(container: str):
     names = ["0.jpg", "1.jpg", "0.jpg"]
     fill(container, {"0.tar": pack(member(name) for name in names), "1.tar": pack([member("0.cls")])})
     assert read(container) == [
@@ -166,7 +166,7 @@ def test_a_link_yields_what_it_points_to(container: str, name: str, cached: bool
     ],
     ids=lambda wrong: f"{wrong[0].type.decode()}-{wrong[0].linkname.replace('/', '_')}",
 )
-def test_a_link_to_what_is_not_there_is_an_error_or_its_sample_is_skipped(container: str, wrong: Any):
+def test_a_link_without_a_target_is_an_error_or_its_sample_is_skipped(container: str, wrong: Any):
     packed = pack([member("0.jpg", b"0"), wrong, member("1.cls", b"1"), member("2.jpg", b"2")])
     fill(container, {"train.tar": packed})
     with pytest.raises(TarShardError, match=r"/train\.tar: '1\.jpg' is a link to '.*', which is not in the tar file"):
@@ -175,8 +175,8 @@ def test_a_link_to_what_is_not_there_is_an_error_or_its_sample_is_skipped(contai
     assert [sample["name"] for sample in read(container, on_error="skip", group=False)] == ["0.jpg", "1.cls", "2.jpg"]
 
 
-def test_what_gnu_tar_packs_of_linked_long_and_sparse_files(container: str, tmp_path: Path):
-    # Names of more than 100 characters have a header of their own in front.
+def test_gnu_tars_linked_long_and_sparse_files(container: str, tmp_path: Path):
+    # A name of more than 100 characters has a header of its own.
     long = "d" * 120
     folder = tmp_path / "in" / long
     folder.mkdir(parents=True)
@@ -189,7 +189,7 @@ def test_what_gnu_tar_packs_of_linked_long_and_sparse_files(container: str, tmp_
         file.write(b"in the middle")
     for form in ("gnu", "pax"):
         command = ["tar", f"--format={form}", "--sparse", "-cf", f"{form}.tar", "-C", "in"]
-        # What is named twice is packed again, as a link to itself.
+        # tar packs a file that is named twice again, as a link to itself.
         subprocess.run([*command, f"./{long}", f"./{long}/1.jpg"], check=True, cwd=tmp_path)
         packed = (tmp_path / f"{form}.tar").read_bytes()
         fill(container, {f"{form}/train.tar": packed})
@@ -211,7 +211,7 @@ def test_what_gnu_tar_packs_of_linked_long_and_sparse_files(container: str, tmp_
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("compressed", [False, True])
-def test_archives_that_were_concatenated_are_read(container: str, form: int, compressed: bool):
+def test_concatenated_archives_are_read(container: str, form: int, compressed: bool):
     parts = [tar_of(shard(3 * number, 3, 1), form=form) for number in range(3)]
     parts.insert(1, tar_of({}))
     if compressed:
@@ -227,7 +227,7 @@ def test_archives_that_were_concatenated_are_read(container: str, form: int, com
         assert list(resumed) == list(range(done, 9))
 
 
-def test_what_follows_the_end_of_an_archive_and_is_none_is_an_error(container: str):
+def test_other_data_behind_an_archive_is_an_error(container: str):
     whole = tar_of(shard(0, 3, 1))
     fill(container, {"0.tar": whole + b"signature"})
     with pytest.raises(TarShardError, match=r"/0\.tar: .*damaged"):
@@ -244,14 +244,14 @@ def test_a_file_that_is_cut_anywhere_is_an_error(container: str):
             list(TarDataset.from_container_url(f"{container}/{cut}", transform=key))
         complete = list(TarDataset.from_container_url(f"{container}/{cut}", transform=key, on_error="skip"))
         assert complete == [0, 1, 2][: len(complete)] and len(complete) < 3
-    # One block of zeros, or a part of it, is an end.
+    # One block of zeros, or a part of it, is enough as an end.
     fill(container, {"1/0.tar": whole[: end + 512], "2/0.tar": whole[: end + 100]})
     for folder in (1, 2):
         assert list(TarDataset.from_container_url(f"{container}/{folder}", transform=key)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told"),
+    ("name", "data", "message"),
     [
         ("0.tar", b"", "it is empty"),
         ("0.tar.gz", b"", "it is empty"),
@@ -260,15 +260,15 @@ def test_a_file_that_is_cut_anywhere_is_an_error(container: str):
         ("0.tar", lzma.compress(tar_of(shard(0, 1))), r"compressed with xz\. Compress it once, with gzip"),
         ("0.tgz", tar_of(shard(0, 1)), r"Let its name end in \.tar if it is not compressed"),
         ("0.tgz", gzip.compress(tar_of(shard(0, 1), "w:gz")), r"compressed with gzip\. Compress it once"),
-        ("0.tgz", tar_of(shard(0, 1), "w:gz")[:15], "damaged or not complete"),
-        ("0.tar", b"no tar file" * 100, "damaged or not complete"),
-        ("0.tar", b"short", "damaged or not complete"),
+        ("0.tgz", tar_of(shard(0, 1), "w:gz")[:15], "damaged or incomplete"),
+        ("0.tar", b"no tar file" * 100, "damaged or incomplete"),
+        ("0.tar", b"short", "damaged or incomplete"),
     ],
     ids=["empty", "empty-gz", "gzip", "bzip2", "xz", "no-gzip", "twice", "cut-gz", "text", "short"],
 )
-def test_an_error_names_the_file_and_what_to_do(container: str, name: str, data: bytes, told: str):
+def test_an_error_names_the_file_and_what_to_do(container: str, name: str, data: bytes, message: str):
     fill(container, {name: data, "1.tar": tar_of(shard(7, 2))})
-    with pytest.raises(TarShardError, match=rf"^http\S*/{name}: .*{told}") as caught:
+    with pytest.raises(TarShardError, match=rf"^http\S*/{name}: .*{message}") as caught:
         list(TarDataset.from_container_url(container))
     assert isinstance(caught.value, AzureCheckpointError) and "?" not in str(caught.value)
     assert list(TarDataset.from_container_url(container, transform=key, on_error="skip")) == [7, 8]

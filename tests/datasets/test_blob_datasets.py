@@ -26,7 +26,7 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.datasets import Blob, BlobDataset, BlobListing, BlobSampler, IterableBlobDataset
 from azure_torch_ckpt.emulator import Azurite
-from tests.datasets.datasets_support import collate, fill, join, number_of, number_unless_seven, numbered
+from tests.datasets.sample_blobs import collate, fill, join, number_of, number_unless_seven, numbered
 from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
@@ -49,7 +49,7 @@ def listing(numbers: str) -> BlobListing:
     return BlobListing.from_container_url(numbers)
 
 
-# The interface of azstoragetorch
+# The interface of azstoragetorch, and errors of arguments
 
 
 @pytest.mark.parametrize("kind", [BlobDataset, IterableBlobDataset])
@@ -81,7 +81,7 @@ def test_a_map_style_dataset_has_no_sample_beyond_its_end(listing: BlobListing):
         dataset[COUNT]
 
 
-def test_urls_of_blobs_and_their_query_are_respected(container: str, azurite: Azurite):
+def test_urls_of_blobs_keep_their_query(container: str, azurite: Azurite):
     fill(container, {"a b/ü.txt": b"old"})
     location = BlobLocation.parse(container).join("a b/ü.txt")
     client = BlobClient(location.endpoint, location.container, location.path, credential=azurite.account_key)
@@ -93,7 +93,7 @@ def test_urls_of_blobs_and_their_query_are_respected(container: str, azurite: Az
     )
     assert [dataset[0]["data"], dataset[1]["data"]] == [b"new", b"old"]
     assert dataset[0]["url"] == dataset[1]["url"] == str(location)
-    # A pickle, for a worker, has the credential; what is printed has not.
+    # A pickle, which a worker gets, contains the credential; no repr does.
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy[1]["data"] == b"old"
     assert azurite.account_key not in repr(dataset.listing) + repr(dataset)
@@ -105,7 +105,7 @@ def test_urls_of_blobs_and_their_query_are_respected(container: str, azurite: Az
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (4, "fork"), (1, "spawn"), (4, "spawn")])
-def test_a_dataloader_gives_every_blob_once_and_in_the_same_order(
+def test_a_dataloader_yields_every_blob_once_and_in_the_same_order(
     listing: BlobListing, workers: int, method: str | None
 ):
     for world_size in (1, 2, 3):
@@ -186,7 +186,7 @@ def test_set_epoch_and_a_loaded_state_reach_workers_that_persist(listing: BlobLi
     first = [next(source) for _ in range(3)]
     dataset.load_state_dict(dataset.state_at(9))
     assert join(first) + join(loader) == orders[1]
-    assert join(loader) == orders[1]  # the state was for one pass
+    assert join(loader) == orders[1]  # a state is for one pass
 
 
 def read_on_rank(url: str) -> list[int]:
@@ -205,7 +205,7 @@ def test_ranks_under_torchrun_share_a_dataset(numbers: str, ranks: Ranks, size: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torchdatas_loader_resumes_in_the_middle_of_an_epoch(listing: BlobListing, workers: int):
+def test_a_stateful_dataloader_resumes_in_the_middle_of_an_epoch(listing: BlobListing, workers: int):
     def make() -> tuple[IterableBlobDataset[int], StatefulDataLoader]:
         dataset = IterableBlobDataset(listing, transform=number_of, shuffle=True, batch_size=2)
         return dataset, StatefulDataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate)
@@ -224,7 +224,7 @@ def test_torchdatas_loader_resumes_in_the_middle_of_an_epoch(listing: BlobListin
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torchdatas_loader_resumes_a_map_style_dataset(listing: BlobListing, workers: int):
+def test_a_stateful_dataloader_resumes_a_map_style_dataset(listing: BlobListing, workers: int):
     def make() -> tuple[BlobSampler, StatefulDataLoader]:
         dataset = BlobDataset(listing, transform=number_of)
         sampler = BlobSampler(dataset, shuffle=True)
@@ -271,7 +271,7 @@ def test_a_state_of_a_worker_is_not_loaded_by_others(listing: BlobListing):
 # Errors
 
 
-def test_an_error_is_raised_and_the_state_stands_before_it(listing: BlobListing):
+def test_an_error_is_raised_and_the_state_is_the_one_before_it(listing: BlobListing):
     dataset = IterableBlobDataset(listing, transform=number_unless_seven)
     source = iter(dataset)
     assert [next(source) for _ in range(7)] == list(range(7))
@@ -323,7 +323,7 @@ def test_a_blob_is_read_and_transformed_again(numbers: str):
         dataset[0]
 
 
-def test_refuses_settings_that_cannot_be(listing: BlobListing):
+def test_invalid_settings_are_refused(listing: BlobListing):
     for wrong in ({"on_error": "ignore"}, {"retries": -1}, {"prefetch_bytes": -1}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="must"):
             IterableBlobDataset(listing, **wrong)
@@ -339,7 +339,7 @@ def urls_through(proxy: FaultProxy, numbers: str, count: int) -> Iterator[str]:
     return (f"{proxy.endpoint}/{container}/data/{number:03}.txt" for number in range(count))
 
 
-def test_the_next_blobs_are_fetched_while_the_transform_runs(proxy: FaultProxy, numbers: str):
+def test_the_next_blobs_are_prefetched_while_the_transform_runs(proxy: FaultProxy, numbers: str):
     requested_meanwhile: list[int] = []
 
     def transform(blob: Blob) -> int:
@@ -358,7 +358,7 @@ def test_the_next_blobs_are_fetched_while_the_transform_runs(proxy: FaultProxy, 
     assert proxy.count("List") == 1
 
 
-def test_without_a_budget_nothing_is_fetched_ahead(proxy: FaultProxy, numbers: str):
+def test_without_a_budget_nothing_is_prefetched(proxy: FaultProxy, numbers: str):
     container = f"{proxy.endpoint}/{numbers.rpartition('/')[2]}"
     dataset = IterableBlobDataset.from_container_url(container, transform=number_of, prefetch_bytes=0)
     source = iter(dataset)
@@ -380,10 +380,10 @@ def test_a_batch_of_a_map_style_dataset_is_fetched_in_parallel(proxy: FaultProxy
     assert found == [3, 1, 2, 0]
 
 
-def test_a_stream_that_is_left_ends_its_threads(listing: BlobListing):
+def test_an_abandoned_stream_ends_its_threads(listing: BlobListing):
     source = iter(IterableBlobDataset(listing, transform=number_of))
     next(source)
-    working = [thread for thread in threading.enumerate() if thread.name == "blob-ahead"]
+    working = [thread for thread in threading.enumerate() if thread.name == "blob-prefetch"]
     assert working
     source.close()  # type: ignore[attr-defined]
     for thread in working:
@@ -391,7 +391,7 @@ def test_a_stream_that_is_left_ends_its_threads(listing: BlobListing):
     assert not any(thread.is_alive() for thread in working)
 
 
-def test_a_large_blob_is_left_to_the_transform(container: str):
+def test_a_large_blob_is_read_by_the_transform(container: str):
     size = 3 * 1024 * 1024
 
     def first_bytes(blob: Blob) -> bytes:

@@ -1,4 +1,4 @@
-"""`Archive`: a tar file that is read forwards, member by member, and what its links point to."""
+"""`TarArchive`: a tar file that is read forwards, member by member, and the targets of its links."""
 
 from __future__ import annotations
 
@@ -12,67 +12,67 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from azure_torch_ckpt.datasets.listing import ListedBlob
-from azure_torch_ckpt.datasets.shards import Shard
+from azure_torch_ckpt.datasets.tar_shards import TarShard
 from azure_torch_ckpt.errors import AzureCheckpointError, TarShardError
 
-__all__ = ["Archive", "begin_in"]
+__all__ = ["TarArchive", "first_offset"]
 
 _CHUNK = 1024 * 1024
-_LINKS = 40  # that point to each other, as Linux allows them
-# How a file begins that is compressed: https://en.wikipedia.org/wiki/List_of_file_signatures
+_LINKS = 40  # the length of a chain of links, as in Linux
+# The first bytes of compressed files: https://en.wikipedia.org/wiki/List_of_file_signatures
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 
 
-class Archive:
-    """The members of a tar file, or of several that were concatenated (as ``tar --ignore-zeros`` reads them).
+class TarArchive:
+    """The members of a tar file, or of several concatenated ones (as ``tar --ignore-zeros`` reads them).
 
     Args:
-        begin: an offset that iterating gave, or 0; in a compressed file, of what it decompresses to.
+        begin: an offset that the iteration yielded, or 0; in a compressed file, an offset in the decompressed data.
     """
 
-    def __init__(self, shard: Shard, begin: int) -> None:
+    def __init__(self, shard: TarShard, begin: int) -> None:
         self._shard = shard
         self._begin = begin
-        self._file: _Forward | None = None
-        self._index: dict[str, list[_Known]] | None = None
+        self._file: _ForwardReader | None = None
+        self._index: dict[str, list[_Member]] | None = None
 
     def __iter__(self) -> Iterator[tuple[tarfile.TarInfo, int]]:
-        """Each member, of any type, with the offset behind it.
+        """Yield each member, of any type, with the offset behind it.
 
         Raises:
-            TarShardError: the file is damaged or not complete.
+            TarShardError: the file is damaged or incomplete.
             StoreError: it cannot be read.
         """
-        with self._named():
+        with self._errors_with_url():
             file = self._file = _opened(self._shard, self._begin)
             while True:
-                # Not this machine's encoding: names shall be the same in all workers.
+                # Not this machine's encoding: all workers must get the same names.
                 with tarfile.TarFile(
                     fileobj=cast("BinaryIO", file), mode="r", encoding="utf-8", errors="surrogateescape"
                 ) as tar:
                     for member in tar:
-                        cast("Any", tar).members.clear()  # where tarfile keeps all that it has read
+                        cast("Any", tar).members.clear()  # tarfile keeps all members here
                         yield member, cast("Any", tar).offset
-                # tarfile takes a damaged header, unless it is the first one, and the end of the blob for the end.
+                # tarfile ends without an error at the end of the blob, and at any damaged header but the first one.
                 if not file.last:
-                    raise tarfile.ReadError("the blocks of zeros are missing that end a tar file")
+                    raise tarfile.ReadError("the blocks of zeros at its end are missing")
                 if file.last.strip(b"\0"):
                     raise tarfile.ReadError("damaged header")
                 if not file.skip_zeros():
                     return
 
     def data(self, member: tarfile.TarInfo) -> bytes | TarShardError | None:
-        """The content of the member that iterating gave last; of a link, that of the file it points to.
+        """Return the content of the member that the iteration yielded last; of a link, the content of its target.
 
         Returns:
-            None for what is no file: a directory, a device. An error for a member that has no content, though it is
-            a file: the others can be read all the same.
+            None for a member that is not a file, such as a directory or a device. An error for a file whose content
+            cannot be read while the other members can.
 
         Raises:
-            TarShardError: the tar file is damaged or not complete.
+            TarShardError: the tar file is damaged or incomplete.
             StoreError: it cannot be read.
         """
-        with self._named():
+        with self._errors_with_url():
             if member.issparse():
                 return self._error(f"{member.name!r} is a sparse file. Pack it without --sparse")
             if member.isreg():
@@ -90,40 +90,40 @@ class Archive:
             if target.sparse:
                 return self._error(f"{member.name!r} is a link to a sparse file. Pack it without --sparse")
             if _is_compressed(self._shard.blob):
-                return _exactly(_opened(self._shard.again(0), target.data).read, target.size)
-            return _exactly(self._shard.again(target.data, max(target.size, 1)).read, target.size)
+                return _exactly(_opened(self._shard.reopened(0), target.data).read, target.size)
+            return _exactly(self._shard.reopened(target.data, max(target.size, 1)).read, target.size)
 
-    def _target(self, link: tarfile.TarInfo) -> _Known | None:
-        """The file that a link points to, through other links; None for what is no file.
+    def _target(self, link: tarfile.TarInfo) -> _Member | None:
+        """Return the file that a link points to, through other links; None if the target is not a file.
 
         Raises:
-            KeyError: it is not there.
+            KeyError: the archive does not contain the target.
         """
         if self._index is None:
-            # The target of a symbolic link may follow, and a pass that goes on in the middle has not seen those before.
+            # A target may come after its symbolic link, and a resumed pass has not read the members before its start.
             self._index = {}
-            for member, _ in Archive(self._shard.again(0), 0):
-                self._index.setdefault(posixpath.normpath(member.name), []).append(_Known.of(member))
-        name, known = link.name, _Known.of(link)
+            for member, _ in TarArchive(self._shard.reopened(0), 0):
+                self._index.setdefault(posixpath.normpath(member.name), []).append(_Member.of(member))
+        name, known = link.name, _Member.of(link)
         for _ in range(_LINKS):
             limit = math.inf
             if known.kind == tarfile.LNKTYPE:
-                name, limit = posixpath.normpath(known.link), known.begin  # tar links to what it has packed already
+                name, limit = posixpath.normpath(known.link), known.begin  # hard links point to earlier members
             else:
                 name = posixpath.normpath(posixpath.join(posixpath.dirname(name), known.link))
-            found = [other for other in self._index.get(name, ()) if other.begin < limit]
-            if not found:
+            candidates = [other for other in self._index.get(name, ()) if other.begin < limit]
+            if not candidates:
                 if name == "." or any(other.startswith(name + "/") for other in self._index):
                     return None
                 raise KeyError(name)
-            known = found[-1]
+            known = candidates[-1]
             if known.kind not in (tarfile.LNKTYPE, tarfile.SYMTYPE):
                 return known if known.kind in tarfile.REGULAR_TYPES else None
         raise KeyError(name)
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Raise what tarfile, gzip and zlib raise of damaged bytes, of any type, with the URL."""
+    def _errors_with_url(self) -> Iterator[None]:
+        """Raise the errors of tarfile, gzip and zlib, which are of any type for damaged bytes, with the URL."""
         try:
             yield
         except (AzureCheckpointError, MemoryError):
@@ -140,24 +140,24 @@ class Archive:
                 advice = "Let its name end in .tar.gz" if once else "Compress it once, with gzip, or not at all"
                 return f"it is compressed with {name}. {advice}"
         if self._shard.blob.size == 0:
-            return "it is empty, without the two blocks of zeros that end a tar file. Write it again"
+            return "it is empty, without the two blocks of zeros at the end of a tar file. Write it again"
         if isinstance(error, gzip.BadGzipFile) and not first:
             return f"{error}. Let its name end in .tar if it is not compressed"
         offset = 0 if self._file is None else self._file.tell()
-        return f"it is damaged or not complete, before offset {offset}: {error}. Write it again"
+        return f"it is damaged or incomplete, before offset {offset}: {error}. Write it again"
 
     def _error(self, reason: str) -> TarShardError:
         return TarShardError(f"{self._shard.blob.url}: {reason}")
 
 
-def begin_in(blob: ListedBlob, offset: int) -> int:
-    """From where on the blob has to be read, to get what lies from `offset` on; see `Archive`."""
-    return 0 if _is_compressed(blob) else offset
+def first_offset(blob: ListedBlob, begin: int) -> int:
+    """Return the offset in the blob from which a `TarArchive` that begins at `begin` reads."""
+    return 0 if _is_compressed(blob) else begin
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What is kept of a member, for those that link to it. `begin` and `data` are offsets."""
+class _Member:
+    """What links to a member need to know about it. `begin` and `data` are offsets."""
 
     begin: int
     kind: bytes
@@ -167,17 +167,17 @@ class _Known:
     link: str
 
     @classmethod
-    def of(cls, member: tarfile.TarInfo) -> _Known:
+    def of(cls, member: tarfile.TarInfo) -> _Member:
         kind = tarfile.REGTYPE if member.isreg() else member.type
         return cls(member.offset, kind, member.offset_data, member.size, member.issparse(), member.linkname)
 
 
-class _Forward:
-    """All that `tarfile` uses of a file that is read forwards.
+class _ForwardReader:
+    """The methods of a file that `tarfile` uses to read it forwards.
 
     Attributes:
-        first: how the file begins, from where on it is read.
-        last: the block that was read last.
+        first: the first bytes that were read.
+        last: the last block that was read.
     """
 
     def __init__(self, read: Callable[[int], bytes], begin: int) -> None:
@@ -206,7 +206,7 @@ class _Forward:
             pass
 
     def skip_zeros(self) -> bool:
-        """Go on to a block that is not zero; tell whether there is one. gzip compares its checksum at the end."""
+        """Skip blocks of zeros, and return whether another block follows. gzip checks its checksum at the end."""
         while chunk := self.read(_CHUNK):
             zeros = len(chunk) - len(chunk.lstrip(b"\0"))
             if zeros < len(chunk):
@@ -217,12 +217,12 @@ class _Forward:
         return False
 
 
-def _opened(shard: Shard, begin: int) -> _Forward:
+def _opened(shard: TarShard, begin: int) -> _ForwardReader:
     if not _is_compressed(shard.blob):
-        return _Forward(shard.read, begin)
+        return _ForwardReader(shard.read, begin)
     unpacked = gzip.GzipFile(fileobj=cast("BinaryIO", shard), mode="rb")
     unpacked.seek(begin)
-    return _Forward(unpacked.read, begin)
+    return _ForwardReader(unpacked.read, begin)
 
 
 def _exactly(read: Callable[[int], bytes], size: int) -> bytes:

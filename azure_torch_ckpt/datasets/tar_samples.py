@@ -1,34 +1,34 @@
-"""What lies in one tar file: its members, and samples in the layout of WebDataset."""
+"""The samples in one tar file: its members, or groups of them in the layout of WebDataset."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from azure_torch_ckpt.datasets.archive import Archive
-from azure_torch_ckpt.datasets.shards import Shard
+from azure_torch_ckpt.datasets.tar_archive import TarArchive
+from azure_torch_ckpt.datasets.tar_shards import TarShard
 from azure_torch_ckpt.errors import TarShardError
 
-__all__ = ["Record", "Sample", "members", "samples"]
+__all__ = ["Record", "Sample", "read_members", "read_samples"]
 
 Sample = dict[str, Any]
 Record = Sample | TarShardError
-"""An error stands for a sample that cannot be made, while those behind it can."""
+"""A sample, or the error of a sample that cannot be made while those after it can."""
 
 _KEY, _URL = "__key__", "__url__"
 
 
-def members(shard: Shard, begin: int) -> Iterator[tuple[int, Record]]:
-    """The files: ``{"url": of the tar file, "name": path in it, "data": bytes}``, each with the offset behind.
+def read_members(shard: TarShard, begin: int) -> Iterator[tuple[int, Record]]:
+    """Yield the files, ``{"url": of the tar file, "name": path in it, "data": bytes}``, each with the offset behind it.
 
     Args:
-        begin: an offset that this gave, or 0; in a compressed file, of what it decompresses to.
+        begin: an offset that this function yielded, or 0; in a compressed file, an offset in the decompressed data.
 
     Raises:
-        TarShardError: the tar file is damaged or not complete.
+        TarShardError: the tar file is damaged or incomplete.
         StoreError: it cannot be read.
     """
-    archive = Archive(shard, begin)
+    archive = TarArchive(shard, begin)
     for member, end in archive:
         data = archive.data(member)
         if isinstance(data, TarShardError):
@@ -37,9 +37,9 @@ def members(shard: Shard, begin: int) -> Iterator[tuple[int, Record]]:
             yield end, {"url": shard.blob.url, "name": member.name, "data": data}
 
 
-def samples(shard: Shard, begin: int) -> Iterator[tuple[int, Record]]:
-    """Members that follow each other and have the same path up to the name's first dot, as one; else like `members`."""
-    archive = Archive(shard, begin)
+def read_samples(shard: TarShard, begin: int) -> Iterator[tuple[int, Record]]:
+    """Yield one sample for consecutive members with the same path up to the name's first dot; see `read_members`."""
+    archive = TarArchive(shard, begin)
     sample: Sample = {}
     error: TarShardError | None = None
     end = begin
@@ -57,7 +57,7 @@ def samples(shard: Shard, begin: int) -> Iterator[tuple[int, Record]]:
                 why = (
                     "which the sample's own entry has. Rename it"
                     if field in (_KEY, _URL)
-                    else "in capitals or not. Pack each once, and those of another sample under another name"
+                    else "regardless of case. Pack each extension once, and another sample under another name"
                 )
                 error = error or TarShardError(
                     f"{shard.blob.url}: the sample {key!r} has a second member with the extension {field!r}, {why}"
@@ -70,7 +70,7 @@ def samples(shard: Shard, begin: int) -> Iterator[tuple[int, Record]]:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """Key and field of a member; no field for what WebDataset leaves out."""
+    """Return the key and the field of a member; None as the field of a member that WebDataset leaves out."""
     folder, slash, name = name.rpartition("/")
     stem, dot, extension = name.partition(".")
     meta = not slash and name.startswith("__") and name.endswith("__")
