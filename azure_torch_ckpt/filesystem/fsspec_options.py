@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from azure_torch_ckpt.errors import UnknownOptionError
 
-__all__ = ["MEANT_ELSEWHERE", "refuse_unknown", "without_ignored"]
+__all__ = ["MEANT_ELSEWHERE", "check_choice", "refuse_unknown", "without_ignored"]
 
 # Options of caches, buffers and event loops. Their values change nothing about what is read, written or found.
 _IGNORED: Final = frozenset(
@@ -73,3 +73,9 @@ def refuse_unknown(what: str, options: Iterable[str]) -> None:
         instead = "".join(f". {_INSTEAD[name]}" for name in unknown if name in _INSTEAD)
         named = ", ".join(f"{name}=" for name in unknown)
         raise UnknownOptionError(f"{what} does not know {named}, so it would have no effect{instead}")
+
+
+def check_choice(name: str, value: str | None, *allowed: str | None) -> None:
+    """Raise `ValueError` if the value of an option is not one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}= must be one of {', '.join(map(repr, allowed))}, not {value!r}")

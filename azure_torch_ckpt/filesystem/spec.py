@@ -28,7 +28,7 @@ from azure_torch_ckpt.filesystem.copy_pairs import copy_pairs, get_pairs, put_pa
 from azure_torch_ckpt.filesystem.downloads import BlobSlice, FileCallbacks, read_slice, read_slices, save_to_disk
 from azure_torch_ckpt.filesystem.entries import own_blob
 from azure_torch_ckpt.filesystem.expansion import expand, roots_of_trees, without_folders
-from azure_torch_ckpt.filesystem.fsspec_options import refuse_unknown, without_ignored
+from azure_torch_ckpt.filesystem.fsspec_options import check_choice, refuse_unknown, without_ignored
 from azure_torch_ckpt.filesystem.listing_filesystem import ListingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
 from azure_torch_ckpt.location import has_empty_segment
@@ -64,8 +64,9 @@ class AzureBlobFileSystem(ListingFileSystem):
         options: limits of connections, memory and time.
         ca_file: a PEM file with certificates to trust in addition to the platform's.
 
-    Without a credential, the filesystem looks at the environment for every path: ``AZURE_STORAGE_CONNECTION_STRING``,
-    then ``AZURE_STORAGE_KEY``, then ``AZURE_STORAGE_SAS_TOKEN``, then the sources of `DefaultAzureCredential`.
+    Without a credential, the filesystem reads the environment for every path: ``AZURE_STORAGE_CONNECTION_STRING``, then
+    ``AZURE_STORAGE_KEY``, then ``AZURE_STORAGE_SAS_TOKEN``, then what `DefaultAzureCredential` reads. See
+    `azure_torch_ckpt.credentials.resolve`.
 
     `to_json` and `to_dict` omit the credential and `options`; a pickle contains both.
 
@@ -157,7 +158,7 @@ class AzureBlobFileSystem(ListingFileSystem):
             on_error: ``"return"`` returns an error in place of a slice; ``"raise"`` raises it.
         """
         refuse_unknown("cat_ranges", hints)
-        _check("on_error", on_error, "return", "raise")
+        check_choice("on_error", on_error, "return", "raise")
         starts_ = starts if isinstance(starts, list) else [starts] * len(paths)
         ends_ = ends if isinstance(ends, list) else [ends] * len(paths)
         if len(starts_) != len(paths) or len(ends_) != len(paths):
@@ -183,7 +184,7 @@ class AzureBlobFileSystem(ListingFileSystem):
                 blob out.
         """
         refuse_unknown("cat", hints)
-        _check("on_error", on_error, "raise", "return", "omit")
+        check_choice("on_error", on_error, "raise", "return", "omit")
         found = expand(self, path, recursive, None)
         paths = list(found)
         if len(paths) == 1 and not isinstance(path, list) and paths[0] == self._strip_protocol(path):
@@ -204,7 +205,7 @@ class AzureBlobFileSystem(ListingFileSystem):
             mode: ``"overwrite"``, or ``"create"``, which raises `BlobExistsError` if the blob exists.
             settings: as for `open`.
         """
-        _check("mode", mode, "overwrite", "create")
+        check_choice("mode", mode, "overwrite", "create")
         settings = without_ignored(settings)
         refuse_folder(path)
         _, store, parts = self._at(path)
@@ -285,7 +286,7 @@ class AzureBlobFileSystem(ListingFileSystem):
         Args:
             mode, settings: as for `pipe_file`.
         """
-        _check("mode", mode, "overwrite", "create")
+        check_choice("mode", mode, "overwrite", "create")
         if os.path.isdir(lpath):
             return
         size = os.stat(lpath).st_size
@@ -356,7 +357,7 @@ class AzureBlobFileSystem(ListingFileSystem):
             LocationError: two blobs have one destination, or one would overwrite another that is to be copied.
         """
         refuse_unknown("copy", hints)
-        _check("on_error", on_error, None, "ignore", "raise")
+        check_choice("on_error", on_error, None, "ignore", "raise")
         ignore = recursive if on_error is None else on_error == "ignore"
         pairs = copy_pairs(self, path1, path2, recursive, expand(self, path1, recursive, maxdepth))
         self._copy_all(pairs, ignore_missing=ignore, strict=False)
@@ -494,8 +495,3 @@ class AzureBlobFileSystem(ListingFileSystem):
 
     def _run_all(self, tasks: Iterable[Callable[[], object]]) -> None:
         run_all(tasks, (self._stores.options or TransferOptions()).concurrency, "blob-files")
-
-
-def _check(name: str, value: str | None, *allowed: str | None) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}= must be one of {', '.join(map(repr, allowed))}, not {value!r}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
@@ -43,6 +44,17 @@ def collate(samples: Iterable[int]) -> list[int]:
 
 def join(batches: Iterable[list[int]]) -> list[int]:
     return [number for batch in batches for number in batch]
+
+
+def assert_threads_end(stream: Iterator[Any]) -> None:
+    """Read a sample, close the stream, and check that its threads end."""
+    next(stream)
+    working = [thread for thread in threading.enumerate() if thread.name == "blob-prefetch"]
+    assert working
+    stream.close()  # type: ignore[attr-defined]
+    for thread in working:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in working)
 
 
 def tar_of(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:

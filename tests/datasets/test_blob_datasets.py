@@ -26,7 +26,15 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.datasets import Blob, BlobDataset, BlobListing, BlobSampler, IterableBlobDataset
 from azure_torch_ckpt.emulator import Azurite
-from tests.datasets.sample_blobs import collate, fill, join, number_of, number_unless_seven, numbered
+from tests.datasets.sample_blobs import (
+    assert_threads_end,
+    collate,
+    fill,
+    join,
+    number_of,
+    number_unless_seven,
+    numbered,
+)
 from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
@@ -205,40 +213,26 @@ def test_ranks_under_torchrun_share_a_dataset(numbers: str, ranks: Ranks, size: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_dataloader_resumes_in_the_middle_of_an_epoch(listing: BlobListing, workers: int):
-    def make() -> tuple[IterableBlobDataset[int], StatefulDataLoader]:
-        dataset = IterableBlobDataset(listing, transform=number_of, shuffle=True, batch_size=2)
-        return dataset, StatefulDataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate)
+@pytest.mark.parametrize("style", ["iterable", "map"])
+def test_a_stateful_dataloader_resumes_in_the_middle_of_an_epoch(listing: BlobListing, style: str, workers: int):
+    def make() -> StatefulDataLoader:
+        epochs: IterableBlobDataset[int] | BlobSampler
+        dataset: IterableBlobDataset[int] | BlobDataset[int]
+        settings: dict[str, Any] = {}
+        if style == "iterable":
+            epochs = dataset = IterableBlobDataset(listing, transform=number_of, shuffle=True, batch_size=2)
+        else:
+            dataset = BlobDataset(listing, transform=number_of)
+            epochs = settings["sampler"] = BlobSampler(dataset, shuffle=True)
+        epochs.set_epoch(3)
+        return StatefulDataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate, **settings)
 
-    dataset, loader = make()
-    dataset.set_epoch(3)
+    loader = make()
     whole = join(loader)
     source = iter(loader)
     first = [next(source) for _ in range(5)]
     state = pickle.loads(pickle.dumps(loader.state_dict()))
-    dataset, loader = make()
-    dataset.set_epoch(3)
-    loader.load_state_dict(state)
-    assert join(first) + join(loader) == whole
-    assert join(loader) == whole
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_dataloader_resumes_a_map_style_dataset(listing: BlobListing, workers: int):
-    def make() -> tuple[BlobSampler, StatefulDataLoader]:
-        dataset = BlobDataset(listing, transform=number_of)
-        sampler = BlobSampler(dataset, shuffle=True)
-        loader = StatefulDataLoader(dataset, batch_size=2, sampler=sampler, num_workers=workers, collate_fn=collate)
-        return sampler, loader
-
-    sampler, loader = make()
-    sampler.set_epoch(1)
-    whole = join(loader)
-    source = iter(loader)
-    first = [next(source) for _ in range(5)]
-    state = pickle.loads(pickle.dumps(loader.state_dict()))
-    sampler, loader = make()
-    sampler.set_epoch(1)
+    loader = make()
     loader.load_state_dict(state)
     assert join(first) + join(loader) == whole
     assert join(loader) == whole
@@ -381,14 +375,7 @@ def test_a_batch_of_a_map_style_dataset_is_fetched_in_parallel(proxy: FaultProxy
 
 
 def test_an_abandoned_stream_ends_its_threads(listing: BlobListing):
-    source = iter(IterableBlobDataset(listing, transform=number_of))
-    next(source)
-    working = [thread for thread in threading.enumerate() if thread.name == "blob-prefetch"]
-    assert working
-    source.close()  # type: ignore[attr-defined]
-    for thread in working:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in working)
+    assert_threads_end(iter(IterableBlobDataset(listing, transform=number_of)))
 
 
 def test_a_large_blob_is_read_by_the_transform(container: str):

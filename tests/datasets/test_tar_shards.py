@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.datasets import BlobCache, BlobListing, TarDataset
 from azure_torch_ckpt.datasets.tar_shards import SMALLEST_RANGE
 from azure_torch_ckpt.location import BlobLocation
-from tests.datasets.sample_blobs import fill, key, key_unless_three, shard, tar_of
+from tests.datasets.sample_blobs import assert_threads_end, fill, key, key_unless_three, shard, tar_of
 from tests.support.faults import Answer, Cut
 from tests.support.proxy import FaultProxy
 
@@ -103,14 +102,7 @@ def test_without_a_budget_a_range_is_fetched_on_demand(proxy: FaultProxy, contai
 
 
 def test_an_abandoned_stream_of_tar_files_ends_its_threads(large_shards: str):
-    source = iter(TarDataset.from_container_url(large_shards, transform=key))
-    next(source)
-    working = [thread for thread in threading.enumerate() if thread.name == "blob-prefetch"]
-    assert working
-    source.close()  # type: ignore[attr-defined]
-    for thread in working:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in working)
+    assert_threads_end(iter(TarDataset.from_container_url(large_shards, transform=key)))
 
 
 def test_shards_come_from_the_cache(proxy: FaultProxy, container: str, tmp_path: Path):
