@@ -10,7 +10,7 @@ import pytest
 from azure_torch_ckpt import BlobIO
 from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
 from azure_torch_ckpt.catalog.copying.local_file import LocalFile
-from tests.filesystem.fs_support import azblob, filesystem
+from tests.filesystem.emulated_filesystem import azblob, filesystem
 
 
 def test_the_file_appears_when_it_is_published(tmp_path: Path):
