@@ -23,8 +23,9 @@ from azure_torch_ckpt import prune, verify
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults.tally import Tally
 from tests.support import jobs
+from tests.support.containers import KEY, blob_names, contents, live_blobs, put_all
 from tests.support.faults import Exchange, Gate, Hold, Kill
-from tests.support.jobs import KEY, Job
+from tests.support.jobs import Job
 from tests.support.proxy import FaultProxy
 
 OLD, NEW, NEXT = 0, 1, 2
@@ -44,7 +45,7 @@ class Site:
         """Of a checkpoint of the version OLD, or of one that is not there yet."""
         url = f"{self.container}/{name}"
         if standing:
-            jobs.put(url, self.old)
+            put_all(url, self.old)
         return url
 
 
@@ -53,7 +54,7 @@ def site(azurite: Azurite, container: str) -> Site:
     url = f"{container}/old"
     ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
     assert [end.exitcode for end in ends] == [0, 0], ends
-    return Site(azurite, container, jobs.contents(url))
+    return Site(azurite, container, contents(url))
 
 
 @contextlib.contextmanager
@@ -92,18 +93,18 @@ def check(url: str, stands: int | None) -> None:
     if stands is not None:
         report = verify(url, credential=KEY)
         assert report.ok, report.problems
-    assert pruned(url, dry_run=True) == jobs.blobs(url) - jobs.live_blobs(url)
+    assert pruned(url, dry_run=True) == blob_names(url) - live_blobs(url)
 
 
 def check_recovery(url: str, stands: int | None) -> None:
     """After `check`: the checkpoint can be replaced, and prune removes everything else."""
     check(url, stands)
     jobs.save(url, NEXT)
-    live = jobs.live_blobs(url)
-    stray = jobs.blobs(url) - live
+    live = live_blobs(url)
+    stray = blob_names(url) - live
     assert pruned(url, dry_run=True) == stray
     assert pruned(url, dry_run=False) == stray  # so the dry run deleted nothing
-    assert jobs.blobs(url) == live
+    assert blob_names(url) == live
     assert jobs.version_at(url) == NEXT
 
 
@@ -183,7 +184,7 @@ def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
     with FaultProxy(site.azurite.endpoint) as proxy:
         jobs.remove(through(proxy, url))
         requests = proxy.count()
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 2):
         outcomes[killed_removal(site, site.url(f"killed-{k}", standing=True), k, at)] += 1
@@ -233,7 +234,7 @@ def test_a_clean_up_of_many_blobs_ends_promptly_on_sigterm_while_its_requests_ha
     proxy: FaultProxy, container: str
 ) -> None:
     names = [f"{'0' * 32}/__{rank}_0.distcp" for rank in range(20)]
-    jobs.put(f"{container}/url", {name: b"shard" for name in names})
+    put_all(f"{container}/url", {name: b"shard" for name in names})
     gate = Gate()
     proxy.when("Delete", times=None).do(Hold(gate))
     with Job(jobs.clean_up_until_told_to_stop, [(through(proxy, f"{container}/url"), names)]) as job:
@@ -242,4 +243,4 @@ def test_a_clean_up_of_many_blobs_ends_promptly_on_sigterm_while_its_requests_ha
         job.wait_until_blocked()
         os.kill(job.pid(), signal.SIGTERM)
         assert job.end(seconds=_PROMPTLY).exitcode == 1
-    assert jobs.blobs(f"{container}/url") == set(names)
+    assert blob_names(f"{container}/url") == set(names)

@@ -20,12 +20,11 @@ import torch.distributed.checkpoint as dcp
 
 import azure_torch_ckpt.transport.retry
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.connections import close_idle
 from tests.faults.tally import Tally
+from tests.support.containers import store_of
 from tests.support.faults import Action, Answer, Call, Cut, Hold
 from tests.support.mixed_checkpoint import KEY, assert_right, load, save
 from tests.support.proxy import FaultProxy, meet
@@ -93,8 +92,7 @@ def assert_stands_once(url: str, version: int) -> None:
     storage = AzureBlobReader(url, credential=KEY).read_metadata().storage_data
     items = [stored_item(info) for info in storage.values()]
     [path] = {location.join(item.relative_path).path for item in items}
-    store = BlobStore(location, Access(KEY))
-    sizes = {blob.path: blob.size for blob in store.list(f"{location.path}/")}
+    sizes = {blob.path: blob.size for blob in store_of(url).list(f"{location.path}/")}
     assert set(sizes) == {path, f"{location.path}/.metadata"}
     assert sizes[path] == sum(item.length for item in items)
 
@@ -354,8 +352,7 @@ def test_the_first_retry_follows_within_a_fraction_of_a_second_and_later_ones_ba
 ) -> None:
     caplog.set_level(logging.INFO, RETRY_LOG)
     proxy.when("List", times=3).do(Answer(503, "ServerBusy"))
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
-    store.now()
+    store_of(proxied_container).now()
     waited = delays(caplog)
     assert len(waited) == 3
     for number, seconds in enumerate(waited):
@@ -371,8 +368,7 @@ def test_retry_after_is_honoured(
     caplog.set_level(logging.INFO, RETRY_LOG)
     value = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
     proxy.when("List").do(Answer(status, "ServerBusy", {"Retry-After": value}))
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
-    store.now()
+    store_of(proxied_container).now()
     [waited] = delays(caplog)
     first, second = proxy.requests("List")
     assert first.answered_at is not None

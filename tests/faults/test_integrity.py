@@ -23,15 +23,13 @@ from azure_torch_ckpt import (
     RequestRefusedError,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem
 from tests.faults.tally import Tally
+from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Answer, Exchange, Flip
 from tests.support.mixed_checkpoint import (
     KEY,
     assert_right,
-    blobs_below,
     error_of,
     flip_in_storage,
     item_of,
@@ -65,8 +63,7 @@ def assert_names(error: AzureCheckpointError, url: str, name: str, item: StoredI
 
 def test_every_block_of_a_save_carries_its_crc64(proxy: FaultProxy, proxied_container: str, container: str) -> None:
     save(f"{proxied_container}/a")
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
-    [data] = [blob for blob in store.list("a/") if blob.path.endswith(".distcp")]
+    [data] = [blob for blob in store_of(container).list("a/") if blob.path.endswith(".distcp")]
     blocks = proxy.requests("Put Block")
     assert all("x-ms-content-crc64" in block.headers and block.status == 201 for block in blocks)
     assert len(blocks) == -(-data.size // 65536) > 3
@@ -104,7 +101,7 @@ def test_a_body_that_always_arrives_changed_is_an_error_and_leaves_nothing(
     assert (error.status, error.error_code) == (400, "Crc64Mismatch")
     assert "changed while they were being saved" in str(error)
     assert proxy.count("Put Block") > 2 and proxy.count("Put Block List", "Put Blob") == 0
-    assert blobs_below(container) == []
+    assert paths_below(container) == []
     tally.add("byte flipped on the way up, every time", 1, "clear error, nothing visible", 1)
 
 
@@ -126,7 +123,7 @@ def test_an_endpoint_that_does_not_know_the_checksum_is_told_of(
         save(f"{proxied_container}/a")
     assert isinstance(error_of(caught), RequestRefusedError)
     assert re.search(r"Azurite 3\.37 .*checksums=False", str(error_of(caught)))
-    assert blobs_below(container) == []
+    assert paths_below(container) == []
     save(f"{proxied_container}/a", options=TransferOptions(checksums=False))
     assert_right(load(f"{container}/a"))
 
@@ -219,22 +216,19 @@ def test_a_part_of_an_item_is_read_without_its_checksum(container: str) -> None:
 
 def test_a_missing_and_a_short_blob_are_named(container: str) -> None:
     url = f"{container}/a"
-    location = BlobLocation.parse(url)
     save(url)
-    path = location.join(item_of(url, "large").relative_path).path
-    store = BlobStore(location, Access(KEY))
-    data, _ = store.read(path, limit=1 << 30)
-    store.put(path, data[:-1])
+    [path] = paths_below(url, ".distcp")
+    put(url, path, content(url, path)[:-1])
     with pytest.raises(CheckpointException) as caught:
         load(url)
     error = error_of(caught)
     assert isinstance(error, CorruptCheckpointError) and "shorter" in str(error) and path in str(error)
-    store.delete(path)
+    store_of(url).delete(path)
     with pytest.raises(CheckpointException) as caught:
         load(url)
     error = error_of(caught)
     assert isinstance(error, CorruptCheckpointError) and "missing" in str(error) and path in str(error)
-    store.delete(location.join(".metadata").path)
+    store_of(url).delete("a/.metadata")
     with pytest.raises(CheckpointException) as caught:
         load(url)
     assert isinstance(error_of(caught), CheckpointNotFoundError)
@@ -278,7 +272,7 @@ def test_metadata_that_changed_on_the_way_down_is_found_wherever_the_byte_lies(
     def is_metadata(seen: Exchange) -> bool:
         return seen.kind == "Get Blob" and seen.path.endswith(".metadata")
 
-    size = BlobStore(BlobLocation.parse(url), Access(KEY)).stat("a/.metadata").size
+    size = store_of(url).stat("a/.metadata").size
     outcomes: Counter[str] = Counter()
     for offset in range(0, size, size // 12):
         proxy.when(is_metadata).do(Flip(offset))

@@ -44,6 +44,7 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from tests.conftest import UnsignedToken
 from tests.faults.tally import Tally
+from tests.support.containers import content, put
 from tests.support.faults import Action, Answer, Cut
 from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, error_of, load, save, state, zeros
 from tests.support.proxy import FaultProxy
@@ -289,11 +290,9 @@ def test_a_certificate_that_proves_nothing_is_an_error_at_once(
 
 def rewrite(container: str, change: Callable[[Metadata], None]) -> None:
     """Store the checkpoint's metadata again, changed."""
-    location = BlobLocation.parse(f"{container}/a")
-    store = BlobStore(location, Access(KEY))
-    metadata = pickle.loads(store.read("a/.metadata", limit=1 << 20)[0])
+    metadata = pickle.loads(content(container, "a/.metadata"))
     change(metadata)
-    store.put("a/.metadata", pickle.dumps(metadata))
+    put(container, "a/.metadata", pickle.dumps(metadata))
 
 
 def set_of(name: str, **fields: Any) -> Callable[[Metadata], None]:
@@ -398,8 +397,7 @@ def test_what_no_blob_has_is_neither_allocated_nor_fetched(
 def damaged_place(azurite: Azurite) -> tuple[str, bytes]:
     url = f"{azurite.create_container('test-damaged-metadata')}/a"
     save(url)
-    store = BlobStore(BlobLocation.parse(url), Access(KEY))
-    return url, store.read("a/.metadata", limit=1 << 20)[0]
+    return url, content(url, "a/.metadata")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -411,8 +409,7 @@ def test_mutated_metadata_is_read_or_refused(damaged_place: tuple[str, bytes], d
         at = data.draw(st.integers(0, len(mutated) - 1))
         piece = data.draw(st.binary(max_size=6))
         mutated[at : at + data.draw(st.integers(0, 6))] = piece
-    store = BlobStore(BlobLocation.parse(url), Access(KEY))
-    store.put("a/.metadata", bytes(mutated))
+    put(url, "a/.metadata", bytes(mutated))
     reader = AzureBlobReader(url, credential=KEY, options=SMALL)
     tracemalloc.start()
     try:

@@ -23,11 +23,10 @@ from azure_torch_ckpt import (
     CheckpointReplacedError,
     CommitConflictError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults.tally import Tally
 from tests.support import jobs
+from tests.support.containers import blob_names, contents, live_blobs, put_all, store_of
 from tests.support.faults import Exchange, Gate, Hold
 from tests.support.jobs import End, Job
 from tests.support.proxy import FaultProxy
@@ -45,7 +44,7 @@ def old(container: str) -> dict[str, bytes]:
     url = f"{container}/old"
     ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
     assert [end.exitcode for end in ends] == [0, 0], ends
-    return jobs.contents(url)
+    return contents(url)
 
 
 def through(proxy: FaultProxy, url: str) -> str:
@@ -64,7 +63,7 @@ def commit_of(proxy: FaultProxy) -> Exchange:
 def assert_whole(url: str, version: int | None) -> None:
     """The checkpoint of this version stands at `url`, and nothing else; with None nothing at all."""
     assert jobs.version_at(url) == version
-    assert jobs.blobs(url) == jobs.live_blobs(url)
+    assert blob_names(url) == live_blobs(url)
 
 
 # ---- Two that save -------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
     for number, order in enumerate(orders):
         url = f"{container}/contested-{number}"
         if standing:
-            jobs.put(url, old)
+            put_all(url, old)
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             gates = {proxy: Gate() for proxy in (first, second)}
             for proxy, gate in gates.items():
@@ -160,9 +159,8 @@ def test_two_jobs_that_race_leave_the_one_that_committed_last(
         url = f"{container}/raced-{seed}"
         standing_etag = None
         if standing:
-            jobs.put(url, old)
-            location = BlobLocation.parse(f"{url}/.metadata")
-            standing_etag = BlobStore(location, Access(jobs.KEY)).stat(location.path).etag
+            put_all(url, old)
+            standing_etag = store_of(url).stat(BlobLocation.parse(f"{url}/.metadata").path).etag
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             # One begins later, and a request of each is slow: so one is ahead here and the other there.
             chance.choice((first, second)).when("Get Blob").do(Hold(chance.uniform(0.0, 0.4)))
@@ -189,7 +187,7 @@ def test_a_save_whose_predecessor_is_removed_before_it_commits_is_dropped(
     proxy: FaultProxy, container: str, old: dict[str, bytes], tally: Tally
 ) -> None:
     url = f"{container}/removed"
-    jobs.put(url, old)
+    put_all(url, old)
     gate = Gate()
     proxy.when(is_commit).do(Hold(gate))
     with Job(jobs.save, [(through(proxy, url), FIRST)]) as job:
@@ -206,7 +204,7 @@ def test_a_removal_that_finds_another_checkpoint_leaves_it(
     proxy: FaultProxy, container: str, old: dict[str, bytes], tally: Tally
 ) -> None:
     url = f"{container}/removed"
-    jobs.put(url, old)
+    put_all(url, old)
     gate = Gate()
     proxy.when("Delete").do(Hold(gate))
     with Job(jobs.remove, [(through(proxy, url),)]) as job:
@@ -285,7 +283,7 @@ def test_a_reader_gets_the_old_or_the_new_checkpoint_or_is_told(
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 1):
         url = f"{container}/read-{k}"
-        jobs.put(url, old)
+        put_all(url, old)
         read = read_while(change, azurite, url, k, at)
         # The first request is for the metadata, which alone decides what a load is about.
         if k == 1 and at == "request":
@@ -323,7 +321,7 @@ def test_all_ranks_of_a_reader_get_the_same_checkpoint_or_are_told(
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 1):
         url = f"{container}/read-{k}"
-        jobs.put(url, old)
+        put_all(url, old)
         ends, _ = load(url, k)
         told = {what_was_read(end.value, next(iter(end.errors.values()), None)) for end in ends}
         assert len(told) == 1, ends

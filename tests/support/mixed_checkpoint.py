@@ -10,13 +10,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, AzureCheckpointError, BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
-from azure_torch_ckpt.emulator import Azurite
+from tests.support.containers import KEY as KEY
+from tests.support.containers import content, put
+from tests.support.containers import paths_below as blobs_below  # noqa: F401
 from tests.support.states import assert_same, fill
 
-KEY = Azurite.account_key
 # Several requests for `large`, and few enough of them in all that each can be broken in turn.
 SMALL = TransferOptions(block_size=64 * 1024, concurrency=4)
 
@@ -77,14 +76,6 @@ def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
     """Write the blob again with one byte of an item changed; a second time changes it back."""
     location = BlobLocation.parse(url)
     path = location.join(item.relative_path).path
-    store = BlobStore(location, Access(KEY))
-    data = bytearray(store.read(path, limit=1 << 30)[0])
+    data = bytearray(content(url, path))
     data[item.offset + position] ^= 0x01
-    store.put(path, bytes(data))
-
-
-def blobs_below(url: str) -> list[str]:
-    """Paths in the container, in order."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    return [blob.path for blob in store.list(location.path + "/" if location.path else "")]
+    put(url, path, bytes(data))
