@@ -1,6 +1,6 @@
 """Saves and loads that are to fail: what torch reports of them, and what stands in a container before and after.
 
-Everything here can be called in the test's process and on the ranks of `tests/ranks.py`.
+Everything here can be called in the test's process and on the ranks of `tests/support/ranks.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """State dicts of every kind of sharding whose values any rank can compute, and what stands in a container.
 
-The functions that take part in a save or a load run on the ranks of `tests/ranks.py`.
+The functions that take part in a save or a load run on the ranks of `tests/support/ranks.py`.
 """
 
 from __future__ import annotations
