@@ -64,10 +64,6 @@ def proxies(azurite: Azurite, count: int) -> Iterator[list[FaultProxy]]:
         yield [stack.enter_context(FaultProxy(azurite.endpoint)) for _ in range(count)]
 
 
-def through(proxy: FaultProxy, url: str) -> str:
-    return proxy.endpoint + url.partition("/devstoreaccount1")[2]
-
-
 def anything(_: Exchange) -> bool:
     return True
 
@@ -114,7 +110,7 @@ def check_recovery(url: str, stands: int | None) -> None:
 def requests_of_a_save(site: Site, world: int, victim: int, standing: bool) -> int:
     url = site.url("undisturbed", standing=standing)
     with proxies(site.azurite, world) as between:
-        ends = jobs.run(jobs.save, *((through(proxy, url), NEW) for proxy in between))
+        ends = jobs.run(jobs.save, *((proxy.through(url), NEW) for proxy in between))
         assert not any(end.errors for end in ends), ends
         return between[victim].count()
 
@@ -122,7 +118,7 @@ def requests_of_a_save(site: Site, world: int, victim: int, standing: bool) -> i
 def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point, standing: bool) -> str:
     """Kill a rank at its k-th request, then the rest of the job; check; tell what stood there afterwards."""
     with proxies(site.azurite, world) as between:
-        with Job(jobs.save, [(through(proxy, url), NEW) for proxy in between]) as job:
+        with Job(jobs.save, [(proxy.through(url), NEW) for proxy in between]) as job:
             between[victim].when(anything, nth=k).do(Kill(job.pid(victim), at=at))
             job.go()
             ends = job.ends()
@@ -164,7 +160,7 @@ def test_a_save_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
 
 def killed_removal(site: Site, url: str, k: int, at: Point) -> str:
     with FaultProxy(site.azurite.endpoint) as proxy:
-        with Job(jobs.remove, [(through(proxy, url),)]) as job:
+        with Job(jobs.remove, [(proxy.through(url),)]) as job:
             proxy.when(anything, nth=k).do(Kill(job.pid(), at=at))
             job.go()
             end = job.end()
@@ -182,7 +178,7 @@ def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
 ) -> None:
     url = site.url("undisturbed", standing=True)
     with FaultProxy(site.azurite.endpoint) as proxy:
-        jobs.remove(through(proxy, url))
+        jobs.remove(proxy.through(url))
         requests = proxy.count()
     assert blob_names(url) == set()
     outcomes: Counter[str] = Counter()
@@ -212,7 +208,7 @@ def test_a_save_ends_promptly_on_sigterm_while_a_request_hangs(
         url = site.url(f"ended-{k}", standing=True)
         with FaultProxy(site.azurite.endpoint) as proxy:
             held = Hold(at=at)
-            with Job(save, [(through(proxy, url), NEW)]) as job:
+            with Job(save, [(proxy.through(url), NEW)]) as job:
                 proxy.when(anything, nth=k).do(held)
                 job.go()
                 assert isinstance(held.until, Gate)
@@ -237,7 +233,7 @@ def test_a_clean_up_of_many_blobs_ends_promptly_on_sigterm_while_its_requests_ha
     put_all(f"{container}/url", {name: b"shard" for name in names})
     gate = Gate()
     proxy.when("Delete", times=None).do(Hold(gate))
-    with Job(jobs.clean_up_until_told_to_stop, [(through(proxy, f"{container}/url"), names)]) as job:
+    with Job(jobs.clean_up_until_told_to_stop, [(proxy.through(f"{container}/url"), names)]) as job:
         job.go()
         gate.wait_for(jobs.OPTIONS.concurrency)
         job.wait_until_blocked()

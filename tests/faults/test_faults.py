@@ -73,12 +73,6 @@ def real_delays(quick_retries: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tls_files(azurite_tls: Azurite) -> tuple[Path, Path]:
-    assert azurite_tls.certificate is not None
-    return azurite_tls.certificate, azurite_tls.certificate.with_name("key.pem")
-
-
-@pytest.fixture
 def tls_proxy(azurite: Azurite, tls_files: tuple[Path, Path]) -> Iterator[FaultProxy]:
     """This test's own proxy that serves HTTPS; clients must trust ``tls_files[0]``."""
     with FaultProxy(azurite.endpoint, tls=tls_files) as between:
@@ -103,7 +97,7 @@ class Rounds:
     def __init__(self, proxy: FaultProxy, container: str, ca_file: str | None = None) -> None:
         self._proxy = proxy
         self._direct = f"{container}/a"
-        self._through = f"{proxy.endpoint}/{container.rpartition('/')[2]}/a"
+        self._through = proxy.through(self._direct)
         self._ca_file = ca_file
         self._version = 0
         save(self._direct, 0)
@@ -295,7 +289,7 @@ def test_a_break_while_a_large_body_is_on_its_way(
 ) -> None:
     """Far more than the sockets hold, so the client is still sending, or the service, when the connection ends."""
     between, ca_file = (tls_proxy, str(tls_files[0])) if tls else (proxy, None)
-    url = f"{between.endpoint}/{container.rpartition('/')[2]}/a"
+    url = between.through(f"{container}/a")
     options = TransferOptions(block_size=8 << 20, concurrency=2)
     saved = {"x": fill(torch.empty(16 << 20, dtype=torch.uint8))}
     ways_up: list[Action] = [Cut("request"), Cut("request", reset=False), Answer(503, "ServerBusy", read_body=False)]
@@ -324,7 +318,7 @@ def test_a_bad_day(proxy: FaultProxy, container: str, seed: int, tally: Tally) -
     rules = [proxy.when(lambda _: rng.random() < 0.2 / len(faults), times=None) for _ in faults]
     for rule, actions in zip(rules, faults, strict=True):
         rule.do(*actions)
-    url = f"{proxy.endpoint}/{container.rpartition('/')[2]}/a"
+    url = proxy.through(f"{container}/a")
     options = TransferOptions(block_size=16 * 1024, concurrency=8)
     for version in range(4):
         save(url, version, options)
@@ -382,7 +376,7 @@ def test_retry_after_is_honoured(
 def test_concurrency_backs_off_while_the_service_is_busy_and_comes_back(
     proxy: FaultProxy, container: str, tally: Tally
 ) -> None:
-    url = f"{proxy.endpoint}/{container.rpartition('/')[2]}/a"
+    url = proxy.through(f"{container}/a")
     options = TransferOptions(block_size=16 * 1024, concurrency=16)
     state = {"x": fill(torch.empty(200, 16 * 1024, dtype=torch.uint8))}
     # Some time for each request, as a real service takes it: otherwise few are ever in flight together.

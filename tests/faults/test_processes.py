@@ -21,7 +21,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from azure.core.credentials import AccessToken
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader, Dataset
 
 from azure_torch_ckpt import (
@@ -30,6 +29,7 @@ from azure_torch_ckpt import (
     AzureBlobWriter,
     BlobLocation,
     ServiceUnavailableError,
+    StoreError,
     TransferOptions,
     prune,
 )
@@ -39,8 +39,8 @@ from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.throttle import RequestCounts
 from tests.conftest import UnsignedToken
 from tests.support.containers import paths_below, store_of
-from tests.support.faults import Answer, Gate, Hold
-from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, error_of, load, save, state, zeros
+from tests.support.faults import Action, Answer, Gate, Hold
+from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, failure, load, save, state, zeros
 from tests.support.proxy import FaultProxy
 
 pytestmark = [
@@ -351,15 +351,14 @@ def test_a_writer_is_used_again_after_an_error(
     url = f"{container}/a"
     options = TransferOptions(block_size=64 * 1024, concurrency=4, retry_seconds=0)
     writer = AzureBlobWriter(f"{proxied_container}/a", credential=KEY, options=options)
-    for version, fault, expected in (
-        (1, Answer(403, "AuthorizationFailure"), AccessDeniedError),
-        (2, Answer(503, "ServerBusy"), ServiceUnavailableError),
-    ):
+    faults: list[tuple[Action, type[StoreError]]] = [
+        (Answer(403, "AuthorizationFailure"), AccessDeniedError),
+        (Answer(503, "ServerBusy"), ServiceUnavailableError),
+    ]
+    for version, (fault, expected) in enumerate(faults, 1):
         rule = proxy.when(where, times=None)
         rule.do(fault)
-        with pytest.raises(CheckpointException) as caught:
-            dcp.save(state(version), storage_writer=writer)
-        assert isinstance(error_of(caught), expected)
+        failure(expected, dcp.save, state(version), storage_writer=writer)
         rule.do()
         dcp.save(state(version), storage_writer=writer)
         assert_right(load(url), version)

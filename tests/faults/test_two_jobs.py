@@ -47,10 +47,6 @@ def old(container: str) -> dict[str, bytes]:
     return contents(url)
 
 
-def through(proxy: FaultProxy, url: str) -> str:
-    return proxy.endpoint + url.partition("/devstoreaccount1")[2]
-
-
 def is_commit(seen: Exchange) -> bool:
     return seen.kind == "Put Blob" and seen.path.endswith("/.metadata")
 
@@ -89,7 +85,7 @@ def race(
     """Save the versions FIRST and SECOND at the same time by a job each, which has a proxy of its own."""
     with contextlib.ExitStack() as stack:
         both = [
-            stack.enter_context(Job(jobs.save, [(through(proxy, url), version)] * world))
+            stack.enter_context(Job(jobs.save, [(proxy.through(url), version)] * world))
             for proxy, version in zip(proxies, (FIRST, SECOND), strict=True)
         ]
         for job in both:
@@ -190,7 +186,7 @@ def test_a_save_whose_predecessor_is_removed_before_it_commits_is_dropped(
     put_all(url, old)
     gate = Gate()
     proxy.when(is_commit).do(Hold(gate))
-    with Job(jobs.save, [(through(proxy, url), FIRST)]) as job:
+    with Job(jobs.save, [(proxy.through(url), FIRST)]) as job:
         job.go()
         gate.wait_for(1)
         jobs.remove(url)
@@ -207,7 +203,7 @@ def test_a_removal_that_finds_another_checkpoint_leaves_it(
     put_all(url, old)
     gate = Gate()
     proxy.when("Delete").do(Hold(gate))
-    with Job(jobs.remove, [(through(proxy, url),)]) as job:
+    with Job(jobs.remove, [(proxy.through(url),)]) as job:
         job.go()
         gate.wait_for(1)
         jobs.save(url, FIRST)
@@ -255,7 +251,7 @@ def read_while(change: Callable[[str], None], azurite: Azurite, url: str, k: int
     with FaultProxy(azurite.endpoint) as proxy:
         gate = Gate()
         proxy.when(lambda _: True, nth=k).do(Hold(gate, at=at))
-        with in_thread(lambda: jobs.load(through(proxy, url))) as loading:
+        with in_thread(lambda: jobs.load(proxy.through(url))) as loading:
             gate.wait_for(1)
             change(url)
             gate.open()
@@ -277,7 +273,7 @@ def test_a_reader_gets_the_old_or_the_new_checkpoint_or_is_told(
     change: Callable[[str], None],
     at: Point,
 ) -> None:
-    assert jobs.load(through(proxy, f"{container}/old")) == OLD
+    assert jobs.load(proxy.through(f"{container}/old")) == OLD
     requests = proxy.count()
     assert requests >= 4
     outcomes: Counter[str] = Counter()
@@ -308,7 +304,7 @@ def test_all_ranks_of_a_reader_get_the_same_checkpoint_or_are_told(
             proxies, gate = (first, second), Gate()
             if nth is not None:
                 proxies[slow].when(lambda _: True, nth=nth).do(Hold(gate))
-            with Job(jobs.load, [(through(proxy, url),) for proxy in proxies]) as job:
+            with Job(jobs.load, [(proxy.through(url),) for proxy in proxies]) as job:
                 job.go()
                 if nth is not None:
                     gate.wait_for(1)

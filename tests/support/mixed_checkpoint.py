@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tests.support.containers import KEY as KEY
 from tests.support.containers import content, put
 from tests.support.containers import paths_below as blobs_below  # noqa: F401
 from tests.support.states import assert_same, fill
+
+_E = TypeVar("_E", bound=AzureCheckpointError)
 
 # Several requests for `large`, and few enough of them in all that each can be broken in turn.
 SMALL = TransferOptions(block_size=64 * 1024, concurrency=4)
@@ -63,6 +66,15 @@ def error_of(caught: pytest.ExceptionInfo[CheckpointException]) -> AzureCheckpoi
     """Our error in what ``dcp.save`` and ``dcp.load`` raise in one process."""
     error = caught.value.failures[0][0]
     assert isinstance(error, AzureCheckpointError), repr(error)
+    return error
+
+
+def failure(kind: type[_E], attempt: Callable[..., object], *args: Any, **options: Any) -> _E:
+    """The error with which ``attempt(*args, **options)``, a save or a load in one process, must fail."""
+    with pytest.raises(CheckpointException) as caught:
+        attempt(*args, **options)
+    error = error_of(caught)
+    assert isinstance(error, kind), repr(error)
     return error
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from tests.support.containers import KEY
 
 # name: (sizes, dtype). On 4 ranks, 5 rows make shards of 2, 2, 1 and 0 rows, and 3 rows leave a rank without any.
