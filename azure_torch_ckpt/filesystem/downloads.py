@@ -210,4 +210,3 @@ def _rest_to_file(
         Read(begun.info.path, at, min(download.part_size, begun.length - at), None, functools.partial(write, at))
         for at in offsets
     )
-
