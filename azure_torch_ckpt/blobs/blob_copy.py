@@ -25,7 +25,7 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import MAX_BLOCKS
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
 
-__all__ = ["MARK", "SERVICE_PART", "BlobSink", "Fetched", "ServiceFetch", "copied_settings", "copy_blob"]
+__all__ = ["MARK", "SERVICE_PART", "BlobDestination", "Fetched", "ServiceFetch", "copied_settings", "copy_blob"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ parallel, and end before the idle connection counts as dead."""
 _LARGEST_WHOLE = 256 << 20
 
 
-class BlobSink:
+class BlobDestination:
     """The destination of a copy: a blob that gets blocks, in any order and from any thread, or that the service
     makes."""
 
@@ -127,14 +127,14 @@ class ServiceFetch:
 
     def try_to(
         self,
-        sink: BlobSink,
+        destination: BlobDestination,
         source: BlobInfo,
         offset: int,
         length: int,
         settings: CopiedSettings | None,
         cancel: Cancel,
     ) -> Fetched | None:
-        """`BlobSink.fetch`, or None if the bytes have to go through this machine.
+        """`BlobDestination.fetch`, or None if the bytes have to go through this machine.
 
         Raises:
             BlobChangedError: the source has another ETag.
@@ -143,7 +143,7 @@ class ServiceFetch:
         if not self.possible or not length:  # an empty blob has no range
             return None
         try:
-            return Fetched(sink.fetch(self, source, offset, length, settings, cancel))
+            return Fetched(destination.fetch(self, source, offset, length, settings, cancel))
         except (BlobChangedError, ServiceUnavailableError):
             raise
         except StoreError as error:
@@ -212,19 +212,19 @@ def copy_blob(
     """
     info = source.stat(source_location.path)
     settings = copied_settings(source, info, strict=strict)
-    fetch, sink, cancel = ServiceFetch(source), BlobSink(destination, destination_location.path), Cancel()
+    fetch, new, cancel = ServiceFetch(source), BlobDestination(destination, destination_location.path), Cancel()
     least = -(-info.size // MAX_BLOCKS)
     block_size = max(destination.options.part_size(info.size), least)
 
     def move(offset: int, length: int) -> None:
-        if fetch.try_to(sink, info, offset, length, None, cancel) is not None:
+        if fetch.try_to(new, info, offset, length, None, cancel) is not None:
             return
         for start in range(offset, offset + length, block_size):
             block = memoryview(bytearray(min(block_size, offset + length - start)))
             source.read_into(info.path, start, [block], if_etag=info.etag, cancel=cancel)
-            sink.write(start, block, crc64(block), cancel)
+            new.write(start, block, crc64(block), cancel)
 
-    if info.size > _LARGEST_WHOLE or fetch.try_to(sink, info, 0, info.size, settings, cancel) is None:
+    if info.size > _LARGEST_WHOLE or fetch.try_to(new, info, 0, info.size, settings, cancel) is None:
         step = max(SERVICE_PART, least) if fetch.possible else block_size
         run_all(
             (functools.partial(move, start, min(step, info.size - start)) for start in range(0, info.size, step)),
@@ -232,5 +232,5 @@ def copy_blob(
             "blob-copy",
             cancel.cancel,
         )
-    sink.commit(info, settings, strict=strict)
+    new.commit(info, settings, strict=strict)
     return info

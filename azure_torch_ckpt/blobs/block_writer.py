@@ -10,7 +10,7 @@ from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.blobs.outcome import Outcome
 from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError
 
 __all__ = ["BlockWriter"]

@@ -18,7 +18,7 @@ import pytest
 
 from azure_torch_ckpt._internal.checksums import header_value
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.blob_copy import BlobSink, ServiceFetch, copy_blob
+from azure_torch_ckpt.blobs.blob_copy import BlobDestination, ServiceFetch, copy_blob
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.errors import (
@@ -393,8 +393,8 @@ def test_what_the_service_cannot_read_is_copied_through_here_at_once(
         assert target.read("copy", limit=100)[0] == b"0123456789"
         assert proxy.count("Copy Blob") == 1
     else:
-        fetch, sink, info = ServiceFetch(source), BlobSink(target, "copy"), source.stat("source")
-        assert fetch.try_to(sink, info, 0, 5, None, Cancel()) is None
+        fetch, destination, info = ServiceFetch(source), BlobDestination(target, "copy"), source.stat("source")
+        assert fetch.try_to(destination, info, 0, 5, None, Cancel()) is None
         assert not fetch.possible and proxy.count("Put Block") == 1
     assert clock.waits == []
 
@@ -421,9 +421,9 @@ def test_what_ails_one_blob_does_not_end_the_services_copies(
     source.put("source", b"0123456789")
     proxy.when("Copy Blob").do(Answer(status, code))
     fetch, info = ServiceFetch(source), source.stat("source")
-    assert fetch.try_to(BlobSink(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is None
+    assert fetch.try_to(BlobDestination(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is None
     assert fetch.possible
-    assert fetch.try_to(BlobSink(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is not None
+    assert fetch.try_to(BlobDestination(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is not None
     assert target.read("copy", limit=100)[0] == b"0123456789"
 
 

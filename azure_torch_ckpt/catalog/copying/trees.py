@@ -14,7 +14,7 @@ from typing import Protocol
 
 from azure_torch_ckpt._internal.atomic_file import is_part, remove_abandoned
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.blob_copy import MARK, BlobSink, copied_settings
+from azure_torch_ckpt.blobs.blob_copy import MARK, BlobDestination, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.catalog.copying.local_file import LocalFile, local_file_errors
@@ -192,8 +192,8 @@ class BlobTree:
     def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         return read_metadata_blob(self.store, self._checkpoint(folder), rank)
 
-    def create(self, name: str) -> BlobSink:
-        return BlobSink(self.store, self.path(name))
+    def create(self, name: str) -> BlobDestination:
+        return BlobDestination(self.store, self.path(name))
 
     def settings(self, info: BlobInfo) -> CopiedSettings:
         try:
