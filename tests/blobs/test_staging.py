@@ -68,7 +68,7 @@ def write_with_upload(store: BlobStore) -> None:
         upload.finish()
 
 
-def write_with_sink(store: BlobStore) -> None:
+def write_with_destination(store: BlobStore) -> None:
     """As copies do that the service does not make at once."""
     store.put("source", DATA)
     destination = BlobDestination(store, "blob")
@@ -78,7 +78,7 @@ def write_with_sink(store: BlobStore) -> None:
     destination.commit(store.stat("source"), CopiedSettings())
 
 
-@pytest.mark.parametrize("write", [write_with_blob_io, write_with_upload, write_with_sink])
+@pytest.mark.parametrize("write", [write_with_blob_io, write_with_upload, write_with_destination])
 @pytest.mark.parametrize("foreign", FOREIGN, ids=repr)
 @pytest.mark.parametrize("there", [False, True])
 def test_a_write_takes_the_length_of_foreign_ids(
