@@ -1,4 +1,4 @@
-"""The garbage collector stays away from a loop, and comes back however the loop ends."""
+"""`CollectorPause` stops the garbage collector during a loop, and starts it again however the loop ends."""
 
 from __future__ import annotations
 

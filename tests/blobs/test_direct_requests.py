@@ -1,4 +1,4 @@
-"""The requests that go without the client of azure-storage-blob: they are accepted, and the client has the rest."""
+"""`DirectRequests`: the service accepts them, and the client of azure-storage-blob sends the other requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOT: tuple[Kind, ...] = ("Put Block", "Get Blob")
 
 
 def write_and_read(store: BlobStore, name: str) -> bytes:
-    """What comes back of `DATA`, by each of the ways that take the short path."""
+    """Write and read `DATA` by each of the direct requests; return the bytes read."""
     blocks = [DATA[:100_000], DATA[100_000:]]
     for number, block in enumerate(blocks):
         store.stage_block(name, f"{number:032d}", Gather([memoryview(block)]), crc64(block))
@@ -49,7 +49,7 @@ def write_and_read(store: BlobStore, name: str) -> bytes:
 
 
 def by_client(exchange: Exchange) -> bool:
-    """Whether the client of azure-storage-blob sent it. Both ways name this package."""
+    """Whether the client of azure-storage-blob sent it. Direct requests name this package, too."""
     assert exchange.headers["user-agent"].startswith(USER_AGENT)
     return "azsdk-python-storage-blob/" in exchange.headers["user-agent"]
 
