@@ -1,4 +1,4 @@
-"""`Blobs`: signed requests to one container through a transport, without the SDK. Fixtures come by ``pytest_plugins``."""
+"""`Blobs`: signed requests to one container by a transport, without the SDK. Fixtures come by ``pytest_plugins``."""
 
 from __future__ import annotations
 
