@@ -1,6 +1,6 @@
 """How are models saved and loaded as safetensors files with an index, as transformers does?
 
-Others may use the two classes, `safetensors_header` for a file of their own, and `leftovers` for what failed saves left.
+Others may use the two classes, `safetensors_header`, and `leftovers`.
 """
 
 from __future__ import annotations
