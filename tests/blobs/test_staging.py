@@ -27,7 +27,7 @@ from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
-from tests.blobs.store_support import KEY, read, sas_for
+from tests.blobs.stores import KEY, read, sas_for
 from tests.support.faults import Call
 from tests.support.proxy import FaultProxy
 
