@@ -391,7 +391,7 @@ def test_keys_and_shapes_are_checked_by_torch(
 
 def test_overwrite_false(ranks: Ranks, url: str) -> None:
     save(url, 1, overwrite=False)
-    says = "A checkpoint stands at .*/run/step-1 already and overwrite=False. Use another URL, or overwrite=True"
+    says = "at .*/run/step-1 and overwrite=False. Use another URL, or overwrite=True"
     saving = partial(save, version=2, overwrite=False)
     raised_everywhere(ranks, CheckpointExistsError, saving, url, says, failed=[0])
 
