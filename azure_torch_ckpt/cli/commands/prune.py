@@ -27,12 +27,8 @@ __all__ = ["prune"]
 @click.command(short_help="Remove old checkpoints, and what failed saves left.")
 @click.argument("url")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest of each run.")
-@click.option(
-    "--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep steps that are a multiple of N."
-)
-@click.option(
-    "--older-than", type=duration, metavar="TIME", help="Keep those completed less than TIME ago: 30d, 12h."
-)
+@click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep steps that are a multiple of N.")
+@click.option("--older-than", type=duration, metavar="TIME", help="Keep those completed less than TIME ago: 30d, 12h.")
 @click.option(
     "--grace",
     type=duration,
