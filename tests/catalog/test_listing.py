@@ -1,4 +1,4 @@
-"""`list_checkpoints` and `latest` know every checkpoint from the listing alone; `inspect` from its metadata alone."""
+"""`list_checkpoints` and `latest` read one listing; `inspect` reads the metadata."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_nothing_to_list(container: str) -> None:
         list_checkpoints("/a/local/path")
 
 
-def test_the_folders_of_a_hierarchical_namespace_are_no_blobs(container: str) -> None:
-    """There, a listing has an empty blob for each folder. Azurite has none such by itself."""
+def test_the_folders_of_a_hierarchical_namespace_are_not_blobs(container: str) -> None:
+    """There, a listing has an empty blob for each folder. Azurite has no such blobs."""
     plant(container, ["run/step-1"])
     [before] = list_checkpoints(container, credential=KEY)
     for path in ("run", "run/step-1"):
@@ -171,7 +171,7 @@ def test_a_name_that_no_url_can_have_does_not_break_the_listing(container: str) 
         ("", None),
     ],
 )
-def test_the_step_is_what_the_name_tells(name: str, step: int | None) -> None:
+def test_the_step_is_in_the_name(name: str, step: int | None) -> None:
     assert step_of(name) == step
 
 
@@ -189,7 +189,7 @@ def test_steps_compare_as_numbers(container: str) -> None:
     assert latest(f"{container}/run", credential=KEY).name == "step-1000"
 
 
-def test_the_time_decides_where_a_name_tells_no_step(container: str) -> None:
+def test_the_time_decides_where_a_name_has_no_step(container: str) -> None:
     plant(container, ["run/step-9"])
     # The service's times have a resolution of one second.
     store = BlobStore(BlobLocation.parse(container), Access(KEY))
@@ -200,7 +200,7 @@ def test_the_time_decides_where_a_name_tells_no_step(container: str) -> None:
     assert latest(f"{container}/run", credential=KEY).name == "best"
 
 
-def test_no_complete_checkpoint_is_an_error_that_says_what_is_there(container: str) -> None:
+def test_without_a_complete_checkpoint_the_error_names_incomplete_saves(container: str) -> None:
     with pytest.raises(CheckpointNotFoundError, match="No save"):
         latest(f"{container}/run", credential=KEY)
     for step in (1, 2):
@@ -212,7 +212,7 @@ def test_no_complete_checkpoint_is_an_error_that_says_what_is_there(container: s
 # ---- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_tells_what_was_saved_with_two_requests_at_most(
+def test_inspect_describes_a_checkpoint_with_one_request(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     url = f"{proxied_container}/a"
@@ -275,7 +275,7 @@ def test_inspect_of_ranks_without_collectives_shows_all_of_them(container: str) 
     ]
 
 
-def test_inspect_of_what_is_no_checkpoint(container: str) -> None:
+def test_inspect_without_a_checkpoint(container: str) -> None:
     with pytest.raises(CheckpointNotFoundError, match="Nothing lies there at all"):
         inspect(f"{container}/nothing", credential=KEY)
     plant(container, ["run/step-1"])

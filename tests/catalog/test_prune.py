@@ -58,9 +58,7 @@ def steps(*numbers: int) -> list[str]:
     ],
     ids=str,
 )
-def test_a_checkpoint_goes_only_if_every_rule_gives_it_up(
-    container: str, rules: dict[str, Any], removed: list[int]
-) -> None:
+def test_a_checkpoint_goes_only_if_no_rule_keeps_it(container: str, rules: dict[str, Any], removed: list[int]) -> None:
     every = [100, 200, 300, 1000, 2500]
     plant(container, [f"run/step-{step}" for step in every])
     kept = [step for step in every if step not in removed]
@@ -74,7 +72,7 @@ def test_a_checkpoint_goes_only_if_every_rule_gives_it_up(
     assert names(prune(url, credential=KEY, dry_run=False, **rules)) == ([], steps(*kept))
 
 
-def test_age_goes_by_the_services_clock_and_spares_the_newest(container: str) -> None:
+def test_age_is_by_the_services_clock_and_the_newest_stays(container: str) -> None:
     plant(container, ["run/step-1", "run/step-2"])
     # Both are a moment old; older_than of nothing gives up all that was completed before this second.
     report = prune(container, credential=KEY, older_than=NOW)
@@ -115,13 +113,13 @@ def test_an_incomplete_save_is_kept_until_its_grace_is_over(container: str) -> N
     assert running in blobs_below(container)
     report = prune(container, credential=KEY, keep_last=1, grace=NOW, dry_run=False)
     assert names(report) == ([], ["run/step-2"])
-    assert [remains.blobs for remains in report.remains] == [[running]]
+    assert [leftovers.blobs for leftovers in report.remains] == [[running]]
     assert running not in blobs_below(container)
 
 
 def test_a_checkpoint_that_is_being_saved_over_is_kept(container: str) -> None:
     plant(container, ["run/step-1", "run/step-2"])
-    put(container, "run/step-1/notes.txt")  # is no save
+    put(container, "run/step-1/notes.txt")  # not part of a save
     assert names(prune(container, credential=KEY, keep_last=1))[0] == ["run/step-1"]
     # The times have a resolution of a second: as young as the metadata would do for old data.
     running = f"run/step-1/{new_save_id()}/__0_0.distcp"
@@ -140,7 +138,7 @@ def test_a_checkpoint_that_is_being_saved_over_is_kept(container: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Get Blob", "Delete"])
-def test_a_checkpoint_that_is_replaced_meanwhile_stands(
+def test_a_checkpoint_that_is_replaced_meanwhile_stays(
     proxy: FaultProxy, container: str, proxied_container: str, kind: Kind
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -152,7 +150,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_stands(
     assert_right(load(f"{container}/run/step-2"), 2)
 
 
-def test_metadata_goes_first_and_a_crash_leaves_only_remains(
+def test_metadata_goes_first_and_a_crash_leaves_only_leftovers(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -166,8 +164,8 @@ def test_metadata_goes_first_and_a_crash_leaves_only_remains(
     with pytest.raises(CheckpointNotFoundError):
         inspect(f"{container}/run/step-1", credential=KEY)
     assert_right(load(f"{container}/run/step-2"), 2)
-    [remains] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
-    assert remains.url == f"{container}/run/step-1"
+    [leftovers] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
+    assert leftovers.url == f"{container}/run/step-1"
     assert all("step-2" in path for path in blobs_below(container))
 
 
@@ -180,7 +178,7 @@ def test_metadata_that_cannot_be_read_stops_all_removals(container: str) -> None
     assert blobs_below(container) == before
 
 
-def test_a_dead_service_in_the_middle_is_an_error_and_a_second_try_ends_it(
+def test_a_dead_service_is_an_error_and_a_second_prune_finishes(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     plant(container, [f"run/step-{step}" for step in range(8)])
@@ -216,7 +214,7 @@ def test_what_a_prune_of_many_checkpoints_costs(proxy: FaultProxy, container: st
     assert len(list_checkpoints(container, credential=KEY)) == 160
 
 
-def test_rules_that_make_no_sense_are_refused(container: str) -> None:
+def test_rules_out_of_range_are_refused(container: str) -> None:
     wrong: list[dict[str, Any]] = [{"keep_last": 0}, {"keep_every": 0}, {"older_than": -DAY}, {"grace": -DAY}]
     for rules in wrong:
         with pytest.raises(ValueError, match=next(iter(rules))):
@@ -292,7 +290,7 @@ def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> Non
     assert_right(load(container), 2)
 
 
-def test_the_grace_period_goes_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
+def test_the_grace_period_is_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
     [_, last] = plant_leftovers(container, "a")
     store = BlobStore(BlobLocation.parse(container), Access(KEY))
     age = store.now() - store.stat(last).last_modified

@@ -65,9 +65,9 @@ schema.
 ## Secrets
 
 No output contains a secret, not even an error: everything that looks like a signature or a key is replaced by `***`.
-There is no option for an account key or a connection string, because any user of a machine can read the arguments of its
-processes. The same is true of `--sas` and of a SAS in a URL; `--sas -` prompts for it on a terminal, and reads a line of
-stdin elsewhere.
+There is no option for an account key or a connection string, because any user of a machine can read the arguments of
+its processes. The same is true of `--sas` and of a SAS in a URL; `--sas -` prompts for it on a terminal, and reads a
+line of stdin elsewhere.
 """
 
 

@@ -1,4 +1,4 @@
-"""The command: what it prints of checkpoints, for people and for scripts."""
+"""What the subcommands print, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(azurite: Azurite) -> str:
 
 
 def damage(url: str) -> str:
-    """Flip a bit of the checkpoint's data blob where a tensor's elements are; return the blob's name."""
+    """Flip a bit of a tensor in the checkpoint's data blob; return the blob's name."""
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(KEY))
     (blob,) = [blob for blob in store.list(location.path + "/") if blob.path.endswith(".distcp")]
@@ -131,7 +131,7 @@ def test_show_lists_tensors_objects_and_the_writer(run: str) -> None:
     assert re.search(r"^step +\d+\.\d kB +0$", done.out, re.MULTILINE)
 
 
-def test_show_of_some_keys_and_where_their_shards_lie(run: str) -> None:
+def test_show_of_some_keys_and_their_shards(run: str) -> None:
     done = cli("show", f"{run}/run-7/step-900", "--match", "*.1.*", "--shards")
     assert re.search(
         r"^model\.layers\.1\.weight  \[0, 0\]  \[30, 20\]  [\d.]+ kB  [0-9a-f]{16}  __0_0\.distcp +\d+$",

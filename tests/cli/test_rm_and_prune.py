@@ -1,4 +1,4 @@
-"""The commands that remove: they show, they ask, and they remove what they said and nothing else."""
+"""`rm` and `prune` show what they would remove, ask, and remove that and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save(url: str, step: int) -> None:
 
 
 def fail_to_save(url: str) -> str:
-    """Leave what a rank leaves that dies before the commit; return the blob's path."""
+    """Put a data blob as a rank that was killed before the commit; return its path."""
     location = BlobLocation.parse(url)
     path = location.join(SAVE_ID, "__0_0.distcp").path
     BlobStore(location, Access(KEY)).put(path, bytes(5_000))
@@ -41,7 +41,7 @@ def names(container: str) -> list[str]:
 
 @pytest.fixture
 def steps(container: str) -> str:
-    """Four checkpoints of a run and the remains of a failed save."""
+    """Four checkpoints of a run and the leftovers of a failed save."""
     for step in (100, 200, 300, 1000):
         save(f"{container}/run/step-{step}", step)
     fail_to_save(f"{container}/run/step-1100")
@@ -85,10 +85,10 @@ def test_prune_only_shows_what_it_would_do(steps: str) -> None:
     assert len(names(steps)) == 5
 
 
-def test_prune_as_json_tells_what_goes_and_what_stays(steps: str) -> None:
+def test_prune_as_json_has_what_goes_and_what_stays(steps: str) -> None:
     report = cli("prune", steps, "--keep-every", "100", "--grace", "0s", "--json").json("prune")
     assert report["dry_run"] is True and report["removed"] == []
-    assert [remains["url"] for remains in report["remains"]] == [f"{steps}/run/step-1100"]
+    assert [leftovers["url"] for leftovers in report["remains"]] == [f"{steps}/run/step-1100"]
     assert report["freed"] == 5_000 and len(report["kept"]) == 4
     done = cli("prune", steps, "--keep-last", "1", "--yes", "--json").json("prune")
     assert done["dry_run"] is False and [entry["step"] for entry in done["removed"]] == [100, 200, 300]
