@@ -15,7 +15,7 @@ from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
-from azure_torch_ckpt.huggingface.leftovers import mixed_folders
+from azure_torch_ckpt.huggingface.leftovers import folders_of_mixed_saves
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -84,7 +84,7 @@ def list_checkpoints(
         raise LocationError(f"{location} is one blob at one moment, not a folder. Omit the query of the URL")
     store = BlobStore(location, Access(credential, options, ca_file))
     blobs = list(store.list(location.prefix))
-    for folder in mixed_folders(blobs):
+    for folder in folders_of_mixed_saves(blobs):
         root = location.container_root()
         _log.warning(
             "%s has files of several saves of a model, or of one without an index: a save is running there, or was "

@@ -14,12 +14,14 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs, remove_empty_folders
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import delete_metadata
+from azure_torch_ckpt.dcp.leftovers import Remains, find_leftovers, path_location, remove_leftovers
 from azure_torch_ckpt.dcp.open_checkpoint import read_standing
-from azure_torch_ckpt.dcp.removal import Remains, find_remains, place_location, remove_remains
+from azure_torch_ckpt.dcp.removal import remove_blobs, remove_empty_folders
 from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
-from azure_torch_ckpt.huggingface.leftovers import find_model_remains, has_saved_files
+from azure_torch_ckpt.huggingface.leftovers import find_model_leftovers, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel
@@ -165,15 +167,15 @@ def prune(
     leased_urls = {one.url for one in leased}
     to_remove = [(entry, place) for entry, place in to_remove if entry.url not in leased_urls]
     # Also for a dry run, which reports metadata that cannot be read.
-    leftovers = find_remains(store, location, (place for _, place in listed), now - grace)
-    leftovers += find_model_remains(store, location, blobs, now - grace)
+    leftovers = find_leftovers(store, location, (place for _, place in listed), now - grace)
+    leftovers += find_model_leftovers(store, location, blobs, now - grace)
     removed = {entry.url for entry, _ in to_remove}
     undeleted_metadata: list[Undeleted] = []  # its checkpoints stay
     undeleted_data: list[Undeleted] = []
     if not dry_run:
         sizes = {blob.path: blob.size for blob in blobs}
         removed, undeleted_metadata, undeleted_data = _remove(store, location, to_remove, sizes)
-        errors = remove_remains(store, leftovers)
+        errors = remove_leftovers(store, leftovers)
         for one in leftovers:
             undeleted_data += _undeleted(one.url, one.blobs, errors, sizes)
         folders = {folder.path for folder in empty_folders if folder.last_modified <= now - grace}
@@ -240,7 +242,7 @@ def _remove(
     etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
     def read_metadata(entry: CheckpointEntry, place: Place) -> None:
-        checkpoint = place_location(location, place)
+        checkpoint = path_location(location, place.path)
         parts = read_standing(store, checkpoint, place.metadata)
         listed_etags = {rank: blob.etag for rank, blob in place.metadata.items()}
         if {part.rank: part.stored.etag for part in parts} != listed_etags:

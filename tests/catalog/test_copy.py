@@ -33,7 +33,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
-from azure_torch_ckpt.dcp.layout import new_save_id
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start

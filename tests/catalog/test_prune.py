@@ -20,7 +20,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, prune, verify
-from azure_torch_ckpt.dcp.layout import new_save_id
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from tests.catalog.catalog_process import start
 from tests.faults.tally import Tally
 from tests.support.faults import Answer, Call, Kill, Kind

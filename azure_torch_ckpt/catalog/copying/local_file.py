@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from azure_torch_ckpt._internal.atomic_file import NewFile
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.errors import LocalFileError
@@ -28,7 +28,7 @@ class LocalFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._new: NewFile | None = None
+        self._new: AtomicFile | None = None
         self._lock = threading.Lock()
 
     def write(self, offset: int, data: memoryview, crc64: int, cancel: Cancel) -> None:
@@ -69,11 +69,11 @@ class LocalFile:
             if new is not None:
                 new.abandon()
 
-    def _open(self) -> NewFile:
+    def _open(self) -> AtomicFile:
         with self._lock:
             if self._new is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._new = NewFile(self._path)
+                self._new = AtomicFile(self._path)
             return self._new
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:

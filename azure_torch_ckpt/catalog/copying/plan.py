@@ -10,7 +10,8 @@ from azure_torch_ckpt._internal.checksums import combine
 from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
-from azure_torch_ckpt.dcp.layout import Stored, metadata_name
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import MetadataBlob
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import (
@@ -68,10 +69,10 @@ class CheckpointPlan:
     """
 
     name: str
-    metadata: dict[int | None, Stored]
+    metadata: dict[int | None, MetadataBlob]
     metadata_infos: dict[int | None, BlobInfo]
     files: list[FilePlan]
-    replaced: dict[int | None, Stored] = field(default_factory=dict)
+    replaced: dict[int | None, MetadataBlob] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)
 
     @property
@@ -171,7 +172,7 @@ def _plan(
     return CheckpointPlan(place.path, metadata, place.metadata, sorted(files, key=lambda file: file.source.path))
 
 
-def _items_by_name(label: str, folder: str, stored: Stored) -> dict[str, list[StoredItem]]:
+def _items_by_name(label: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:
     """Return the items that metadata describes, by the name in the tree of the blob or file that holds them."""
     metadata = load_metadata(stored.data, label)
     check_metadata(metadata, label)
@@ -182,7 +183,7 @@ def _items_by_name(label: str, folder: str, stored: Stored) -> dict[str, list[St
     return items
 
 
-def _data_names(tree: Tree, folder: str, metadata: dict[int | None, Stored]) -> set[str]:
+def _data_names(tree: Tree, folder: str, metadata: dict[int | None, MetadataBlob]) -> set[str]:
     """Return the names of the data that `metadata` refers to, as far as it can be read."""
     names: set[str] = set()
     for rank, stored in metadata.items():

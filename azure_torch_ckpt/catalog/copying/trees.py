@@ -18,7 +18,9 @@ from azure_torch_ckpt.blobs.blob_copy import MARK, BlobSink, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.catalog.copying.local_file import LocalFile, local_file_errors
-from azure_torch_ckpt.dcp.layout import Stored, commit, delete_metadata, metadata_name, read_metadata_blob, remove_blobs
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, delete_metadata, read_metadata_blob
+from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobChangedError,
@@ -82,7 +84,7 @@ class Tree(Protocol):
             CorruptCheckpointError: the file is shorter than `info` says.
         """
 
-    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+    def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         """Read the metadata of the checkpoint in `folder`; None if it does not exist."""
 
     def create(self, name: str) -> DestinationFile:
@@ -92,7 +94,7 @@ class Tree(Protocol):
         """Return what a copy of the blob carries besides its bytes. A file carries nothing."""
 
     def commit_metadata(
-        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+        self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
         """Write the metadata of the checkpoint in `folder`.
 
@@ -103,7 +105,7 @@ class Tree(Protocol):
             CommitConflictError: another save wrote metadata meanwhile.
         """
 
-    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+    def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         """Remove the metadata of the checkpoint in `folder`, and so hide the checkpoint.
 
         Raises:
@@ -187,7 +189,7 @@ class BlobTree:
             f"A checkpoint at or below {self} was replaced or removed while it was being copied. Copy again"
         )
 
-    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+    def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         return read_metadata_blob(self.store, self._checkpoint(folder), rank)
 
     def create(self, name: str) -> BlobSink:
@@ -200,19 +202,19 @@ class BlobTree:
             raise self.replaced_error() from error
 
     def commit_metadata(
-        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+        self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
         location = self._checkpoint(folder)
         try:
-            commit(self.store, location, data, replaces, rank, settings)
+            commit_metadata(self.store, location, data, replaces, rank, settings)
         except AccessDeniedError as error:
             if not settings.tags:
                 raise
             # The service wrote nothing. Perhaps the credential may write blobs, but no tags.
-            commit(self.store, location, data, replaces, rank, dataclasses.replace(settings, tags={}))
+            commit_metadata(self.store, location, data, replaces, rank, dataclasses.replace(settings, tags={}))
             _log.warning("the metadata of %s is without the index tags of its source: %s", location, error)
 
-    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+    def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         location = self._checkpoint(folder)
         if not delete_metadata(self.store, location, rank, stored.etag):
             raise CommitConflictError(
@@ -280,12 +282,12 @@ class FolderTree:
                     )
                 received += count
 
-    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+    def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         path = self.root / folder / metadata_name(rank)
         with local_file_errors(f"could not read {path}"):
             try:
                 status = path.stat()
-                return Stored(path.read_bytes(), str(status.st_mtime_ns), _modified(status))
+                return MetadataBlob(path.read_bytes(), str(status.st_mtime_ns), _modified(status))
             except FileNotFoundError:
                 return None
 
@@ -298,7 +300,7 @@ class FolderTree:
         return CopiedSettings()
 
     def commit_metadata(
-        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+        self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
         name = join_name(folder, metadata_name(rank))
         file = LocalFile(self.root / name)
@@ -313,7 +315,7 @@ class FolderTree:
             file.abandon()
         self.sync([name])
 
-    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+    def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         name = join_name(folder, metadata_name(rank))
         self.remove([name])
         self.sync([name])
