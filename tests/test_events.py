@@ -28,7 +28,6 @@ from azure_torch_ckpt import (
     AzureBlobHuggingFaceWriter,
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -36,11 +35,10 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
 from tests.support import sharded
+from tests.support.containers import store_of
 from tests.support.faults import Answer, Call
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
@@ -137,7 +135,7 @@ def test_a_load_of_nothing_is_one_event_with_its_error(container: str) -> None:
 @pytest.mark.parametrize("reader", [AzureBlobReader, AzureBlobHuggingFaceReader])
 def test_metadata_that_cannot_be_read_is_one_event_for_each_call(container: str, reader: type[AzureBlobReader]) -> None:
     for name in ("run/.metadata", "run/model.safetensors"):
-        BlobStore(BlobLocation.parse(container), Access(KEY)).put(name, b"garbage")
+        store_of(container).put(name, b"garbage")
     heard: list[TransferEvent] = []
     with listening(heard.append):
         with pytest.raises(CheckpointException):

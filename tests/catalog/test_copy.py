@@ -30,16 +30,15 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     LocationError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
+from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Answer, Call, Kill
-from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, flip_in_storage, item_of, load, save
-from tests.support.planted import content, plant, put
+from tests.support.mixed_checkpoint import KEY, assert_right, flip_in_storage, item_of, load, save
+from tests.support.planted import plant
 from tests.support.proxy import FaultProxy, meet
 from tests.support.put_block_from_url import FromUrlServer
 from tests.support.without_collectives import save_without_collectives
@@ -119,7 +118,7 @@ def test_a_copy_that_is_killed_is_invisible_and_continues(
     assert report.skipped == nth - 1 and report.blobs == 4 - (nth - 1)
     assert [entry.complete for entry in list_checkpoints(other, credential=KEY)] == [True]
     assert verify(f"{other}/a", credential=KEY).ok
-    assert len(blobs_below(other)) == 4
+    assert len(paths_below(other)) == 4
 
 
 def test_data_is_read_back_where_the_service_returns_no_checksum(proxy: FaultProxy, container: str, other: str) -> None:
@@ -248,8 +247,7 @@ class Accounts:
         endpoint = next(match[1] for match in announced if match is not None)
         self.urls = [f"{endpoint}/{account}/data" for account in ("firstone", "secondone")]
         for url in self.urls:
-            store = BlobStore(BlobLocation.parse(url), Access(KEY))
-            store.create_container()
+            store_of(url).create_container()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -275,13 +273,13 @@ def test_another_checkpoint_is_replaced_only_on_request(container: str, other: s
     save(f"{container}/a", 1)
     save(f"{other}/a", 2)
     save(f"{container}/b", 3)
-    before = blobs_below(other)
+    before = paths_below(other)
     with pytest.raises(CheckpointExistsError, match="overwrite=True"):
         copy(container, other, credential=KEY)
-    assert blobs_below(other) == before  # not b either
+    assert paths_below(other) == before  # not b either
     copy(f"{container}/a", f"{other}/a", credential=KEY, overwrite=True)
     assert_right(load(f"{other}/a"), 1)
-    assert len(blobs_below(other)) == 2  # the old data is gone
+    assert len(paths_below(other)) == 2  # the old data is gone
 
 
 def test_a_save_that_was_committed_meanwhile_stays(proxy: FaultProxy, container: str, other: str) -> None:
@@ -330,7 +328,7 @@ def test_metadata_of_the_other_kind_is_removed(container: str, other: str) -> No
     save(f"{container}/b", 2)
     for name in ("a", "b"):
         copy(f"{container}/{name}", f"{other}/{name}", credential=KEY, overwrite=True)
-    assert [path for path in blobs_below(other) if path.endswith("metadata")] == [
+    assert [path for path in paths_below(other) if path.endswith("metadata")] == [
         "a/__0.metadata",
         "a/__1.metadata",
         "b/.metadata",
@@ -349,14 +347,13 @@ def test_a_source_without_all_its_data_is_refused_before_anything_is_copied(cont
     put(container, f"a/{name}", data[:-1])
     with pytest.raises(CorruptCheckpointError, match=f"only {len(data) - 1} bytes long where {len(data)} are needed"):
         copy(container, other, credential=KEY)
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
-    store.delete(f"a/{name}")
+    store_of(container).delete(f"a/{name}")
     with pytest.raises(CorruptCheckpointError, match="missing"):
         copy(container, other, credential=KEY)
     put(container, "a/.metadata", b"garbage")
     with pytest.raises(CorruptCheckpointError, match=r"a/\.metadata"):
         copy(container, other, credential=KEY)
-    assert blobs_below(other) == []
+    assert paths_below(other) == []
 
 
 def test_nothing_to_copy_and_nowhere_to(container: str, other: str, tmp_path: Path) -> None:

@@ -15,19 +15,16 @@ from torch.distributed.checkpoint.metadata import Metadata
 from azure_torch_ckpt import (
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     verify,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.progress import Progress
 from tests.faults.tally import Tally
+from tests.support.containers import content, put, store_of
 from tests.support.faults import Answer
 from tests.support.mixed_checkpoint import KEY, SMALL, data_path, flip_in_storage, item_of, save, state
-from tests.support.planted import content, put
 from tests.support.proxy import FaultProxy
 from tests.support.without_collectives import save_without_collectives
 
@@ -140,8 +137,7 @@ def test_every_damaged_item_is_reported_by_its_blob(container: str, tally: Tally
     assert short.size == short.expected_size - 1
     assert short.name in short.problems[0] and "'strided'" in short.problems[0]
 
-    store = BlobStore(BlobLocation.parse(url), Access(KEY))
-    store.delete(others[0])
+    store_of(url).delete(others[0])
     missing = verify(url, credential=KEY).blobs[1]
     assert missing.size is None
     assert "missing" in missing.problems[0] and "'small'" in missing.problems[0] and missing.name in missing.problems[0]

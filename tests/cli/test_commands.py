@@ -16,13 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.cli.app import app
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
 from tests.cli import docs_pages
 from tests.cli.command_process import cli, cli_on_terminal
+from tests.support.containers import content, paths_below, put
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -47,21 +46,17 @@ def run(azurite: Azurite) -> str:
     for step in (900, 1100, 1000):
         save(f"{container}/run-7/step-{step}", step)
     save(f"{container}/run-8/last", 1)
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
-    store.put(f"run-7/step-1200/{SAVE_ID}/__0_0.distcp", bytes(5_000))
+    put(container, f"run-7/step-1200/{SAVE_ID}/__0_0.distcp", bytes(5_000))
     return container
 
 
 def damage(url: str) -> str:
     """Flip a bit of a tensor in the checkpoint's data blob; return the blob's name."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    (blob,) = [blob for blob in store.list(location.path + "/") if blob.path.endswith(".distcp")]
-    with BlobIO(f"{location.container_root()}/{blob.path}", "rb", credential=KEY) as file:
-        data = bytearray(file.read())
+    [path] = paths_below(url, ".distcp")
+    data = bytearray(content(url, path))
     data[data.index(b"\x00\x00\xe1\x44") + 400] ^= 1  # 1800.0, in the middle of them
-    store.put(blob.path, bytes(data))
-    return blob.path.removeprefix(location.path + "/")
+    put(url, path, bytes(data))
+    return path.removeprefix(BlobLocation.parse(url).prefix)
 
 
 def test_ls_sorts_steps_as_numbers_and_marks_what_is_incomplete(run: str) -> None:

@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.cli import app, exit_codes
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import Done, cli, cli_on_terminal, running
+from tests.support.containers import put
 from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 
@@ -139,10 +139,8 @@ def test_an_untrusted_certificate_is_code_5(azurite_tls: Azurite) -> None:
 
 
 def test_a_damaged_metadata_is_code_1(container: str, azurite: Azurite) -> None:
-    from azure_torch_ckpt.blobs.store import BlobStore
-    from azure_torch_ckpt.location import BlobLocation
 
-    BlobStore(BlobLocation.parse(container), Access(KEY)).put("step-1/.metadata", b"no pickle")
+    put(container, "step-1/.metadata", b"no pickle")
     check_error(cli("show", f"{container}/step-1"), 1, "")
 
 

@@ -10,11 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
-from azure_torch_ckpt.location import BlobLocation
 from tests.cli.command_process import Done, cli, cli_on_terminal
+from tests.support.containers import put
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -27,14 +25,6 @@ def save(url: str, step: int) -> None:
     dcp.save(state, storage_writer=AzureBlobWriter(url, credential=KEY))
 
 
-def fail_to_save(url: str) -> str:
-    """Put a data blob as a rank that was killed before the commit; return its path."""
-    location = BlobLocation.parse(url)
-    path = location.join(SAVE_ID, "__0_0.distcp").path
-    BlobStore(location, Access(KEY)).put(path, bytes(5_000))
-    return path
-
-
 def names(container: str) -> list[str]:
     return [entry["name"] for entry in cli("ls", container, "--json").json("ls")["checkpoints"]]
 
@@ -44,7 +34,7 @@ def steps(container: str) -> str:
     """Four checkpoints of a run and the leftovers of a failed save."""
     for step in (100, 200, 300, 1000):
         save(f"{container}/run/step-{step}", step)
-    fail_to_save(f"{container}/run/step-1100")
+    put(container, f"run/step-1100/{SAVE_ID}/__0_0.distcp", bytes(5_000))
     return container
 
 
@@ -120,7 +110,7 @@ def test_a_duration_needs_a_number_and_a_unit(container: str, wrong: str) -> Non
 
 
 def test_durations_are_added_up() -> None:
-    from azure_torch_ckpt.cli.option_values import duration
+    from azure_torch_ckpt.cli.options import duration
 
     assert duration("1d12h") == datetime.timedelta(hours=36)
     assert duration("2w") == datetime.timedelta(days=14)

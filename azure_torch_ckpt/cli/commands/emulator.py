@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt.cli.options import output_options
-from azure_torch_ckpt.cli.output import Output, printable
+from azure_torch_ckpt.cli.output import Output
 
 if TYPE_CHECKING:
     from azure_torch_ckpt.emulator import Azurite
@@ -77,7 +76,7 @@ def _print(output: Output, azurite: Azurite, urls: list[str]) -> None:
     if azurite.certificate is not None:
         lines.append(("certificate", str(azurite.certificate)))
     for name, value in lines:
-        output.print(Text(f"{name:<11}  {printable(value)}"))
+        output.print(f"{name:<11}  {value}")
     output.print()
-    output.print(Text(f"export AZURE_STORAGE_CONNECTION_STRING='{azurite.connection_string}'"))
+    output.print(f"export AZURE_STORAGE_CONNECTION_STRING='{azurite.connection_string}'")
     output.note("Ctrl-C stops it")
