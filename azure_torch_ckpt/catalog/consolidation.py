@@ -37,7 +37,7 @@ from azure_torch_ckpt.errors import (
     LocationError,
     UnsupportedCheckpointError,
 )
-from azure_torch_ckpt.huggingface.safetensors_head import as_text, safetensors_head
+from azure_torch_ckpt.huggingface.safetensors_header import as_text, dump_ordered_header
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel
@@ -230,7 +230,7 @@ def _safetensors_file(
             f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''} of {checkpoint.url} are neither. Leave "
             "them out with keys=, or write a .pt file"
         )
-    head, ordered = safetensors_head(tensors, {key: text for key, text in texts.items() if text is not None})
+    head, ordered = dump_ordered_header(tensors, {key: text for key, text in texts.items() if text is not None})
 
     def data() -> Generator[memoryview, None, None]:
         yield memoryview(head)

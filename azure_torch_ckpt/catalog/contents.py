@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.blob_names import data_rank
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import open_standing
-from azure_torch_ckpt.dcp.survey import rank_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -116,7 +116,7 @@ def inspect(
             tensors.append(_tensor(metadata, key, entry))
         else:
             item = stored_item(metadata.storage_data[MetadataIndex(key)])
-            objects.append(ObjectEntry(key, item.length, item.relative_path, rank_of(item.relative_path)))
+            objects.append(ObjectEntry(key, item.length, item.relative_path, data_rank(item.relative_path)))
     meta = metadata.storage_meta
     return CheckpointContents(
         url=checkpoint.url,
@@ -145,7 +145,7 @@ def _tensor(metadata: Metadata, key: str, entry: TensorStorageMetadata) -> Tenso
                 tuple(chunk.offsets),
                 tuple(chunk.sizes),
                 item.relative_path,
-                rank_of(item.relative_path),
+                data_rank(item.relative_path),
                 item.offset,
                 item.length,
                 item.crc64,

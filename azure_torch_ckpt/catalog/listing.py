@@ -15,7 +15,7 @@ from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
-from azure_torch_ckpt.huggingface.leftovers import mixed_folders
+from azure_torch_ckpt.huggingface.leftovers import folders_of_mixed_saves
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -85,7 +85,7 @@ def list_checkpoints(
         raise LocationError(f"{location} is one blob at one moment; nothing lies below it. Leave the query away")
     store = BlobStore(location, Access(credential, options, ca_file))
     listed = list(store.list(location.prefix))
-    for folder in mixed_folders(listed):
+    for folder in folders_of_mixed_saves(listed):
         root = location.container_root()
         _log.warning(
             "%s holds files of more than one save of a model, or of one without an index: a save is running there, or "

@@ -14,12 +14,14 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs, remove_empty_folders
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import delete_metadata
+from azure_torch_ckpt.dcp.leftovers import Remains, find_leftovers, path_location, remove_leftovers
 from azure_torch_ckpt.dcp.open_checkpoint import read_standing
-from azure_torch_ckpt.dcp.removal import Remains, find_remains, place_location, remove_remains
+from azure_torch_ckpt.dcp.removal import remove_blobs, remove_empty_folders
 from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
-from azure_torch_ckpt.huggingface.leftovers import find_model_remains, has_saved_files
+from azure_torch_ckpt.huggingface.leftovers import find_model_leftovers, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel
@@ -159,15 +161,15 @@ def prune(
     held_urls = {one.url for one in held}
     doomed = [(entry, place) for entry, place in doomed if entry.url not in held_urls]
     # In a dry run as well: what cannot be read is better found out then.
-    remains = find_remains(store, location, (place for _, place in found), now - grace)
-    remains += find_model_remains(store, location, listed, now - grace)
+    remains = find_leftovers(store, location, (place for _, place in found), now - grace)
+    remains += find_model_leftovers(store, location, listed, now - grace)
     removed = {entry.url for entry, _ in doomed}
     kept: list[Undeleted] = []  # metadata, and with it the checkpoint
     data: list[Undeleted] = []
     if not dry_run:
         sizes = {blob.path: blob.size for blob in listed}
         removed, kept, data = _remove(store, location, doomed, sizes)
-        errors = remove_remains(store, remains)
+        errors = remove_leftovers(store, remains)
         for one in remains:
             data += _undeleted(one.url, one.blobs, errors, sizes)
         folders = {folder.path for folder in empty if folder.last_modified <= now - grace}
@@ -233,7 +235,7 @@ def _remove(
     etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
     def look(entry: CheckpointEntry, place: Place) -> None:
-        where = place_location(location, place)
+        where = path_location(location, place.path)
         parts = read_standing(store, where, place.metadata)
         listed = {rank: blob.etag for rank, blob in place.metadata.items()}
         if {part.rank: part.stored.etag for part in parts} != listed:

@@ -13,7 +13,6 @@ import click
 from azure_torch_ckpt.cli.option_values import authority_file, read_sas
 from azure_torch_ckpt.cli.output import Output
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.environment import credential_from_environment
 
 __all__ = ["Session", "confirm_removal", "output_options", "session_options"]
 
@@ -56,7 +55,7 @@ def session_options(command: _F) -> Callable[..., Any]:
     def with_session(sas: str | None, anonymous: bool, ca_file: str | None, output: Output, **arguments: Any) -> Any:
         if sas is not None and anonymous:
             raise click.UsageError("--sas and --anonymous exclude each other.")
-        credential: Credential = False if anonymous else read_sas(sas, "--sas") or credential_from_environment()
+        credential: Credential = False if anonymous else read_sas(sas, "--sas")
         return command(session=Session(credential, ca_file, output), **arguments)
 
     return with_session

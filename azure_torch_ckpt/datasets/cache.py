@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from azure_torch_ckpt._internal.atomic_file import NewFile, remove_abandoned
+from azure_torch_ckpt._internal.atomic_file import AtomicFile, remove_abandoned
 from azure_torch_ckpt._internal.checksums import crc64
 
 __all__ = ["BlobCache"]
@@ -69,7 +69,7 @@ class BlobCache:
         path = self._path(url, etag)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with NewFile(path) as new:
+            with AtomicFile(path) as new:
                 new.file.write(_head(data))
                 new.file.write(data)
                 new.file.flush()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from azure_torch_ckpt._internal.atomic_file import NewFile
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
@@ -180,7 +180,7 @@ class BlobListing:
             "etags": {str(index): etag for index, etag in columns.other_etags.items()},
             "sections": [section.nbytes for section in sections],
         }
-        with NewFile(path) as new:
+        with AtomicFile(path) as new:
             head = json.dumps(header).encode()
             new.file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
             for section in sections:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
+from azure_torch_ckpt.dcp.blob_names import is_metadata_name
 from azure_torch_ckpt.filesystem.paths import parents
+from azure_torch_ckpt.huggingface.blob_names import INDEX_SUFFIX
 from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["commit_last", "delete_all", "removal_order"]
 
 _T = TypeVar("_T")
 
-# A checkpoint is complete because this blob exists: torch's metadata, or transformers' index of a sharded model.
-_COMMIT_RECORD: Final = re.compile(r"(?:.*/)?(?:(?:__\d+)?\.metadata|[^/]*\.safetensors\.index\.json)")
-
 
 def commit_last(files: Sequence[_T], name: Callable[[_T], str]) -> list[list[_T]]:
     """Return two groups in the order of writing: data, then what makes a checkpoint complete. Remove in reverse."""
     groups: list[list[_T]] = [[], []]
     for file in files:
-        groups[_COMMIT_RECORD.fullmatch(name(file)) is not None].append(file)
+        groups[_completes_checkpoint(name(file))].append(file)
     return groups
 
 
@@ -55,6 +53,11 @@ def delete_all(store: BlobStore, blobs: Iterable[BlobInfo]) -> None:
         "blob-remove",
         cancel.cancel,
     )
+
+
+def _completes_checkpoint(name: str) -> bool:
+    """Whether this blob completes a checkpoint by its existence: torch's metadata, or transformers' index."""
+    return is_metadata_name(name.rpartition("/")[2]) or name.endswith(INDEX_SUFFIX)
 
 
 def _delete(store: BlobStore, blob: BlobInfo, cancel: Cancel) -> None:

@@ -7,12 +7,12 @@ import functools
 import io
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fsspec.callbacks import Callback
 
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.transfer import Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
@@ -22,6 +22,8 @@ __all__ = ["BlobSlice", "FileCallbacks", "read_slice", "read_slices", "save_to_d
 
 # Requested before the blob's size is known, so that a small blob costs one request.
 _FIRST = 4 * 1024 * 1024
+# The number of large files that are open at the same time. A process may have as few as 256 descriptors (macOS).
+_OPEN_FILES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ def save_to_disk(
         BlobChangedError: a blob was replaced between two requests.
         OSError: a local file cannot be written.
     """
-    large: list[tuple[int, _FirstAnswer, str, str]] = []
+    large: list[tuple[int, _FirstAnswer, AtomicFile]] = []
+    waiting = iter(files)
 
     def begin(number: int, name: str, path: str) -> None:
         begun = _request_first(store, BlobSlice(name, None, None))
@@ -133,29 +136,32 @@ def save_to_disk(
             os.makedirs(path, exist_ok=True)
             progress(number, 0, 0)
             return
-        folder, base = os.path.split(os.path.abspath(path))
-        # Not a `NewFile`, which stays open until it is complete: there may be thousands of large ones.
-        temporary = os.path.join(folder, f".{base[:40]}.{uuid.uuid4().hex}")  # of at most 255 bytes, in UTF-8
-        with _removed_on_error(temporary):
-            with open(temporary, "xb") as file:
-                file.write(begun.data)
-                file.truncate(begun.length)
+        with contextlib.ExitStack() as stack:
+            new = stack.enter_context(AtomicFile(path))
+            new.file.write(begun.data)
+            new.file.truncate(begun.length)
             if begun.length > len(begun.data):
-                large.append((number, begun, temporary, path))
+                large.append((number, begun, new))
+                stack.pop_all()  # keeps the file open
             else:
-                os.replace(temporary, path)
+                new.publish(sync=False)
         progress(number, len(begun.data), begun.length)
 
-    with contextlib.ExitStack() as stack:
+    def tasks(first: tuple[int, str, str]) -> Iterator[Callable[[], object]]:
+        yield functools.partial(begin, *first)
+        while len(large) < _OPEN_FILES and (file := next(waiting, None)):
+            yield functools.partial(begin, *file)
+
+    for first in waiting:
         try:
-            run_all((functools.partial(begin, *file) for file in files), store.options.concurrency, "blob-files")
+            run_all(tasks(first), store.options.concurrency, "blob-files")
+            for number, begun, new in large:
+                _rest_to_file(store, begun, new.file.fileno(), functools.partial(progress, number))
+                new.publish(sync=False)
         finally:
-            for _, _, temporary, _ in large:
-                stack.enter_context(_removed_on_error(temporary))
-        for number, begun, temporary, path in large:
-            with open(temporary, "r+b", buffering=0) as disk:
-                _rest_to_file(store, begun, disk.fileno(), functools.partial(progress, number))
-            os.replace(temporary, path)
+            for _, _, new in large:
+                new.abandon()
+            large.clear()
 
 
 def _request_first(store: BlobStore, wanted: BlobSlice) -> _FirstAnswer:
@@ -204,13 +210,3 @@ def _rest_to_file(
         Read(begun.info.path, at, min(download.part_size, begun.length - at), None, functools.partial(write, at))
         for at in offsets
     )
-
-
-@contextlib.contextmanager
-def _removed_on_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        raise

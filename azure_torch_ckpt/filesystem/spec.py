@@ -14,7 +14,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from azure_torch_ckpt.blobs.blob_copy import copy_blob
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.dcp.layout import remove_empty_folders
+from azure_torch_ckpt.dcp.removal import remove_empty_folders
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobExistsError,
@@ -32,7 +32,6 @@ from azure_torch_ckpt.filesystem.fsspec_options import check_choice, refuse_unkn
 from azure_torch_ckpt.filesystem.listing_filesystem import ListingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
 from azure_torch_ckpt.location import has_empty_segment
-from azure_torch_ckpt.options import TransferOptions
 
 __all__ = ["AzureBlobFileSystem"]
 
@@ -494,4 +493,4 @@ class AzureBlobFileSystem(ListingFileSystem):
             raise BlobExistsError(f"{self.unstrip_protocol(self._strip_protocol(path))} exists already")
 
     def _run_all(self, tasks: Iterable[Callable[[], object]]) -> None:
-        run_all(tasks, (self._stores.options or TransferOptions()).concurrency, "blob-files")
+        run_all(tasks, self._stores.access.options.concurrency, "blob-files")

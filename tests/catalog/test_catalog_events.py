@@ -24,7 +24,7 @@ from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, listening
 from azure_torch_ckpt.progress import Progress
-from tests.huggingface import hf_support as hf
+from tests.huggingface import small_llama as hf
 from tests.support.faults import Answer, Call
 from tests.support.proxy import FaultProxy
 

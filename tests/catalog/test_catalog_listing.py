@@ -26,7 +26,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import inspect, latest, list_checkpoints
 from azure_torch_ckpt.catalog.listing import step_of
-from azure_torch_ckpt.dcp.layout import new_save_id
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from tests.catalog.test_verify_prune import save_without_collectives
 from tests.support.mixed_checkpoint import KEY, save, state

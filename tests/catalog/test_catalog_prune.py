@@ -14,7 +14,7 @@ import pytest
 
 from azure_torch_ckpt import CheckpointNotFoundError, CorruptCheckpointError, ServiceUnavailableError, TransferOptions
 from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, prune
-from azure_torch_ckpt.dcp.layout import new_save_id
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from tests.support.faults import Answer, Call, Kill, Kind
 from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, load, save
 from tests.support.planted import plant, put

@@ -28,7 +28,7 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.layout import new_save_id
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from tests.faults.tally import Tally
 from tests.support.faults import Answer, Call

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KEY = Azurite.account_key
 WRONG_KEY = base64.b64encode(bytes(64)).decode()
+EMULATOR = {"AZURE_STORAGE_ACCOUNT": "devstoreaccount1"}
 
 
 def save(url: str, **access: Any) -> None:
@@ -71,7 +72,7 @@ def test_what_is_not_there_is_code_3(container: str) -> None:
 
 
 def test_a_wrong_key_is_code_4_and_stays_secret(container: str) -> None:
-    done = cli("ls", container, env={"AZURE_STORAGE_KEY": WRONG_KEY})
+    done = cli("ls", container, env={"AZURE_STORAGE_KEY": WRONG_KEY, **EMULATOR})
     check_error(done, 4, "403 AuthorizationFailure")
     assert WRONG_KEY not in done.err and "hint: a credential comes from" in done.err
 
@@ -79,22 +80,23 @@ def test_a_wrong_key_is_code_4_and_stays_secret(container: str) -> None:
 def test_the_environment_s_key_and_connection_string_are_used(container: str) -> None:
     save(f"{container}/step-1")
     connection = f"AccountName=devstoreaccount1;AccountKey={KEY}"
-    for env in ({"AZURE_STORAGE_KEY": KEY}, {"AZURE_STORAGE_CONNECTION_STRING": connection, "AZURE_STORAGE_KEY": "no"}):
+    for env in (
+        {"AZURE_STORAGE_KEY": KEY, **EMULATOR},
+        {"AZURE_STORAGE_CONNECTION_STRING": connection, "AZURE_STORAGE_KEY": "no"},
+        {"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=other;AccountKey={KEY}"},  # for other URLs
+    ):
         assert cli("latest", container, env=env).out == f"{container}/step-1\n"
-    done = cli("ls", container, env={"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=other;AccountKey={KEY}"})
-    check_error(done, 2, "the account 'other'")
-    assert KEY not in done.err
 
 
 def test_a_sas_comes_from_the_url_the_option_stdin_or_the_environment(container: str) -> None:
     save(f"{container}/step-1")
     sas = signature(container)
-    wrong = {"AZURE_STORAGE_KEY": WRONG_KEY}  # loses against each of them
+    wrong = {"AZURE_STORAGE_KEY": WRONG_KEY, **EMULATOR}  # loses against each of them
     for done in (
         cli("latest", f"{container}?{sas}", env=wrong),
         cli("latest", container, "--sas", sas, env=wrong),
         cli("latest", container, "--sas", "-", stdin=f"{sas}\n", env=wrong),
-        cli("latest", container, env={"AZURE_STORAGE_SAS_TOKEN": sas}),
+        cli("latest", container, env={"AZURE_STORAGE_SAS_TOKEN": sas, **EMULATOR}),
     ):
         assert (done.code, done.out, done.err) == (0, f"{container}/step-1\n", "")
     check_error(cli("latest", container, "--sas", "-"), 2, "nothing came")

@@ -163,8 +163,8 @@ def test_messages_speak_of_options(container: str, tmp_path: Path) -> None:
         done = cli(*arguments)
         assert done.code == code and said in done.err, done.err
         assert not re.search(r"\b[a-z_]+=(True|None|\s)", done.err)
-    done = cli("ls", container, env={"AZURE_STORAGE_KEY": "junk"})
-    assert done.code == 2 and "is no account key" in done.err and "TokenCredential" not in done.err
+    done = cli("ls", container, env={"AZURE_STORAGE_KEY": "junk", "AZURE_STORAGE_ACCOUNT": "devstoreaccount1"})
+    assert done.code == 2 and "is not an account key" in done.err and "TokenCredential" not in done.err
 
 
 def test_words_of_the_command() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from azure_torch_ckpt._internal.atomic_file import NewFile
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt.datasets import BlobCache, BlobDataset, BlobListing, IterableBlobDataset
 from tests.datasets.sample_blobs import fill, number_of, numbered
 from tests.support.proxy import FaultProxy
@@ -81,7 +81,7 @@ def test_files_of_crashed_processes_are_removed(tmp_path: Path):
     # Earlier versions used the second name.
     for name in (".abandoned.0123456789abcdef.part", ".new-abandoned"):
         (folder / name).write_bytes(bytes(100))
-    with NewFile(folder / "being written") as new:
+    with AtomicFile(folder / "being written") as new:
         new.file.write(bytes(100))
         for number in range(20):
             cache.put(str(number), "etag", bytes(900))

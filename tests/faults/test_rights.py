@@ -34,7 +34,7 @@ from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.store_support import KEY, sas_for
+from tests.blobs.stores import KEY, sas_for
 from tests.support.hierarchical import HierarchicalAccount
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"

@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from azure_torch_ckpt._internal.atomic_file import NewFile, is_part, remove_abandoned
+from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import MARK, BlobSink, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.dcp.layout import Stored, commit, delete_metadata, metadata_name, read_metadata_blob, remove_blobs
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, delete_metadata, read_metadata_blob
+from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobChangedError,
@@ -70,7 +72,7 @@ class End(Protocol):
 
     def read(self, info: BlobInfo, offset: int, part: memoryview, cancel: Cancel) -> None: ...
 
-    def read_metadata(self, folder: str, rank: int | None) -> Stored | None: ...
+    def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None: ...
 
     def sink(self, name: str) -> Sink: ...
 
@@ -78,10 +80,10 @@ class End(Protocol):
         """What a copy of the blob carries beside its bytes. A file carries nothing."""
 
     def commit_metadata(
-        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+        self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None: ...
 
-    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None: ...
+    def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None: ...
 
     def remove(self, names: Iterable[str]) -> None: ...
 
@@ -150,7 +152,7 @@ class BlobEnd:
             f"A checkpoint at or below {self.where} was replaced or removed while it was being copied. Copy again"
         )
 
-    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+    def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         return read_metadata_blob(self.store, self._at(folder), rank)
 
     def sink(self, name: str) -> BlobSink:
@@ -163,18 +165,18 @@ class BlobEnd:
             raise self.changed() from error
 
     def commit_metadata(
-        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+        self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
         try:
-            commit(self.store, self._at(folder), data, replaces, rank, settings)
+            commit_metadata(self.store, self._at(folder), data, replaces, rank, settings)
         except AccessDeniedError as error:
             if not settings.tags:
                 raise
             # It was not carried out. Perhaps the credential may write blobs, but no tags.
-            commit(self.store, self._at(folder), data, replaces, rank, dataclasses.replace(settings, tags={}))
+            commit_metadata(self.store, self._at(folder), data, replaces, rank, dataclasses.replace(settings, tags={}))
             _log.warning("the metadata of %s is without the index tags of its source: %s", self._at(folder), error)
 
-    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+    def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         place = self._at(folder)
         if not delete_metadata(self.store, place, rank, stored.etag):
             raise CommitConflictError(
@@ -239,11 +241,11 @@ class FolderEnd:
                     )
                 received += count
 
-    def read_metadata(self, folder: str, rank: int | None) -> Stored | None:
+    def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         path = self.root / folder / metadata_name(rank)
         try:
             status = path.stat()
-            return Stored(path.read_bytes(), str(status.st_mtime_ns), _time(status))
+            return MetadataBlob(path.read_bytes(), str(status.st_mtime_ns), _time(status))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -258,7 +260,7 @@ class FolderEnd:
         return CopiedSettings()
 
     def commit_metadata(
-        self, folder: str, rank: int | None, data: bytes, replaces: Stored | None, settings: CopiedSettings
+        self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
         path = self.root / folder / metadata_name(rank)
         sink = FileSink(path)
@@ -273,7 +275,7 @@ class FolderEnd:
             sink.abandon()
         self.settle([path.relative_to(self.root).as_posix()])
 
-    def remove_metadata(self, folder: str, rank: int | None, stored: Stored) -> None:
+    def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         self.remove([f"{folder}/{metadata_name(rank)}" if folder else metadata_name(rank)])
         self.settle([f"{folder}/x" if folder else "x"])
 
@@ -315,7 +317,7 @@ class FileSink:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._new: NewFile | None = None
+        self._new: AtomicFile | None = None
         self._lock = threading.Lock()
 
     def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
@@ -355,11 +357,11 @@ class FileSink:
             if new is not None:
                 new.abandon()
 
-    def _open(self) -> NewFile:
+    def _open(self) -> AtomicFile:
         with self._lock:
             if self._new is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._new = NewFile(self._path)
+                self._new = AtomicFile(self._path)
             return self._new
 
 

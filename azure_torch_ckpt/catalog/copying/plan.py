@@ -11,7 +11,8 @@ from azure_torch_ckpt._internal.checksums import combine
 from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.folders import End
-from azure_torch_ckpt.dcp.layout import Stored, metadata_name
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import MetadataBlob
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import (
@@ -69,10 +70,10 @@ class CheckpointPlan:
     """
 
     name: str
-    metadata: dict[int | None, Stored]
+    metadata: dict[int | None, MetadataBlob]
     blobs: dict[int | None, BlobInfo]
     files: list[FilePlan]
-    standing: dict[int | None, Stored] = field(default_factory=dict)
+    standing: dict[int | None, MetadataBlob] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)
 
     @property
@@ -179,7 +180,7 @@ def _plan(source: End, place: Place, leaves: dict[str, BlobInfo], there: dict[st
     return CheckpointPlan(place.path, metadata, place.metadata, sorted(files, key=lambda file: file.source.path))
 
 
-def _items(where: str, folder: str, stored: Stored) -> dict[str, list[StoredItem]]:
+def _items(where: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:
     """The items that a metadata blob names, by the blob that they lie in, below the end's place."""
     metadata = load_metadata(stored.data, where)
     check_metadata(metadata, where)
@@ -190,7 +191,7 @@ def _items(where: str, folder: str, stored: Stored) -> dict[str, list[StoredItem
     return found
 
 
-def _named(end: End, folder: str, standing: dict[int | None, Stored]) -> set[str]:
+def _named(end: End, folder: str, standing: dict[int | None, MetadataBlob]) -> set[str]:
     """The data that is no longer needed once `standing` is replaced, as far as its metadata can be read."""
     named: set[str] = set()
     for rank, stored in standing.items():

@@ -25,9 +25,9 @@ from azure_torch_ckpt.transport.buffers import Cancel, Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from tests.support.faults import Answer, Cut, CutHead, Hold
 from tests.support.proxy import FaultProxy
-from tests.transport.transport_support import KIB, MIB, Blobs, be_impatient, some_bytes
+from tests.transport.signed_requests import KIB, MIB, Blobs, be_impatient, some_bytes
 
-pytest_plugins = ("tests.transport.transport_support",)
+pytest_plugins = ("tests.transport.signed_requests",)
 
 
 # ---- Connections ---------------------------------------------------------------------------------------------------

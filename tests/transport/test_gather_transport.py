@@ -19,9 +19,9 @@ from azure_torch_ckpt.transport.buffers import Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from tests.support.faults import Reframe
 from tests.support.proxy import FaultProxy
-from tests.transport.transport_support import KIB, MIB, Blobs, cut_up, some_bytes
+from tests.transport.signed_requests import KIB, MIB, Blobs, cut_up, some_bytes
 
-pytest_plugins = ("tests.transport.transport_support",)
+pytest_plugins = ("tests.transport.signed_requests",)
 
 # Around the 64 KiB below which pieces are joined, and the 1 MiB that goes to a socket at once.
 SIZES = [

@@ -19,11 +19,11 @@ from azure_torch_ckpt import (
     StoreError,
     TransferOptions,
 )
-from tests.io.blob_io_support import LINES, MIB, client, content, opening, put
+from tests.io.blobs import LINES, MIB, client, content, opening, put
 from tests.support.faults import Call, Gate, Hold
 from tests.support.proxy import FaultProxy
 
-pytest_plugins = ("tests.io.blob_io_support",)
+pytest_plugins = ("tests.io.blobs",)
 
 
 def test_every_request_is_for_the_state_that_was_read_first(proxy: FaultProxy, proxied: str, url: str):

@@ -1,4 +1,4 @@
-"""Credentials that count, and more that the tests of credentials share. Its fixtures come by ``pytest_plugins``."""
+"""Token credentials that count and can be held up, locations, secrets; the clock that tokens see, as a fixture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from azure.core.credentials import (
     TokenRequestOptions,
 )
 
-import azure_torch_ckpt.credentials
-from azure_torch_ckpt.credentials import SharedTokens
+from azure_torch_ckpt._internal import shared_tokens
+from azure_torch_ckpt._internal.shared_tokens import SharedTokens
 from azure_torch_ckpt.location import BlobLocation
 
 SCOPE = "https://storage.azure.com/.default"
@@ -31,8 +31,8 @@ DEADLINE_S = 60.0
 
 
 def now() -> float:
-    """The time as credentials.py sees it; see the fixture ``clock``."""
-    return float(vars(azure_torch_ckpt.credentials)["time"].time())
+    """The time as `SharedTokens` sees it; see the fixture ``clock``."""
+    return float(vars(shared_tokens)["time"].time())
 
 
 class CountingCredential:
@@ -58,7 +58,7 @@ class InfoCredential(CountingCredential):
 
 
 class GatedCredential(CountingCredential):
-    """Fetches only while its gate is open; ``fetching`` tells that somebody is inside."""
+    """Fetches only while its gate is open; ``fetching`` is set while a thread fetches."""
 
     def __init__(self, lifetime_s: float = 3600) -> None:
         super().__init__(lifetime_s)
@@ -92,8 +92,8 @@ def tokens(value: object) -> SharedTokens:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The clock of credentials.py, to be set by hand: an hour is too long for a test."""
+    """The clock of `SharedTokens`, to be set by hand: an hour is too long for a test."""
     clock = SimpleNamespace(now=1_800_000_000.0)
     clock.time = lambda: clock.now
-    monkeypatch.setattr(azure_torch_ckpt.credentials, "time", clock)
+    monkeypatch.setattr(shared_tokens, "time", clock)
     return clock

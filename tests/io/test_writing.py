@@ -22,11 +22,11 @@ from azure_torch_ckpt import (
     StoreError,
     TransferOptions,
 )
-from tests.io.blob_io_support import LINES, MIB, client, content, put
+from tests.io.blobs import LINES, MIB, client, content, put
 from tests.support.faults import Answer, Cut, Gate, Hold
 from tests.support.proxy import FaultProxy
 
-pytest_plugins = ("tests.io.blob_io_support",)
+pytest_plugins = ("tests.io.blobs",)
 
 # Writing
 

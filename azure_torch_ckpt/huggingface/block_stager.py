@@ -1,4 +1,4 @@
-"""One rank's bytes of several files, staged as blocks that somebody else commits."""
+"""`BlockStager`: stages one rank's bytes of several files as blocks, which the coordinator commits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from azure_torch_ckpt.blobs.transfer import Item, Segment
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
 
-__all__ = ["Block", "Runs", "run_id"]
+__all__ = ["BlockStager", "StagedBlock", "rank_block_id"]
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """A block that is staged: its id, and where its bytes belong after the file's header."""
+class StagedBlock:
+    """A block that was staged, and where its bytes belong in a file.
+
+    Attributes:
+        path: of the file in the container.
+        offset: from the end of the file's header.
+        length: bytes.
+        id: of the block.
+    """
 
     path: str
     offset: int
@@ -26,13 +33,13 @@ class Block:
     id: str
 
 
-def run_id(save_id: str, rank: int, number: int) -> str:
-    """The id of a rank's block; those of one file differ between its ranks."""
+def rank_block_id(save_id: str, rank: int, number: int) -> str:
+    """The id of a rank's block. No two ranks have the same ids, for they stage blocks of the same file."""
     return block_id(save_id, rank * 10**6 + number)
 
 
-class Runs:
-    """Stages what it is given, in blocks that hold neighbouring bytes of one file each.
+class BlockStager:
+    """Stages bytes in blocks that hold neighbouring bytes of one file each.
 
     At most ``options.concurrency + 4`` blocks are held at a time. A context manager: an exception inside stops the
     workers.
@@ -56,18 +63,25 @@ class Runs:
         self._start = 0
         self._length = 0
         self._segments: list[Segment] = []
-        self.blocks: list[Block] = []
+        self.blocks: list[StagedBlock] = []
 
-    def __enter__(self) -> Runs:
+    def __enter__(self) -> BlockStager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._workers.__exit__(kind, error, traceback)
 
     def add(self, path: str, starts: Sequence[int], run: int, views: Iterable[memoryview]) -> list[Item]:
-        """Bytes of a file, of which each `run` go to one of `starts`, counted from the end of the file's header.
+        """Add bytes of a file, the memory of which must not change before `finish` returns.
 
-        Their memory must not change before `finish` returns. Returns an item for each run.
+        Args:
+            path: of the file in the container.
+            starts: of each run of bytes, from the end of the file's header.
+            run: bytes of each run.
+            views: the bytes of all runs, one after the other.
+
+        Returns:
+            An item for each run, which has its CRC64 after `finish`.
 
         Raises:
             StoreError: a block could not be staged.
@@ -108,12 +122,14 @@ class Runs:
 
     def _flush(self) -> None:
         if self._length:
-            block = Block(self._path, self._start, self._length, run_id(self._save_id, self._rank, len(self.blocks)))
+            block = StagedBlock(
+                self._path, self._start, self._length, rank_block_id(self._save_id, self._rank, len(self.blocks))
+            )
             self.blocks.append(block)
             self._workers.submit(functools.partial(self._stage, block, self._segments))
         self._path, self._start, self._length, self._segments = "", 0, 0, []
 
-    def _stage(self, block: Block, segments: list[Segment]) -> None:
+    def _stage(self, block: StagedBlock, segments: list[Segment]) -> None:
         crc = None
         if self._store.options.checksums:
             crc = 0

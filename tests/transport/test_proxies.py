@@ -30,9 +30,9 @@ from azure_torch_ckpt.transport.buffers import Gather
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from tests.support.faults import Cut
 from tests.support.proxy import FaultProxy
-from tests.transport.transport_support import KIB, MIB, Blobs, some_bytes
+from tests.transport.signed_requests import KIB, MIB, Blobs, some_bytes
 
-pytest_plugins = ("tests.transport.transport_support",)
+pytest_plugins = ("tests.transport.signed_requests",)
 
 
 # ---- Proxies from the environment ----------------------------------------------------------------------------------
@@ -147,10 +147,10 @@ def test_a_proxy_without_a_port_is_at_that_of_http(
     monkeypatch.setenv(f"{scheme}_proxy", url)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    way = connections.route(scheme, "account.blob.core.windows.net", None)
-    assert way.proxy is not None
-    assert (way.proxy.host, way.proxy.port) == (host, port)
-    assert "hunter2" not in repr(way) and "c29tZ" not in repr(way)
+    route = connections.find_route(scheme, "account.blob.core.windows.net", None)
+    assert route.proxy is not None
+    assert (route.proxy.host, route.proxy.port) == (host, port)
+    assert "hunter2" not in repr(route) and "c29tZ" not in repr(route)
 
 
 @pytest.mark.parametrize(

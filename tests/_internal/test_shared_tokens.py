@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,32 +18,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from azure.core.credentials import (
-    AccessToken,
-    AzureNamedKeyCredential,
-    AzureSasCredential,
-)
-from azure.identity import ClientSecretCredential, DefaultAzureCredential
+from azure.core.credentials import AccessToken
 
-import azure_torch_ckpt.credentials
-from azure_torch_ckpt.credentials import PickledCredential, resolve
-from azure_torch_ckpt.errors import CredentialError
-from tests.support.credentials_support import (
+import azure_torch_ckpt
+from azure_torch_ckpt._internal.shared_tokens import TokenCache
+from azure_torch_ckpt.credentials import resolve
+from tests.support.fake_credentials import (
     AZURE,
     CUSTOM,
     DEADLINE_S,
-    KEY,
-    SAS,
     SCOPE,
     CountingCredential,
     GatedCredential,
     InfoCredential,
-    named_key,
-    signature,
     tokens,
 )
 
-pytest_plugins = ("tests.support.credentials_support",)
+pytest_plugins = ("tests.support.fake_credentials",)
 
 
 # --- shared tokens ----------------------------------------------------------------------------------------------------
@@ -59,7 +51,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def waiting_for_the_token() -> int:
     """How many threads stand at the lock of TokenCache.token (or hold it)."""
     return sum(
-        frame.f_code is azure_torch_ckpt.credentials.TokenCache.token.__code__ and "lock" in frame.f_locals
+        frame.f_code is TokenCache.token.__code__ and "lock" in frame.f_locals
         for top in sys._current_frames().values()
         for frame in frames(top)
     )
@@ -139,11 +131,10 @@ def test_the_same_object_shares_its_tokens_and_another_does_not() -> None:
 def test_tokens_are_dropped_with_their_credential() -> None:
     credential = CountingCredential()
     tokens(resolve(AZURE, credential)).get_token(SCOPE)
-    known = azure_torch_ckpt.credentials._cache_of
-    key = id(credential)
-    assert key in known
+    cache = weakref.ref(tokens(resolve(AZURE, credential)).cache)
+    assert cache() is not None
     del credential
-    assert key not in known
+    assert cache() is None
 
 
 def test_a_credential_without_weak_references_or_hash_works() -> None:
@@ -273,7 +264,7 @@ def test_a_forked_child_goes_on_with_the_token_of_its_parent() -> None:
 
 
 def run_python(script: str, **env: str) -> str:
-    package = Path(azure_torch_ckpt.credentials.__file__).parents[1]
+    package = Path(azure_torch_ckpt.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", script],
         env={**os.environ, "PYTHONPATH": str(package), **env},
@@ -297,7 +288,7 @@ echo '{{"accessToken": "token of az", "expires_on": {int(time.time()) + 3600}, "
     az.chmod(az.stat().st_mode | stat.S_IXUSR)
     script = """
 import os, sys, threading
-from azure_torch_ckpt.credentials import resolve, _process_default
+from azure_torch_ckpt.credentials import resolve
 from azure_torch_ckpt.location import BlobLocation
 
 barrier = threading.Barrier(8)
@@ -310,24 +301,33 @@ def ask(number):
 
 resolve(BlobLocation.parse("https://acct.blob.core.windows.net/ckpt"))
 assert "azure.identity" not in sys.modules
+import azure.identity
+
+made = []
+
+class Counted(azure.identity.DefaultAzureCredential):
+    def __init__(self):
+        made.append(self)
+        super().__init__()
+
+azure.identity.DefaultAzureCredential = Counted
 threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join(60)
 assert answers == ["token of az"] * 8, answers
 
-parents = _process_default._current()
+assert len(made) == 1
 child = os.fork()
 if child == 0:
     status = 1
     try:
         shared = resolve(BlobLocation.parse("https://acct.blob.core.windows.net/ckpt"))
         assert shared.get_token("https://other.example.org/.default").token == "token of az"
-        assert _process_default._current() is not parents
+        assert len(made) == 2
         status = 0
     finally:
         os._exit(status)
 assert os.waitpid(child, 0)[1] == 0
-assert _process_default._current() is parents
 """
     run_python(script, PATH=f"{tmp_path}:/usr/bin:/bin", AZURE_TOKEN_CREDENTIALS="AzureCliCredential")
     assert (tmp_path / "calls").read_text().split() == ["called", "called"]
@@ -345,37 +345,3 @@ except CredentialError as error:
 """
     said = run_python(script, AZURE_TOKEN_CREDENTIALS="nonsense")
     assert "AZURE_* variables" in said and "ValueError" in said
-
-
-@pytest.mark.parametrize("credential", [None, False, SAS, KEY])
-def test_plain_values_travel(credential: Any) -> None:
-    assert pickle.loads(pickle.dumps(PickledCredential.of(credential))).restore() == credential
-
-
-def test_key_and_sas_objects_travel() -> None:
-    key = pickle.loads(pickle.dumps(PickledCredential.of(AzureNamedKeyCredential("acct", KEY)))).restore()
-    assert named_key(key) == ("acct", KEY)
-    sas = pickle.loads(pickle.dumps(PickledCredential.of(AzureSasCredential(SAS)))).restore()
-    assert signature(sas) == SAS
-
-
-@pytest.mark.parametrize(
-    "credential",
-    [
-        DefaultAzureCredential(),
-        ClientSecretCredential("00000000-0000-0000-0000-000000000000", "client", "S3cr3t"),
-        CountingCredential(),
-    ],
-    ids=lambda credential: type(credential).__name__,
-)
-def test_token_credentials_travel_where_they_can(credential: Any) -> None:
-    pickled = PickledCredential.of(credential)
-    assert type(pickle.loads(pickle.dumps(pickled)).restore()) is type(credential)
-    assert "S3cr3t" not in repr(pickled)
-
-
-def test_a_credential_that_cannot_travel_says_what_to_do() -> None:
-    credential = GatedCredential()
-    with pytest.raises(CredentialError, match="credential=None") as caught:
-        PickledCredential.of(credential)
-    assert "GatedCredential" in str(caught.value) and isinstance(caught.value.__cause__, TypeError)

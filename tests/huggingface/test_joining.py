@@ -1,4 +1,4 @@
-"""Shards that are no rows: columns and grids become whole tensors of safetensors files, or nothing at all."""
+"""Shards other than rows: columns and grids become whole tensors of safetensors files, or the save fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from azure_torch_ckpt import BlobLocation, CheckpointError, IncompleteSaveError, TransferOptions
+from azure_torch_ckpt import BlobLocation, IncompleteSaveError, TransferOptions
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
@@ -23,10 +23,10 @@ from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from tests.dcp.memory_child import ENVIRONMENT
-from tests.huggingface import hf_support as hf
 from tests.huggingface import joining_child
-from tests.huggingface.hf_plans import arranged, columns, plan
-from tests.huggingface.test_huggingface import assert_pretrained
+from tests.huggingface import small_llama as hf
+from tests.huggingface.plans import columns, laid_out, plan
+from tests.huggingface.test_writer import assert_pretrained
 from tests.support.faults import Answer
 from tests.support.proxy import FaultProxy
 from tests.support.sharded import assert_same
@@ -36,16 +36,6 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
-
-
-@pytest.fixture
-def url(container: str) -> str:
-    return f"{container}/models/llama"
-
-
-@pytest.fixture
-def proxied(proxied_container: str) -> str:
-    return f"{proxied_container}/models/llama"
 
 
 def assert_only_the_model_is_there(url: str) -> None:
@@ -111,34 +101,14 @@ def test_a_save_whose_joining_fails_is_invisible(
     assert not [name for name in set(hf.files(url)) - set(before) if name.endswith(".safetensors")]
 
 
-def test_what_is_joined_and_what_is_not() -> None:
-    assert arranged(columns(of=100, rows=1, ranks=3)).scattered == []  # one row
-    assert arranged(columns(of=100, rows=50, ranks=1)).scattered == []
-    assert arranged(columns(of=1 << 20, rows=2, ranks=2)).scattered == []  # runs of 2 MiB
-    [joined] = arranged(columns(of=100, rows=50, ranks=3)).scattered
-    assert joined.length == 100 * 50 * 4 and [chunk.length for chunk in joined.chunks] == [6_600, 6_600, 6_800]
-    # Not so many runs that the blob would have too many blocks.
-    assert len(arranged(columns(of=1 << 20, rows=12_000, ranks=4), 8 << 20).scattered) == 1
-    with pytest.raises(CheckpointError, match="13400 of the 20000 bytes of 'w'"):
-        arranged(columns(of=100, rows=50, ranks=3)[1:])
-
-
-def test_shards_that_are_many_are_checked_quickly_and_not_twice() -> None:
-    plans = columns(of=4_096, rows=8, ranks=2_048)
-    assert len(arranged(plans).scattered[0].chunks) == 2_048
-    with pytest.raises(CheckpointError, match="the same elements of 'w'"):
-        arranged([*plans, plans[7]])
-
-
 @pytest.mark.parametrize("window", [1 << 20, 16 << 20])
 def test_a_grid_is_joined_in_windows_of_any_size(container: str, window: int) -> None:
     """As FSDP over tensor parallelism lays a matrix out, uneven in both dimensions."""
-    of = (301, 1_003)
-    grid = [plan(rows, cut, of) for rows in ((0, 151), (151, 301)) for cut in ((0, 502), (502, 1_003))]
+    of = [301, 1_003]
+    grid = [plan([rows, cut], of) for rows in ((0, 151), (151, 301)) for cut in ((0, 502), (502, 1_003))]
     location = BlobLocation.parse(f"{container}/m")
     store = BlobStore(location, Access(hf.KEY, options=TransferOptions(memory_budget=window)))
-    laid_out = arranged(grid)
-    [tensor] = laid_out.scattered
+    [tensor] = laid_out(grid).joined
     whole = torch.arange(of[0] * of[1], dtype=torch.float32).reshape(of)
     sums = {}
     for chunk in tensor.chunks:
@@ -162,7 +132,7 @@ def test_columns_of_320_mib_are_joined_with_a_budget_of_32(container: str) -> No
     location = BlobLocation.parse(f"{container}/m")
     store = BlobStore(location, Access(hf.KEY))
     rows = 320 * mib // (joining_child.COLUMNS * 4)
-    for name, length in arranged(columns(of=joining_child.COLUMNS, rows=rows, ranks=2)).shards.items():
+    for name, length in laid_out(columns(of=joining_child.COLUMNS, rows=rows, ranks=2)).shards.items():
         writer = BlockWriter(store, location.join(name).path, BlobSettings())
         for _ in range(0, length, 8 * mib):
             writer.write(memoryview(bytes(8 * mib)))
@@ -185,14 +155,14 @@ def test_shards_that_were_damaged_meanwhile_are_noticed(container: str) -> None:
     """Between the ranks' writing and the joining."""
     location = BlobLocation.parse(f"{container}/m")
     store = BlobStore(location, Access(hf.KEY))
-    plan = arranged(columns(of=100, rows=50, ranks=2))
+    plan = laid_out(columns(of=100, rows=50, ranks=2))
     for name, length in plan.shards.items():
         store.put(location.join(name).path, bytes(length))
-    sums = {(chunk.file, chunk.offset): 12345 for chunk in plan.scattered[0].chunks}
+    sums = {(chunk.file, chunk.offset): 12345 for chunk in plan.joined[0].chunks}
     with pytest.raises(IncompleteSaveError, match="cannot be joined, so nothing was committed"):
-        join(store, location, plan.scattered, sums, "0" * 16, 1 << 20, lambda _: None)
+        join(store, location, plan.joined, sums, "0" * 16, 1 << 20, lambda _: None)
     with pytest.raises(IncompleteSaveError, match="cannot be joined"):
-        join(store, location.join("elsewhere"), plan.scattered, sums, "0" * 16, 1 << 20, lambda _: None)
+        join(store, location.join("elsewhere"), plan.joined, sums, "0" * 16, 1 << 20, lambda _: None)
 
 
 def test_the_blocks_of_what_is_joined_take_a_quarter_of_the_memory() -> None:
