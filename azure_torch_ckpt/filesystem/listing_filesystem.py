@@ -59,7 +59,8 @@ class ListingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = next((name for name, value in self.storage_options.items() if name in _SECRET and value is not None), "")
-        return _restore, (type(self), name, self._stores.pickled(), self._public_options())
+        credential = PickledCredential.of(self._stores.access.credential)
+        return _restore, (type(self), name, credential, self._public_options())
 
     def _public_options(self) -> dict[str, Any]:
         options: dict[str, Any] = self.storage_options

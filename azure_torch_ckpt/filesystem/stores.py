@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, PickledCredential, environment_values, named_endpoint
+from azure_torch_ckpt.credentials import Credential, environment_values, named_endpoint
 from azure_torch_ckpt.errors import CredentialError, LocationError
 from azure_torch_ckpt.filesystem.paths import PathParts, locate
 from azure_torch_ckpt.location import BlobLocation
@@ -82,7 +82,3 @@ class Stores:
         if store is None:
             store = self._stores[root] = BlobStore(root, self.access)
         return store
-
-    def pickled(self) -> PickledCredential:
-        """Return the user's credential in a form that can be pickled. Raises `CredentialError`."""
-        return PickledCredential.of(self.access.credential)
