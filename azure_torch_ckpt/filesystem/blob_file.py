@@ -1,4 +1,4 @@
-"""`BlobFile`: a `BlobIO` with what fsspec expects of a file, its text form, and how `open` makes one for each mode."""
+"""`BlobFile`: a `BlobIO` with the interface of fsspec's files, its text form, and how each mode opens one."""
 
 from __future__ import annotations
 

@@ -19,19 +19,19 @@ _T = TypeVar("_T")
 
 
 def commit_last(files: Sequence[_T], name: Callable[[_T], str]) -> list[list[_T]]:
-    """Return two groups in the order of writing: data, then what makes a checkpoint complete. Remove in reverse."""
+    """Return two groups in the order of writing: data, then commit records. The order of removal is the reverse."""
     groups: list[list[_T]] = [[], []]
     for file in files:
-        groups[_completes_checkpoint(name(file))].append(file)
+        groups[_is_commit_record(name(file))].append(file)
     return groups
 
 
 def removal_order(blobs: Iterable[BlobInfo]) -> list[list[BlobInfo]]:
     """Return groups of blobs: the blobs of one group may be removed at a time, the groups one after the other.
 
-    The first group is what makes checkpoints complete, so that none stays incomplete; then follows the data. The blobs
-    that represent folders come last, from the bottom up: an account with a hierarchical namespace refuses to delete a
-    directory that is not empty.
+    The commit records come first, so that no checkpoint remains incomplete, and then the data. The blobs that represent
+    folders come last, from the bottom up: an account with a hierarchical namespace refuses to delete a directory that
+    is not empty.
     """
     by_name = {blob.path: blob for blob in blobs}
     above = parents(by_name)
@@ -55,8 +55,8 @@ def delete_all(store: BlobStore, blobs: Iterable[BlobInfo]) -> None:
     )
 
 
-def _completes_checkpoint(name: str) -> bool:
-    """Whether this blob completes a checkpoint by its existence: torch's metadata, or transformers' index."""
+def _is_commit_record(name: str) -> bool:
+    """Whether a checkpoint is complete exactly if this blob exists: torch's metadata, or transformers' index."""
     return is_metadata_name(name.rpartition("/")[2]) or name.endswith(INDEX_SUFFIX)
 
 

@@ -310,7 +310,7 @@ class AzureBlobFileSystem(ListingFileSystem):
         maxdepth: int | None = None,
         **settings: Any,
     ) -> None:
-        """Copy local files to blobs, small ones several at a time. What makes a checkpoint complete is written last."""
+        """Copy local files to blobs, small ones several at a time. The metadata of a checkpoint is written last."""
         files = [pair for pair in put_pairs(self, lpath, rpath, recursive, maxdepth) if not os.path.isdir(pair[0])]
         callback.set_size(len(files))
         lock = threading.Lock()
@@ -346,7 +346,7 @@ class AzureBlobFileSystem(ListingFileSystem):
         on_error: str | None = None,
         **hints: Any,
     ) -> None:
-        """Copy blobs, several at a time. What makes a checkpoint complete is copied last.
+        """Copy blobs, several at a time. The metadata of a checkpoint is copied last.
 
         Args:
             on_error: ``"ignore"`` leaves out blobs that do not exist any more, and is the default with `recursive`;
