@@ -80,7 +80,7 @@ def removal(url: str) -> None:
 
 
 def save_meanwhile(url: str, meanwhile: Callable[[str], None], says: str) -> None:
-    """This save loses; all that stands in the container then stood there when the winner had finished."""
+    """This save loses, and leaves no blob that the container did not have when the winner had finished."""
     stands: list[dict[str, tuple[str, bytes]]] = []
 
     def win() -> None:
@@ -190,7 +190,7 @@ def test_ranks_that_read_different_metadata(ranks: Ranks, url: str) -> None:
     save(url, 1)
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
     ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, "is not there", [1])
-    # The first rank finds no metadata but its own, of a save without collectives; the second finds that of all.
+    # The first rank finds only its own metadata, of a save without collectives; the second finds that of all ranks.
     ranks(2).run(save_rank_by_rank, url)
     assert [name.rpartition("/")[2] for name in paths_below(url, "metadata")] == ["__0.metadata", "__1.metadata"]
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
@@ -292,7 +292,7 @@ def test_one_lost_answer(proxy: FaultProxy, proxied_container: str, url: str, ki
 def test_a_commit_that_nobody_heard_of_stands(
     proxy: FaultProxy, proxied_container: str, url: str, before: bool
 ) -> None:
-    """Whether a commit without an answer was carried out is unknown, so nobody may take its data away."""
+    """Whether a commit without an answer was carried out is unknown, so its data must stay."""
     if before:
         save(url, 1)
     proxied = f"{proxied_container}/run/step-1"
@@ -301,7 +301,7 @@ def test_a_commit_that_nobody_heard_of_stands(
     says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
     raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     sharded.assert_stands(url, 2, sharded.plain)
-    # The same writer goes on, in vain: what stands must not suffer from it.
+    # The same writer saves again and fails: the checkpoint must survive that.
     proxy.when("Put Block", times=None).do(Cut("request"))
     with pytest.raises(BaseException, match="could not write a block"):
         dcp.save(sharded.plain(3), storage_writer=writer)
@@ -346,7 +346,7 @@ def test_a_look_that_is_damaged_once_is_repeated(proxy: FaultProxy, proxied_cont
 
 
 def test_a_commit_that_was_refused_for_sure_says_so(proxy: FaultProxy, proxied_container: str, url: str) -> None:
-    """Only an attempt whose fate nobody knows makes the outcome unknown."""
+    """Only an attempt without an answer makes the outcome unknown."""
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob").do(Answer(403, "AuthorizationFailure"))
     error = raised(AccessDeniedError, lambda: save(proxied, 1), "403 AuthorizationFailure")

@@ -319,7 +319,7 @@ def port(*, listens: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def short_time_outs() -> Iterator[None]:
-    """A request that nobody answers is given up after a second; without waits three of them follow it at least."""
+    """A request without an answer fails after a second; without waits, at least three more follow it."""
     with (
         mock.patch.object(connections, "IO_SECONDS", 1.0),
         mock.patch.object(connections, "TIMEVAL", struct.pack("ll", 1, 0)),
@@ -367,7 +367,7 @@ def test_service_that_falls_silent(ranks: Ranks, proxy: FaultProxy, proxied_cont
     sharded.assert_stands(url, 1, sharded.plain)
 
 
-# What does not fit what is there
+# State dicts that do not fit the checkpoint
 
 
 def load_more(url: str) -> None:
@@ -397,7 +397,7 @@ def test_overwrite_false(ranks: Ranks, url: str) -> None:
 
 
 def save_rank_by_rank(url: str, says: str) -> None:
-    # Without collectives there is nobody to gather failures: each rank raises its own.
+    # Without collectives no rank gathers the failures: each raises its own.
     state: dict[str, Any] = sharded.plain(2)
     with pytest.raises(CheckpointExistsError, match=says):
         dcp.save(state, storage_writer=sharded.writer(url), use_collectives=False)

@@ -44,7 +44,7 @@ class Place:
 
     url: str
     sas: str
-    fs: Any  # `AzureBlobFileSystem`; some of its methods give nothing, which mypy would not let stand in a tuple
+    fs: Any  # `AzureBlobFileSystem`; some of its methods return None, which mypy refuses in a tuple
     root: str
     folder: Path
 
