@@ -36,7 +36,7 @@ settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
-    # A process that a shell starts in the background ignores SIGINT, and so do its children, to which some tests send it.
+    # A process that a shell starts in the background ignores SIGINT, and so do the children that some tests signal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

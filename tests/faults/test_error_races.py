@@ -92,7 +92,7 @@ def save_meanwhile(url: str, meanwhile: Callable[[str], None], says: str) -> Non
         assert snapshot(url).items() <= stands[0].items()
 
 
-LOST = "Another save committed the checkpoint at .*/run/step-1 since this one began, so this one was dropped. Give each"
+LOST = "Another save committed .*/run/step-1"
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -110,7 +110,7 @@ def test_loser_of_two_saves(ranks: Ranks, url: str, before: bool, size: int) -> 
 
 def test_save_over_a_checkpoint_that_is_removed_meanwhile(url: str) -> None:
     save(url, 1)
-    save_meanwhile(url, removal, "Another save removed the checkpoint at")
+    save_meanwhile(url, removal, "Another save removed .*/run/step-1")
     assert snapshot(url) == {}
 
 
@@ -132,7 +132,7 @@ class Paused(dcp.DefaultLoadPlanner):
         return super().finish_plan(central_plan)
 
 
-REPLACED = "The checkpoint at .*/run/step-1 was replaced or removed while it was being read. Load again"
+REPLACED = "/run/step-1 was replaced or removed .*Load again"
 
 
 def load_meanwhile(url: str, meanwhile: Callable[[str], None], failed: list[int]) -> None:
@@ -189,7 +189,7 @@ def save_rank_by_rank(url: str) -> None:
 def test_ranks_that_read_different_metadata(ranks: Ranks, url: str) -> None:
     save(url, 1)
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
-    ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, "is not there", [1])
+    ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, r"\.metadata", [1])
     # The first rank finds only its own metadata, of a save without collectives; the second finds that of all ranks.
     ranks(2).run(save_rank_by_rank, url)
     assert [name.rpartition("/")[2] for name in paths_below(url, "metadata")] == ["__0.metadata", "__1.metadata"]
@@ -244,13 +244,13 @@ def save_with_planner(url: str, planner: type[dcp.DefaultSavePlanner]) -> None:
 @pytest.mark.parametrize(
     ("planner", "kind", "says"),
     [
-        (Usurper, CheckpointError, "replaced SavePlan.storage_data of rank 0 with str; .* into planner_data"),
+        (Usurper, CheckpointError, "storage_data of rank 0 .*planner_data"),
         (
             Dropper,
             IncompleteSaveError,
-            "1 of the planned items were not written .* nothing was committed at .*save again",
+            "1 of the planned items .*save again",
         ),
-        (Liar, CheckpointError, "The planner gave bytes for"),
+        (Liar, CheckpointError, " gave bytes "),
         (Keeper, UnsafeMetadataError, "Hue.*add_safe_globals"),
     ],
     ids=["takes storage_data", "drops an item", "gives no tensor", "adds what is refused"],
@@ -298,7 +298,7 @@ def test_a_commit_that_nobody_heard_of_stands(
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob", times=None).do(Cut("answer"))
     writer = sharded.writer(proxied, options=IMPATIENT)
-    says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
+    says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     sharded.assert_stands(url, 2, sharded.plain)
     # The same writer saves again and fails: the checkpoint must survive that.
@@ -324,7 +324,7 @@ def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
     looks = proxy.when("Get Blob", nth=2, times=None)  # the first one is before the save
     looks.do(*look)
     writer = sharded.writer(proxied, options=IMPATIENT)
-    says = "Whether this save was committed at .*/run/step-1 is unknown"
+    says = "/run/step-1 is unknown"
     error = raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     assert error.status in (409, 412)
     looks.do()
@@ -370,7 +370,7 @@ def test_a_commit_that_never_arrived(proxy: FaultProxy, proxied_container: str, 
     save(url, 1)
     before = snapshot(url)
     proxy.when("Put Blob", times=None).do(Cut("request"))
-    says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
+    says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     proxied = f"{proxied_container}/run/step-1"
     raised(CommitUnknownError, lambda: save(proxied, 2, options=IMPATIENT), says)
     assert snapshot(url).items() >= before.items()

@@ -104,7 +104,7 @@ def test_a_service_that_stays_down(
         rule.do(Answer(status, "ServerBusy"))
         error = gives_up(ServiceUnavailableError, run, f"{proxied_container}/a")
         assert error.status == status
-        assert "also after retries" in str(error)
+        assert "retries" in str(error)
         assert rule.seen >= 3
         rule.do()
     assert_right(load(f"{container}/a"))
@@ -119,7 +119,7 @@ def test_connections_that_always_break(proxy: FaultProxy, container: str, proxie
         rule.do(*actions)
         error = gives_up(ServiceUnavailableError, load, f"{proxied_container}/a")
         assert error.status is None
-        assert "can be reached from here" in str(error)
+        assert "reached" in str(error)
         rule.do()
 
 

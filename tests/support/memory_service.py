@@ -7,9 +7,9 @@
 Pairs of faults at every request are thousands of saves: too many for an emulator in a process of its own, and each must
 run like the one before. So the connections of this process lead here. Everything above the socket is the package's own:
 the SDK, retries, `http.client`, the transport. The service has the requests that a checkpoint needs, with their
-conditions: an ETag that every write changes, If-Match and If-None-Match, 409 BlobAlreadyExists, 412 ConditionNotMet, 404
-BlobNotFound, as in https://learn.microsoft.com/rest/api/storageservices/put-blob and its neighbours. A sample of the pairs
-goes through `tests/support/proxy.py` to Azurite as well.
+conditions: an ETag that every write changes, If-Match and If-None-Match, 409 BlobAlreadyExists, 412 ConditionNotMet,
+404 BlobNotFound, as in https://learn.microsoft.com/rest/api/storageservices/put-blob and its neighbours. A sample of
+the pairs goes through `tests/support/proxy.py` to Azurite as well.
 
 Damage is only for what has a checksum: blobs. Only TLS could notice a changed letter in a listing.
 """
