@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
+    for name in [name for name in os.environ if name.startswith("AZURE_STORAGE_")]:
+        del os.environ[name]  # a credential of this machine
     # A process that a shell starts in the background ignores SIGINT, and so do the children that some tests signal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

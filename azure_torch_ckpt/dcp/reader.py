@@ -19,8 +19,9 @@ from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.base import CheckpointPlace, step
-from azure_torch_ckpt.dcp.layout import metadata_name, read_metadata_blob
+from azure_torch_ckpt.dcp.base import BaseStorage, step
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import read_metadata_blob
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import nothing_at
 from azure_torch_ckpt.dcp.planners import takes_any_order
@@ -75,7 +76,7 @@ class _Wanted:
         return self.request.type == LoadItemType.TENSOR and item.payload_offset is not None and not item.transforms
 
 
-class AzureBlobReader(CheckpointPlace, StorageReader):
+class AzureBlobReader(BaseStorage, StorageReader):
     """Load a checkpoint from a URL in Blob Storage, on any number of ranks and with any sharding.
 
     Reads what `AzureBlobWriter`, torch's ``FileSystemWriter`` and ``FsspecWriter`` write. Only the bytes that the

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -24,7 +22,7 @@ from azure_torch_ckpt.events import TransferEvent, emit
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 from azure_torch_ckpt.transport.throttle import RequestCounts
 
-__all__ = ["Figures", "failures_told", "figures_log", "job_rank", "rate_and_requests"]
+__all__ = ["Figures", "figures_log", "job_rank", "rate_and_requests"]
 
 figures_log = logging.getLogger("azure_torch_ckpt")
 """Of the package, so that the lines of all modules can be had with one name."""
@@ -186,29 +184,6 @@ def _unknown_end(operation: str, url: str) -> CheckpointError:
         f"The {operation} {_DIRECTION[operation]} {url} was broken off, by an error of its planner or of another rank. "
         "What torch raised there has the reason"
     )
-
-
-class _HasFigures(Protocol):
-    _figures: Figures
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_Self = TypeVar("_Self", bound=_HasFigures)
-
-
-def failures_told(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """For a step of a save or a load: an error in it ends the whole on this rank."""
-
-    @functools.wraps(method)
-    def step(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return method(self, *args, **kwargs)
-        except BaseException as error:
-            self._figures.end(error)
-            raise
-
-    return step
 
 
 def _line(event: TransferEvent) -> str:

@@ -33,7 +33,6 @@ from azure_torch_ckpt import (
     StoreError,
 )
 from azure_torch_ckpt.transport import connections
-from tests.catalog.test_verify_prune import save_without_collectives
 from tests.support import sharded
 from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, raised_on_ranks, save, unchanged
 from tests.support.containers import content, paths_below, put, snapshot, store_of
@@ -43,6 +42,7 @@ from tests.support.waits import without_waiting
 
 if TYPE_CHECKING:
     from tests.support.ranks import Ranks
+from tests.support.without_collectives import save_without_collectives
 
 pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -94,7 +94,7 @@ def test_no_checkpoint_in_the_root_of_a_container(container: str) -> None:
 
 def test_metadata_of_single_ranks_is_told_and_not_taken_for_a_failed_save(container: str) -> None:
     for rank in (0, 1):
-        save_without_collectives(sharded.writer(f"{container}/run"), rank)
+        save_without_collectives(f"{container}/run", rank)
     with pytest.raises(CheckpointNotFoundError, match=r"ranks 0, 1 .*use_collectives=False"):
         sharded.reader(f"{container}/run").read_metadata()
 

@@ -382,17 +382,17 @@ def test_concurrency_backs_off_while_the_service_is_busy_and_comes_back(
     # Some time for each request, as a real service takes it: otherwise few are ever in flight together.
     proxy.when("Put Block", times=None).do(Hold(0.01))
     writer = AzureBlobWriter(url, credential=KEY, options=options)
-    pressure = writer._store._pressure
+    throttle = writer._store.throttle
 
     meet(proxy, 16, "Put Block")
     dcp.save(state, storage_writer=writer)
-    assert pressure.limit is None
+    assert throttle.limit is None
     assert proxy.most_in_flight == 16
 
     allowed = 4
     sent, proxy.max_in_flight = len(proxy.log), allowed
     limits: list[float] = []
-    proxy.when("Put Block", times=None).do(Call(lambda: limits.append(pressure.limit or 16.0), "answer"))
+    proxy.when("Put Block", times=None).do(Call(lambda: limits.append(throttle.limit or 16.0), "answer"))
     dcp.save(state, storage_writer=writer)
     blocks = [seen for seen in proxy.log[sent:] if seen.kind == "Put Block"]
     refused = sum(seen.status == 503 for seen in blocks)
@@ -401,11 +401,11 @@ def test_concurrency_backs_off_while_the_service_is_busy_and_comes_back(
     assert refused < 0.35 * len(blocks)
     settled = sorted(limits[len(limits) // 2 :])
     assert 1 <= settled[len(settled) // 2] <= allowed + 2
-    assert pressure.limit is not None and pressure.limit < 16
+    assert throttle.limit is not None and throttle.limit < 16
 
     proxy.max_in_flight = None
     dcp.save(state, storage_writer=writer)
-    assert pressure.limit is None
+    assert throttle.limit is None
     meet(proxy, 16, "Put Block")
     dcp.save(state, storage_writer=writer)
     loaded = {"x": torch.zeros_like(state["x"])}

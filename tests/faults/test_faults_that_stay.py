@@ -125,7 +125,7 @@ def test_connections_that_always_break(proxy: FaultProxy, container: str, proxie
 
 def test_an_endpoint_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is given up sooner than a service that answers with errors."""
-    monkeypatch.setattr(azure_torch_ckpt.transport.retry, "_SELDOM_HEALS_SECONDS", 1.0)
+    monkeypatch.setattr(azure_torch_ckpt.transport.retry, "_SELDOM_RECOVERS_SECONDS", 1.0)
     with socket.socket() as bound:  # and does not listen; no other process can do so there
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/devstoreaccount1/container/a"

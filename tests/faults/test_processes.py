@@ -100,22 +100,22 @@ def test_a_forked_child_does_not_inherit_a_held_lock(container: str) -> None:
     """Of the counter of a store's requests, which another thread is about to change when the fork happens."""
     store = store_of(container)
     store.put("blob", b"data")
-    pressure = store._pressure
+    throttle = store.throttle
     held, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with pressure.slot(), pressure._changed:
+        with throttle.permit(), throttle._changed:
             held.set()
             assert may_end.wait(DEADLINE_SECONDS)
 
     def requests() -> None:
-        pressure.try_again()
+        throttle.count_retry()
         start = threading.Barrier(8)
 
         def one() -> None:
             start.wait()
             for _ in range(200):
-                with pressure.slot():
+                with throttle.permit():
                     pass
 
         threads = [threading.Thread(target=one) for _ in range(8)]
@@ -123,7 +123,7 @@ def test_a_forked_child_does_not_inherit_a_held_lock(container: str) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert (pressure.counts, pressure._in_flight) == (RequestCounts(1600, 1), 0)
+        assert (throttle.counts, throttle._in_flight) == (RequestCounts(1600, 1), 0)
         assert store.read("blob", limit=10)[0] == b"data"
 
     holder = threading.Thread(target=hold)
@@ -244,7 +244,7 @@ def test_a_fork_while_the_service_is_busy(proxy: FaultProxy, proxied_container: 
         parent = pool.submit(store.read, "x", limit=8)
         try:
             gate.wait_for(1)
-            assert store._pressure.limit == 1  # and that one is taken
+            assert store.throttle.limit == 1  # and that one is taken
             in_child(child)
         finally:
             gate.open()

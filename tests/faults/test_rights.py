@@ -31,7 +31,7 @@ from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_ch
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from tests.blobs.store_support import KEY, sas_for
+from tests.blobs.stores import KEY, sas_for
 from tests.support.containers import put
 from tests.support.hierarchical import HierarchicalAccount
 

@@ -45,7 +45,7 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.layout import remove_blobs
+from azure_torch_ckpt.dcp.removal import remove_blobs
 from tests.support.containers import KEY
 from tests.support.sharded import same_bits, sharded_tensor, values
 

@@ -84,6 +84,11 @@ def item_of(url: str, name: str) -> StoredItem:
     return stored_item(info)
 
 
+def data_path(url: str) -> str:
+    """Path in the container of the checkpoint's data blob."""
+    return BlobLocation.parse(url).join(item_of(url, "large").relative_path).path
+
+
 def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
     """Write the blob again with one byte of an item changed; a second time changes it back."""
     location = BlobLocation.parse(url)

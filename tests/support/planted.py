@@ -9,7 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter
-from tests.support.containers import KEY, contents, store_of
+from azure_torch_ckpt.dcp.blob_names import new_save_id
+from tests.support.containers import KEY, contents, put, store_of
 
 
 def plant(container: str, names: Iterable[str]) -> None:
@@ -28,6 +29,14 @@ def plant(container: str, names: Iterable[str]) -> None:
         store.delete(f"seed/{path}")
 
 
+def plant_leftovers(container: str, checkpoint: str, ranks: int = 2) -> list[str]:
+    """Put data blobs of 10 bytes as a save that was killed before its commit; return their paths."""
+    save_id = new_save_id()
+    paths = [f"{checkpoint}/{save_id}/__{rank}_0.distcp".lstrip("/") for rank in range(ranks)]
+    for path in paths:
+        put(container, path, b"1234567890")
+    return paths
+
+
 # TRANSITION
 from tests.support.containers import content as content  # noqa: E402
-from tests.support.containers import put as put  # noqa: E402
