@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.copying.folders import BlobEnd, FileSink, FolderEnd, open_end
 from azure_torch_ckpt.catalog.copying.report import CopyFigures
-from azure_torch_ckpt.catalog.torch_file import Placeholders, outline
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, stand_at
-from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, objects_of, parts_of, tensors_of
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint_in
+from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, stored_objects, stored_tensors, stream_chunks
 from azure_torch_ckpt.dcp.tensors.memory import readable
+from azure_torch_ckpt.dcp.tensors.torch_file import Placeholders, load_saved, outline
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobExistsError,
@@ -90,8 +89,8 @@ def consolidate(
 
     ``"torch"`` is what ``torch.load(file, weights_only=True)`` reads: the nested state dict that
     ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` would write. (Zip tools other than torch's
-    complain about checksums of 0; `dcp.tensors.envelope` has the reason.) ``"safetensors"`` has the tensors under their
-    flattened names (``model.layers.0.weight``), and in its ``__metadata__`` the values that are numbers, strings,
+    complain about checksums of 0; `dcp.tensors.torch_file` has the reason.) ``"safetensors"`` has the tensors under
+    their flattened names (``model.layers.0.weight``), and in its ``__metadata__`` the values that are numbers, strings,
     booleans, None or lists and dicts of them, as JSON; anything else is refused by name.
 
     The file is visible when it is complete, and never half.
@@ -127,9 +126,9 @@ def consolidate(
     end = open_end(dst, Access(credential if dst_credential is None else dst_credential, quarter, ca_file))
     stores = [store, end.store] if isinstance(end, BlobEnd) else [store]
     with CopyFigures("consolidate", str(location), end.where, stores) as figures:
-        checkpoint = stand_at(store, location)
+        checkpoint = open_checkpoint_in(store, location)
         output = _output(end, overwrite)
-        tensors, object_keys = tensors_of(checkpoint, keys), objects_of(checkpoint, keys)
+        tensors, object_keys = stored_tensors(checkpoint, keys), stored_objects(checkpoint, keys)
         if keys is not None and not tensors and not object_keys:
             raise _none_accepted(checkpoint)
         objects = dict(_objects(checkpoint, object_keys, quarter.memory_budget))
@@ -150,7 +149,7 @@ def consolidate(
     return ConsolidateReport(output.where, kind, len(tensors), len(objects), size, figures.seconds)
 
 
-def _none_accepted(checkpoint: StandingCheckpoint) -> ConfigurationError:
+def _none_accepted(checkpoint: OpenCheckpoint) -> ConfigurationError:
     there = list(checkpoint.metadata.state_dict_metadata)
     if not there:
         return ConfigurationError(f"{checkpoint.url} holds nothing that keys= could accept: it was saved empty")
@@ -177,7 +176,7 @@ def _format(format: Format | None, dst: str | os.PathLike[str] | BlobLocation) -
 
 
 def _torch_file(
-    checkpoint: StandingCheckpoint,
+    checkpoint: OpenCheckpoint,
     tensors: Mapping[str, TensorStorageMetadata],
     objects: Mapping[str, object],
     window: int,
@@ -199,9 +198,9 @@ def _torch_file(
     drawn = outline(state, placeholders)
 
     def data() -> Generator[memoryview, None, None]:
-        wanted = [(key, tensors[key]) for key in drawn.pieces if isinstance(key, str)]
+        wanted = [(key, tensors[key]) for key in drawn.parts if isinstance(key, str)]
         with contextlib.closing(_tensor_bytes(checkpoint, wanted, window)) as stream:
-            for piece in drawn.pieces:
+            for piece in drawn.parts:
                 if isinstance(piece, bytes):
                     yield memoryview(piece)
                 elif isinstance(piece, torch.Tensor):
@@ -217,7 +216,7 @@ def _torch_file(
 
 
 def _safetensors_file(
-    checkpoint: StandingCheckpoint,
+    checkpoint: OpenCheckpoint,
     tensors: Mapping[str, TensorStorageMetadata],
     objects: Mapping[str, object],
     window: int,
@@ -240,9 +239,9 @@ def _safetensors_file(
 
 
 def _tensor_bytes(
-    checkpoint: StandingCheckpoint, tensors: list[tuple[str, TensorStorageMetadata]], window: int
+    checkpoint: OpenCheckpoint, tensors: list[tuple[str, TensorStorageMetadata]], window: int
 ) -> Generator[memoryview, None, None]:
-    with contextlib.closing(ahead(parts_of(checkpoint, tensors, window))) as windows:
+    with contextlib.closing(ahead(stream_chunks(checkpoint, tensors, window))) as windows:
         for parts in windows:
             for part in parts:
                 yield readable(part.elements)
@@ -252,21 +251,9 @@ def _nbytes(entry: TensorStorageMetadata) -> int:
     return math.prod(entry.size) * entry.properties.dtype.itemsize
 
 
-def _objects(checkpoint: StandingCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
+def _objects(checkpoint: OpenCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
     for key, stream in object_bytes(checkpoint, keys, budget):
-        what = f"{key!r} of {checkpoint.url}"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # whoever saved it was told
-                yield key, torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:
-            if "weights_only" in str(error).lower() or "Unsupported global" in str(error):
-                raise UnsupportedCheckpointError(
-                    f"{what} is of a class that torch.load takes for unsafe. If you trust the checkpoint, name the "
-                    "class with torch.serialization.add_safe_globals first, or leave the object out with keys= "
-                    f"({str(error).splitlines()[0]})"
-                ) from error
-            raise CorruptCheckpointError(f"{what} is nothing that torch.load can read: {error}") from error
+        yield key, load_saved(stream, f"{key!r} of {checkpoint.url}", ", or leave the object out with keys=")
 
 
 def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str) -> None:

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.listed_checkpoint import rank_of
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import open_standing
-from azure_torch_ckpt.dcp.survey import rank_of
+from azure_torch_ckpt.dcp.open_checkpoint import open_checkpoint
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -107,7 +107,7 @@ def inspect(
         UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read.
         StoreError: the service could not be asked.
     """
-    checkpoint = open_standing(url, Access(credential, options, ca_file))
+    checkpoint = open_checkpoint(url, Access(credential, options, ca_file))
     metadata = checkpoint.metadata
     tensors, objects = [], []
     for key in sorted(metadata.state_dict_metadata):

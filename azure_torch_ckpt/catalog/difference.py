@@ -20,8 +20,8 @@ from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.contents import dtype_name
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, open_standing
-from azure_torch_ckpt.dcp.tensor_stream import Part, ahead, object_bytes, parts_of, tensors_of
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint
+from azure_torch_ckpt.dcp.tensor_stream import StreamedChunk, ahead, object_bytes, stored_tensors, stream_chunks
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter
@@ -114,8 +114,8 @@ def diff(
     whole = options or TransferOptions()
     # A third for each reader, of which half is for windows, and a third for the comparison.
     third = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 3, _MIB))
-    one = open_standing(a, Access(credential, third, ca_file))
-    other = open_standing(b, Access(credential if b_credential is None else b_credential, third, ca_file))
+    one = open_checkpoint(a, Access(credential, third, ca_file))
+    other = open_checkpoint(b, Access(credential if b_credential is None else b_credential, third, ca_file))
     mine, theirs = one.metadata.state_dict_metadata, other.metadata.state_dict_metadata
     both = sorted(mine.keys() & theirs.keys())
     changes: dict[str, list[Change]] = {key: _described(key, mine[key], theirs[key]) for key in both}
@@ -145,14 +145,14 @@ def _described(key: str, one: object, other: object) -> list[Change]:
 
 
 def _values(
-    one: StandingCheckpoint,
-    other: StandingCheckpoint,
+    one: OpenCheckpoint,
+    other: OpenCheckpoint,
     keys: list[str],
     options: TransferOptions,
     progress: ByteProgress | None,
 ) -> list[Change]:
     doubtful = {key for key in keys if not _same_checksums(one, other, key)}
-    mine, theirs = tensors_of(one, doubtful.__contains__), tensors_of(other, doubtful.__contains__)
+    mine, theirs = stored_tensors(one, doubtful.__contains__), stored_tensors(other, doubtful.__contains__)
     tensors = [key for key in keys if key in mine]
     objects = [key for key in keys if key in doubtful and key not in mine]
     lengths = [_length(checkpoint, key) for checkpoint in (one, other) for key in objects]
@@ -162,8 +162,8 @@ def _values(
         # Three windows of each may exist at a time.
         window = options.memory_budget // 8
         with (
-            contextlib.closing(ahead(parts_of(one, [(key, mine[key]) for key in tensors], window))) as left,
-            contextlib.closing(ahead(parts_of(other, [(key, theirs[key]) for key in tensors], window))) as right,
+            contextlib.closing(ahead(stream_chunks(one, [(key, mine[key]) for key in tensors], window))) as left,
+            contextlib.closing(ahead(stream_chunks(other, [(key, theirs[key]) for key in tensors], window))) as right,
         ):
             tallies: dict[str, _Tally] = {}
             for part, twin in zip(
@@ -178,7 +178,7 @@ def _values(
     ]
 
 
-def _same_checksums(one: StandingCheckpoint, other: StandingCheckpoint, key: str) -> bool:
+def _same_checksums(one: OpenCheckpoint, other: OpenCheckpoint, key: str) -> bool:
     """Whether both stored the same bytes under `key`, as far as the CRC64 of 64 bits tells.
 
     An item's bytes are the tensor's with an envelope that follows from dtype, shape and torch's version. So the same
@@ -202,7 +202,7 @@ def _is_tensor(entry: object) -> bool:
     return isinstance(entry, TensorStorageMetadata)
 
 
-def _length(checkpoint: StandingCheckpoint, key: str) -> int:
+def _length(checkpoint: OpenCheckpoint, key: str) -> int:
     return stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)]).length
 
 
@@ -213,7 +213,7 @@ class _Tally:
         self.elements = 0
         self.difference: float | None = None
 
-    def add(self, part: Part, twin: Part) -> None:
+    def add(self, part: StreamedChunk, twin: StreamedChunk) -> None:
         left, right = part.elements.reshape(-1), twin.elements.reshape(-1)
         for start in range(0, left.numel(), _SLICE):
             self._compare(left[start : start + _SLICE], right[start : start + _SLICE])
@@ -249,9 +249,7 @@ def _largest_difference(left: torch.Tensor, right: torch.Tensor, where: torch.Te
         return None
 
 
-def _objects(
-    one: StandingCheckpoint, other: StandingCheckpoint, keys: list[str], budget: int, meter: Meter
-) -> list[Change]:
+def _objects(one: OpenCheckpoint, other: OpenCheckpoint, keys: list[str], budget: int, meter: Meter) -> list[Change]:
     found = []
     for (key, left), (_, right) in zip(object_bytes(one, keys, budget), object_bytes(other, keys, budget), strict=True):
         meter.moved(_length(one, key) + _length(other, key))

@@ -15,9 +15,9 @@ from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs, remove_empty_folders
-from azure_torch_ckpt.dcp.open_checkpoint import read_standing
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, empty_save_folders
+from azure_torch_ckpt.dcp.open_checkpoint import read_metadata
 from azure_torch_ckpt.dcp.removal import Remains, find_remains, place_location, remove_remains
-from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
 from azure_torch_ckpt.huggingface.leftovers import find_model_remains, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
@@ -199,7 +199,7 @@ def _check_rules(
             raise ValueError(f"{name} must not be negative, not {time}")
 
 
-def _held(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
+def _held(store: BlobStore, url: str, place: ListedCheckpoint) -> list[Undeleted]:
     """The data of a checkpoint that is leased, as one entry if there is any."""
     blobs = [blob for blobs in place.saves.values() for blob in blobs if blob.leased]
     if not blobs:
@@ -211,7 +211,7 @@ def _held(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
     return [Undeleted(url, [blob.path for blob in blobs], sum(blob.size for blob in blobs), error)]
 
 
-def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
+def _may_be_in_use(place: ListedCheckpoint, oldest_to_keep: datetime.datetime) -> bool:
     """Whether data lies there that a running save may have written: young, and younger than the metadata."""
     committed = max(blob.last_modified for blob in place.metadata.values())
     return any(
@@ -222,7 +222,10 @@ def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
 
 
 def _remove(
-    store: BlobStore, location: BlobLocation, doomed: list[tuple[CheckpointEntry, Place]], sizes: Mapping[str, int]
+    store: BlobStore,
+    location: BlobLocation,
+    doomed: list[tuple[CheckpointEntry, ListedCheckpoint]],
+    sizes: Mapping[str, int],
 ) -> tuple[set[str], list[Undeleted], list[Undeleted]]:
     """Remove checkpoints; return the URLs of those that were, and metadata and data that could not be deleted.
 
@@ -232,9 +235,9 @@ def _remove(
     names: dict[str, list[str]] = {}  # paths of data blobs by the checkpoint's URL
     etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
-    def look(entry: CheckpointEntry, place: Place) -> None:
+    def look(entry: CheckpointEntry, place: ListedCheckpoint) -> None:
         where = place_location(location, place)
-        parts = read_standing(store, where, place.metadata)
+        parts = read_metadata(store, where, place.metadata)
         listed = {rank: blob.etag for rank, blob in place.metadata.items()}
         if {part.rank: part.stored.etag for part in parts} != listed:
             _log.info("%s stays: it was replaced or removed a moment ago", entry.url)

@@ -8,7 +8,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.bytemeter import ByteProgress
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, compare
+from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, verify_items
 from azure_torch_ckpt.dcp.verification import verify as verify_checkpoint
 from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.huggingface.leftovers import saved_files_at
@@ -57,7 +57,7 @@ def verify(
         except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):  # the first says what is unknown
             raise error from None
     store = BlobStore(location, Access(credential, options, ca_file))
-    report = compare(store, location, metadata, sample, progress)
+    report = verify_items(store, location, metadata, sample, progress)
     named = {blob.name for blob in report.blobs}
     strays = [
         BlobReport(

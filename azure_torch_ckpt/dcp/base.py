@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.report import Figures, failures_told
+from azure_torch_ckpt.dcp.report import TransferReport, reports_errors
 from azure_torch_ckpt.errors import CheckpointError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 
@@ -62,12 +62,12 @@ class CheckpointPlace:
         self,
         url: str | os.PathLike[str] | BlobLocation,
         access: Access,
-        figures: Figures,
+        report: TransferReport,
     ) -> None:
         super().__init__()
         self._location = BlobLocation.parse(url)
         self._store = BlobStore(self._location, access)
-        self._figures = figures
+        self._report = report
         self._threads: _Threads | None = _Threads()  # None in the copies
         self._latest: Any = None  # the copy that was begun last, by any thread
         self._failed = False
@@ -119,7 +119,7 @@ class CheckpointPlace:
         """A copy of this object, or of another copy of it, for what this thread does next."""
         run = object.__new__(type(self))
         run.__dict__.update(self.__dict__ if like is None else like.__dict__, _threads=None, _latest=None)
-        run._figures = copy.copy(self._figures)
+        run._report = copy.copy(self._report)
         if like is None:
             run._location, run._store = self._here()
         if self._threads is not None:
@@ -144,9 +144,9 @@ class SavingPlace(CheckpointPlace):
         self,
         url: str | os.PathLike[str] | BlobLocation,
         access: Access,
-        figures: Figures,
+        report: TransferReport,
     ) -> None:
-        super().__init__(url, access, figures)
+        super().__init__(url, access, report)
         self._all_begun: list[_Begun] = []
         # Where this save, and earlier ones that will not go on, may have blobs that no metadata names; with save ids.
         self._unfinished: tuple[BlobLocation, str] | None = None
@@ -203,7 +203,7 @@ _Saving = TypeVar("_Saving", bound=SavingPlace)
 
 def step(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
     """For a step of a save or a load: it runs on the copy of its thread, and an error in it ends the whole."""
-    told = failures_told(method)
+    told = reports_errors(method)
 
     @functools.wraps(method)
     def on_the_copy(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -14,8 +14,8 @@ from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
-from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_standing
-from azure_torch_ckpt.dcp.survey import Place
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint
+from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_metadata
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -51,7 +51,7 @@ class Remains:
 
 
 def find_remains(
-    store: BlobStore, location: BlobLocation, places: Iterable[Place], oldest_to_keep: datetime.datetime
+    store: BlobStore, location: BlobLocation, places: Iterable[ListedCheckpoint], oldest_to_keep: datetime.datetime
 ) -> list[Remains]:
     """What saves that never committed, and removals that were broken off, left at `places`.
 
@@ -70,7 +70,7 @@ def find_remains(
         CheckpointError: the metadata of a checkpoint cannot be read, so nobody can tell what it names.
         StoreError: the service could not be asked.
     """
-    doubtful: list[tuple[Place, list[tuple[str, list[BlobInfo]]]]] = []
+    doubtful: list[tuple[ListedCheckpoint, list[tuple[str, list[BlobInfo]]]]] = []
     for place in places:
         old = [
             (save_id, blobs)
@@ -131,7 +131,7 @@ def remove_checkpoint(
         ranks = metadata_ranks(store, location)
     except AccessDeniedError as error:
         denied = error  # that of all ranks needs no listing
-    found = read_standing(store, location, [None, *ranks])
+    found = read_metadata(store, location, [None, *ranks])
     if not found:
         raise denied or CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
     for part in found:
@@ -143,7 +143,7 @@ def remove_checkpoint(
     return remove_blobs(store, location, sorted({name for part in found for name in part.names}), [""])
 
 
-def place_location(location: BlobLocation, place: Place) -> BlobLocation:
+def place_location(location: BlobLocation, place: ListedCheckpoint) -> BlobLocation:
     """Where a place in the container of `location` is."""
     root = location.container_root()
     return root.join(place.path) if place.path else root
@@ -153,7 +153,7 @@ def _newest(blobs: Iterable[BlobInfo]) -> datetime.datetime:
     return max(blob.last_modified for blob in blobs)
 
 
-def _is_plainly_sound(place: Place) -> bool:
+def _is_plainly_sound(place: ListedCheckpoint) -> bool:
     """Whether the metadata must name the place's data: it is younger, and there is no other save that it could name."""
     metadata = place.metadata.get(None)
     if metadata is None or len(place.metadata) > 1 or len(place.saves) != 1:
@@ -162,15 +162,15 @@ def _is_plainly_sound(place: Place) -> bool:
     return _newest(blobs) <= metadata.last_modified
 
 
-def _named_at(store: BlobStore, location: BlobLocation, places: list[Place]) -> dict[str, set[str]]:
+def _named_at(store: BlobStore, location: BlobLocation, places: list[ListedCheckpoint]) -> dict[str, set[str]]:
     """The paths of the data blobs that the metadata at each place names, by the place's path."""
     named: dict[str, set[str]] = {}
     cancel = Cancel()
 
-    def read(place: Place) -> None:
+    def read(place: ListedCheckpoint) -> None:
         where = place_location(location, place)
         # Not only what the listing saw: a save may have been committed since.
-        parts = read_standing(store, where, {None, *place.metadata})
+        parts = read_metadata(store, where, {None, *place.metadata})
         named[place.path] = {where.join(name).path for part in parts for name in part.names}
 
     run_all(

@@ -40,12 +40,11 @@ from azure_torch_ckpt.dcp.metadata.schema import (
     storage_info,
     storage_meta,
 )
-from azure_torch_ckpt.dcp.plan_keys import with_plain_names
-from azure_torch_ckpt.dcp.planners import keeps_its_memory
-from azure_torch_ckpt.dcp.report import Figures
-from azure_torch_ckpt.dcp.tensors.envelope import envelope, serialize
+from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
+from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
@@ -124,7 +123,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, Access(credential, options, ca_file), Figures("save", progress))
+        super().__init__(url, Access(credential, options, ca_file), TransferReport("save", progress))
         self._overwrite = overwrite
         self._is_coordinator = True
         self._rank: int | None = None
@@ -143,7 +142,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         save._rank = kwargs.get("rank")
         save._use_collectives = kwargs.get("use_collectives", True)
         save._nonce = new_save_id()
-        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
+        save._report.begin(save.checkpoint_id, save._store, leads=is_coordinator)
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -154,7 +153,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             CheckpointExistsError: a checkpoint stands there and ``overwrite`` is False, or it is one of the other kind
                 (saved with collectives where this save goes without).
         """
-        plan = with_plain_names(plan)
+        plan = with_plain_keys(plan)
         if self._is_coordinator or not self._use_collectives:
             self._remove_abandoned()
             self._replaces = self._look_at_url()
@@ -206,7 +205,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         path = self._location.join(name).path
         lent = not keeps_its_memory(planner)
         with (
-            self._figures.transfer(len(plan.items), total) as meter,
+            self._report.transfer(len(plan.items), total) as meter,
             Upload(self._store, path, total, moved=meter.moved) as upload,
         ):
             for write_item in without_collector(plan.items):
@@ -230,7 +229,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             for write_item, item, payload_offset in without_collector(written)
         ]
         if self._use_collectives and not self._is_coordinator:
-            self._figures.end()  # `finish` is for the coordinator
+            self._report.end()  # `finish` is for the coordinator
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -274,7 +273,7 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             self._remove_replaced(self._replaces, names)
         self._committed.clear()
         self._committed[self.checkpoint_id] = (etag, names)
-        self._figures.end(
+        self._report.end(
             checkpoint_bytes=sum(result.size_in_bytes for rank_results in results for result in rank_results)
         )
 
@@ -374,7 +373,7 @@ def _views(
     head, trailer = memoryview(around.head), memoryview(around.trailer)
     if own is not None and not lent:
         return (head, own, trailer), payload_offset, False
-    return itertools.chain((head,), pieces(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
+    return itertools.chain((head,), tensor_views(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

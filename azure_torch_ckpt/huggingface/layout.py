@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from azure_torch_ckpt.dcp.tensors.chunks import Box
+from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk
 from azure_torch_ckpt.dcp.tensors.regions import row_major
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.huggingface.format import why_not
@@ -79,7 +79,7 @@ class FileLayout:
 class Chunk:
     """One rank's part of a tensor that is joined: which one, and where in a file of shards it is."""
 
-    box: Box
+    box: TensorChunk
     file: str
     offset: int
     length: int
@@ -129,7 +129,7 @@ class _Piece:
 
     rank: int
     index: MetadataIndex
-    box: Box
+    box: TensorChunk
     runs: int
     run: int
 
@@ -256,7 +256,7 @@ def _gather(plans: Sequence[SavePlan]) -> dict[str, _Tensor]:
                     f"{name!r} is {tensor.dtype} of shape {tensor.shape} on rank {tensor.pieces[0].rank}, and {dtype} "
                     f"of shape {tuple(data.size)} on rank {rank}"
                 )
-            box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+            box = TensorChunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
             outside = box.sizes[: _dims_outside_runs(tensor.shape, box.sizes)]
             run = math.prod(box.sizes[len(outside) :]) * dtype.itemsize
             tensor.pieces.append(_Piece(rank, item.index, box, math.prod(outside), run))
@@ -310,7 +310,7 @@ def _check_disjoint(tensor: _Tensor, pieces: list[_Piece]) -> None:
         beside.append(piece)
 
 
-def _shown(box: Box) -> str:
+def _shown(box: TensorChunk) -> str:
     return f"the shape {box.sizes} at {box.offsets}"
 
 

@@ -26,11 +26,10 @@ from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import SavingPlace, step
 from azure_torch_ckpt.dcp.layout import new_save_id, remove_blobs
-from azure_torch_ckpt.dcp.plan_keys import with_plain_names
-from azure_torch_ckpt.dcp.planners import keeps_its_memory
-from azure_torch_ckpt.dcp.report import Figures
+from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
+from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -126,7 +125,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, Access(credential, options, ca_file), Figures("save", progress))
+        super().__init__(url, Access(credential, options, ca_file), TransferReport("save", progress))
         if max_file_size < 1:
             raise ValueError(f"max_file_size must be positive, not {max_file_size}")
         self._overwrite = overwrite
@@ -146,12 +145,12 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         save = self._begin_save()
         save._is_coordinator = is_coordinator
         save._nonce = new_save_id()
-        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
+        save._report.begin(save.checkpoint_id, save._store, leads=is_coordinator)
         if not kwargs.get("use_collectives", True):
             error = CheckpointError(
                 "A HuggingFace file is made by all ranks together, so use_collectives=False cannot be. Leave it away"
             )
-            save._figures.end(error)
+            save._report.end(error)
             raise error
 
     @step
@@ -162,7 +161,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
             CheckpointError: the state dict has something that is no tensor, or a key that is no string.
             CheckpointExistsError: a model or another safetensors file is there and ``overwrite`` is False.
         """
-        plan = with_plain_names(plan)
+        plan = with_plain_keys(plan)
         others = [item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO]
         if others:
             raise CheckpointError(
@@ -229,7 +228,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         written = []
         lent = not keeps_its_memory(planner)
         with (
-            self._figures.transfer(len(items), own + to_join) as meter,
+            self._report.transfer(len(items), own + to_join) as meter,
             Runs(self._store, ticket.save_id, ticket.rank, ticket.block_size, meter.moved) as runs,
         ):
             for item in items:
@@ -253,7 +252,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
             for number, (item, done) in enumerate(zip(items, written, strict=True))
         ]
         if not self._is_coordinator:
-            self._figures.end()  # `finish` is for the coordinator
+            self._report.end()  # `finish` is for the coordinator
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -290,7 +289,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
         self._unfinished = None
         self._commit(index)
         self._remove_replaced(strays)
-        self._figures.end(checkpoint_bytes=sum(file.length for file in self._plan.files))
+        self._report.end(checkpoint_bytes=sum(file.length for file in self._plan.files))
 
     def _join(self, blocks: dict[str, list[Block]], written: list[Written]) -> dict[str, list[Item]]:
         """Put tensors whose parts the ranks have stored together; return what their checksums follow from."""
@@ -302,7 +301,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
             for one in written
             if one.place.length
         }
-        with self._figures.paused():
+        with self._report.paused():
             joined = join(
                 self._store,
                 self._location,
@@ -310,7 +309,7 @@ class AzureBlobHuggingFaceWriter(SavingPlace, StorageWriter):
                 sums,
                 self._save_id,
                 self._joined_block_size,
-                self._figures.moved,
+                self._report.moved,
             )
         for block in joined.blocks:
             blocks.setdefault(block.path, []).append(block)
@@ -489,4 +488,4 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: b
             f"{name!r} is a {type(data).__name__} with layout {data.layout}, and safetensors holds plain tensors only. "
             "Make it dense, or save it with AzureBlobWriter"
         )
-    return pieces(tensor, max(limit, 1), copies=lent)
+    return tensor_views(tensor, max(limit, 1), copies=lent)

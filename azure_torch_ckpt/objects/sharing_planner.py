@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import CheckpointError
 
 __all__ = ["SharingPlanner", "share_out"]
@@ -66,7 +66,7 @@ class SharingPlanner(DefaultSavePlanner):
 
         def look(position: int, tensor: torch.Tensor) -> None:
             crc = 0
-            for piece in pieces(tensor, _PIECE):
+            for piece in tensor_views(tensor, _PIECE):
                 crc = crc64(piece, crc)
             found[position] = crc
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from azure_torch_ckpt.dcp.tensors.memory import copy_elements
+from azure_torch_ckpt.dcp.tensors.copies import copy_elements
 
 __all__ = ["Snapshot"]
 

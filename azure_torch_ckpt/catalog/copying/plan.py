@@ -12,8 +12,8 @@ from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.folders import End
 from azure_torch_ckpt.dcp.layout import Stored, metadata_name
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, group_by_checkpoint
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
-from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -93,7 +93,7 @@ def plan_copy(source: End, target: End, options: TransferOptions, *, overwrite: 
         CheckpointError, StoreError: the metadata cannot be read.
     """
     leaves = {info.path: info for info in source.listing()}
-    places = survey(leaves.values())
+    places = group_by_checkpoint(leaves.values())
     complete = [place for place in places if place.complete]
     for place in places:
         if not place.complete:
@@ -104,10 +104,10 @@ def plan_copy(source: End, target: End, options: TransferOptions, *, overwrite: 
             + (f"{len(places)} incomplete saves lie there" if places else "No save has left anything there; check it")
         )
     there = {info.path: info for info in _listing_of_target(target, overwrite)}
-    standing = {place.path: place for place in survey(there.values())}
+    standing = {place.path: place for place in group_by_checkpoint(there.values())}
     plans: dict[str, CheckpointPlan] = {}
 
-    def look(place: Place) -> None:
+    def look(place: ListedCheckpoint) -> None:
         plan = _plan(source, place, leaves, there)
         plans[place.path] = plan
         stands = standing.get(place.path)
@@ -150,7 +150,9 @@ def in_parallel(
     run_all(tasks, options.concurrency, "blob-copy", stop)
 
 
-def _plan(source: End, place: Place, leaves: dict[str, BlobInfo], there: dict[str, BlobInfo]) -> CheckpointPlan:
+def _plan(
+    source: End, place: ListedCheckpoint, leaves: dict[str, BlobInfo], there: dict[str, BlobInfo]
+) -> CheckpointPlan:
     where = _shown(source, place.path)
     metadata = {}
     for rank in [None] if None in place.metadata else sorted(rank for rank in place.metadata if rank is not None):
