@@ -329,7 +329,7 @@ def load_saved(stream: IO[bytes], what: str, advice: str = "") -> object:
 
     Args:
         what: names it in messages.
-        advice: what else may be done about a class that torch refuses; begins with ", or ".
+        advice: what else can be done about a class that torch refuses; begins with ", or ".
 
     Raises:
         UnsupportedCheckpointError: it has a class that torch does not load unless it is declared safe.
@@ -339,16 +339,27 @@ def load_saved(stream: IO[bytes], what: str, advice: str = "") -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of typed storages and experimental dtypes: the save has warned of them
             return torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(stream):  # garbage in the form of torch's first files
+            raise _unreadable(what, error) from error
+        raise UnsupportedCheckpointError(
+            f"{what} has a class that torch.load considers unsafe ({_unsafe_names(stream) or error}). If you trust the "
+            f"checkpoint, name the class with torch.serialization.add_safe_globals first{advice}"
+        ) from error
     except Exception as error:
-        lines = str(error).splitlines()
-        # torch raises pickle.UnpicklingError for a class that it refuses and for a damaged pickle alike.
-        if any("weights_only" in line.lower() or "Unsupported global" in line for line in lines):
-            named = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
-            raise UnsupportedCheckpointError(
-                f"{what} has a class that torch.load considers unsafe. If you trust the checkpoint, name the class "
-                f"with torch.serialization.add_safe_globals first{advice} ({named})"
-            ) from error
-        raise CorruptCheckpointError(f"torch.load cannot read {what}: {error}") from error
+        raise _unreadable(what, error) from error
+
+
+def _unsafe_names(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream)))
+    except Exception:  # of an opcode that torch does not know
+        return ""
+
+
+def _unreadable(what: str, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"torch.load cannot read {what}: {error}")
 
 
 def load_tensor(stream: IO[bytes], what: str) -> torch.Tensor:

@@ -352,11 +352,9 @@ def test_serialize_passes_on_what_torch_save_raises() -> None:
 # Reading
 
 
-def test_a_class_that_torch_refuses_is_told_from_damage() -> None:
-    """By the words of torch's message, for its type is the same: this fails if they change."""
-    refused = io.BytesIO(saved(Origin(3)))
-    with pytest.raises(UnsupportedCheckpointError, match=r"x has a class.*add_safe_globals first, or y .*Origin"):
-        load_saved(refused, "x", ", or y")
+def test_a_class_that_torch_refuses_is_not_damage() -> None:
+    with pytest.raises(UnsupportedCheckpointError, match=r"x has a class.*\(.*Origin\).*add_safe_globals first, or y"):
+        load_saved(io.BytesIO(saved(Origin(3))), "x", ", or y")
     for damage in (b"", b"not a zip file", saved(torch.ones(2))[:-30]):
         with pytest.raises(CorruptCheckpointError, match="cannot read x"):
             load_saved(io.BytesIO(damage), "x")
