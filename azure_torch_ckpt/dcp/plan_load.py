@@ -27,7 +27,7 @@ __all__ = ["PlanLoad"]
 
 @dataclasses.dataclass(slots=True)
 class _Wanted:
-    """One item of the plan.
+    """One requested item.
 
     Attributes:
         target: where it goes; None for an object, and until the planner has been asked.
@@ -134,7 +134,7 @@ class PlanLoad:
         return target
 
     def _stored_as(self, request: ReadItem) -> tuple[torch.dtype, torch.Size]:
-        """The dtype and the sizes of the stored chunk that a request reads from."""
+        """Return the dtype and the sizes of the stored chunk that a request reads from."""
         index = request.storage_index
         entry = self._metadata.state_dict_metadata[index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
@@ -222,7 +222,7 @@ class PlanLoad:
             wanted.target = wanted.staged = None
 
     def _stage(self, wanted: _Wanted) -> torch.Tensor:
-        """Where to receive an item whose raw bytes have a known place: beside its target, whose turn has not come."""
+        """Make memory beside the target to receive a raw item into, because the target's turn has not come."""
         size = self._staged_size(wanted)
         if size > self._budget:  # so it is alone in its batch, and its turn has come
             wanted.target = self._target(wanted) if wanted.target is None else wanted.target
@@ -234,7 +234,7 @@ class PlanLoad:
         return wanted.staged
 
     def _open_region(self, wanted: _Wanted, received: bytearray) -> torch.Tensor:
-        """The requested part of an item that only torch can read."""
+        """Load an item that only torch can read, and return the requested part."""
         request, name = wanted.request, self._name(wanted.request)
         region = load_tensor(open_item(received, wanted.item, name), name)
         for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):

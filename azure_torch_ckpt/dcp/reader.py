@@ -53,20 +53,20 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     state dict asks for are fetched, straight into its tensors where those are contiguous CPU memory of the saved dtype.
     After an error the state dict's tensors hold old and new values in no particular order.
 
-    Of tensors in the state dict that share memory, the last one in the plan stays: the last key, as ``dcp.load`` sorts
-    them. A planner that overrides a method by which torch's gives or commits tensors gets its items in the order of the
-    plan: each is resolved, filled and committed before the next. A tensor of which the checkpoint holds a part only is
-    an error, with ``allow_partial_load`` as well, which is for missing keys.
+    If tensors in the state dict share memory, the values of the last one in the plan remain: the last key, as
+    ``dcp.load`` sorts them. A planner that overrides a method by which torch's gives or commits tensors gets its items
+    in the order of the plan: each is resolved, filled and committed before the next. If the checkpoint has only a part
+    of a tensor, that is an error, with ``allow_partial_load`` as well, which is for missing keys.
 
     Args:
-        url: the checkpoint's place, as for `AzureBlobWriter`.
-        credential: as for `AzureBlobWriter`; reading and listing are all that it must allow.
+        url: of the checkpoint, as for `AzureBlobWriter`.
+        credential: as for `AzureBlobWriter`; it must allow reading and listing.
         options: limits of connections, memory and time, and whether checksums are compared.
         ca_file: a PEM file with certificates to trust besides the platform's.
         progress: as for `AzureBlobWriter`.
 
     Raises:
-        LocationError: the URL names no place in Blob Storage.
+        LocationError: the URL does not name a place in Blob Storage.
         CredentialError: the credential cannot be used.
         MissingDependencyError: ``progress=True``, and tqdm is not installed.
 
@@ -89,7 +89,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         self._why_no_metadata: AzureCheckpointError | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Fetch and check the checkpoint's metadata; with ``rank=``, one rank's of a save without collectives.
+        """Fetch and check the checkpoint's metadata; with ``rank=``, that rank's own after a save without collectives.
 
         Raises:
             CheckpointNotFoundError: there is no complete checkpoint.
@@ -112,7 +112,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
                     load._report.end(error)
                 raise
         # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
-        # AssertionError if that is not there either. What it gets here instead raises the first error when it is used.
+        # AssertionError if that does not exist either. So it gets an object here that raises the first error when used.
         first, load._why_no_metadata = load._why_no_metadata, None
         if not isinstance(first, CheckpointNotFoundError):
             return load._unreadable(first)
@@ -131,7 +131,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if isinstance(metadata, _Unreadable):
             raise metadata.error
-        # Where another thread has read the metadata, this one goes on with a copy of what that one knows.
+        # If another thread has read the metadata, this one continues with a copy of that thread's state.
         load = self._begun_here() or self._begin(self._current())
         load._report.confirm(is_coordinator)
         load._metadata = metadata
@@ -142,10 +142,11 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
 
     @step
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """See that all ranks have read the same metadata.
+        """Check that all ranks have read the same metadata.
 
         Raises:
-            CheckpointReplacedError: the checkpoint was replaced between one rank's look and another's.
+            CheckpointReplacedError: the checkpoint was replaced after one rank had read the metadata, and before
+                another had.
         """
         seen = {plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)}
         # Ranks of which only some have read their own metadata would wait for each other in different collectives.
@@ -158,10 +159,10 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
         """Fetch what the plan names into the planner's tensors, and hand it the pickled objects.
 
         Raises:
-            CorruptCheckpointError: a blob is missing or too short, a checksum does not match, or the checkpoint has not
-                all of a tensor that is wanted.
-            UnsupportedCheckpointError: it was saved with ``use_collectives=False``, and what this rank saved is not all
-                that it wants.
+            CorruptCheckpointError: a blob is missing or too short, a checksum does not match, or the checkpoint has
+                only a part of a requested tensor.
+            UnsupportedCheckpointError: it was saved with ``use_collectives=False``, and this rank requests more than it
+                saved.
             CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
             StoreError: the service could not be asked.
         """
@@ -218,7 +219,7 @@ class AzureBlobReader(CheckpointPlace, StorageReader):
 
 
 class _Unreadable(Metadata):
-    """Stands for metadata that could not be read. Whoever uses it gets the reason as an exception."""
+    """Takes the place of metadata that could not be read: every use of it raises the reason."""
 
     def __init__(self, error: AzureCheckpointError) -> None:
         object.__setattr__(self, "error", error)

@@ -81,7 +81,7 @@ def verify(
     The sizes come from a listing, or where the credential does not allow one from a request for each blob.
 
     Args:
-        url: the checkpoint's place.
+        url: of the checkpoint.
         sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
         progress: called with the bytes that were read so far and those that will be; see `ByteProgress`.
 

@@ -39,7 +39,7 @@ def copy_elements(values: torch.Tensor, target: torch.Tensor, what: str, *, non_
 
 
 def write_elements(values: torch.Tensor, target: torch.Tensor, what: str) -> None:
-    """`copy_elements` in a thread of ours, into a tensor of the user's."""
+    """`copy_elements` into a tensor of the user, from any thread."""
     # A tensor that was made in inference mode may only be written to in that mode, and modes are per thread.
     with torch.inference_mode(target.is_inference()), torch.no_grad():
         copy_elements(values, target, what)
