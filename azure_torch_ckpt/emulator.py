@@ -35,6 +35,7 @@ from typing import IO
 from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY
 from azure_torch_ckpt.errors import EmulatorError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 
@@ -92,7 +93,7 @@ class Azurite:
     account_name: str = EMULATOR_ACCOUNT
     """The account that every Azurite has: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite"""
 
-    account_key: str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    account_key: str = EMULATOR_ACCOUNT_KEY
     """The published key of that account: no secret."""
 
     def __init__(self, *, data_dir: Path | None = None, tls: bool = False, oauth: bool = False, port: int = 0) -> None:

@@ -16,7 +16,7 @@ from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.range_reader import CACHED, RangeReader
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Credential, environment_values
 from azure_torch_ckpt.errors import AccessDeniedError, BlobExistsError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -381,14 +381,17 @@ def _refuse_existing(store: BlobStore, location: BlobLocation) -> None:
 
 
 @functools.lru_cache(maxsize=8, typed=True)
-def _kept_store(location: BlobLocation, credential: Hashable, access: Access) -> BlobStore:
+def _kept_store(
+    location: BlobLocation, credential: Hashable, environment: tuple[str | None, ...], access: Access
+) -> BlobStore:
     return BlobStore(location, access)
 
 
 def _shared_store(location: BlobLocation, access: Access) -> BlobStore:
     """One store for all files of a container: a connection and a token cost more than a small blob."""
+    environment = environment_values() if access.credential is None else ()  # a new SAS, perhaps
     try:
         # The credential counts with its type: False is a credential, 0 is none.
-        return _kept_store(location, cast("Hashable", access.credential), access)
+        return _kept_store(location, cast("Hashable", access.credential), environment, access)
     except TypeError:  # a credential that cannot be hashed
         return BlobStore(location, access)

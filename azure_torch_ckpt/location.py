@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from azure_torch_ckpt.errors import LocationError
 
-__all__ = ["BlobLocation", "has_empty_segment"]
+__all__ = ["EMULATOR_ACCOUNT", "BlobLocation", "has_empty_segment", "is_account_name", "is_sas"]
 
 EMULATOR_ACCOUNT: Final = "devstoreaccount1"
 
@@ -251,6 +251,16 @@ def has_empty_segment(path: str) -> bool:
     return not path or path[0] == "/" or path[-1] == "/" or "//" in path
 
 
+def is_account_name(text: str) -> bool:
+    """Whether a storage account can have this name."""
+    return _ACCOUNT.fullmatch(text) is not None
+
+
+def is_sas(text: str) -> bool:
+    """Whether this looks like a shared access signature (without ``?``): printable ASCII with a ``sig=``."""
+    return _SAS.fullmatch(text) is not None and _SAS_SIGNATURE.search(text) is not None
+
+
 def _text(url: str | os.PathLike[str]) -> str:
     if isinstance(url, PurePath):
         text = url.as_posix()  # a WindowsPath would come with backslashes
@@ -389,7 +399,7 @@ def _parse_query(query: str) -> tuple[str | None, str | None, str | None]:
         else:
             rest.append(part)
     sas = "&".join(rest)
-    if sas and not (_SAS.fullmatch(sas) and _SAS_SIGNATURE.search(sas)):
+    if sas and not is_sas(sas):
         raise LocationError(
             "The URL's query is no shared access signature (a SAS has a sig= and only printable ASCII), and not "
             "snapshot= or versionid= either. If the '?' is part of the blob's name, write it as %3F."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
+    for name in [name for name in os.environ if name.startswith("AZURE_STORAGE_")]:
+        del os.environ[name]  # a credential of this machine
     # What a shell starts in the background ignores Ctrl-C, and so do its children, to which some tests send it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,6 +81,13 @@ def azurite_tls() -> Iterator[Azurite]:
         yield emulator
 
 
+@pytest.fixture(scope="session")
+def tls_files(azurite_tls: Azurite) -> tuple[Path, Path]:
+    """PEM files of the certificate of `azurite_tls`, for 127.0.0.1, and of its key."""
+    assert azurite_tls.certificate is not None
+    return azurite_tls.certificate, azurite_tls.certificate.with_name("key.pem")
+
+
 @pytest.fixture
 def container(azurite: Azurite) -> str:
     """URL of a container that is empty and this test's own. The key is ``azurite.account_key``."""
@@ -100,7 +110,7 @@ def proxy(azurite: Azurite) -> Iterator[FaultProxy]:
 @pytest.fixture
 def proxied_container(proxy: FaultProxy, container: str) -> str:
     """URL of `container` through `proxy`. The proxy's log does not have the request that made it."""
-    return f"{proxy.endpoint}/{container.rpartition('/')[2]}"
+    return proxy.through(container)
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def test_a_callback_that_raises_is_logged_once_and_costs_no_checkpoint(
 
     dcp.save(state(), storage_writer=AzureBlobWriter(url, credential=KEY, options=BLOCKS, progress=broken))
     assert len(calls) == 1
-    assert caplog.text.count("the progress callback failed and is not called again; the save goes on") == 1
+    assert caplog.text.count("the progress callback failed and is not called again; the save continues") == 1
     assert "ZeroDivisionError: no screen" in caplog.text
     dcp.load(blank(), storage_reader=AzureBlobReader(url, credential=KEY))
 

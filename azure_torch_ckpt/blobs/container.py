@@ -12,13 +12,13 @@ from azure.storage.blob import BlobClient, ContainerClient
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.direct_requests import USER_AGENT, DirectRequests
 from azure_torch_ckpt.blobs.error_translation import translate
-from azure_torch_ckpt.credentials import resolve
+from azure_torch_ckpt.credentials import environment_note, resolve
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Doubt
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from azure_torch_ckpt.transport.retry import RetryPolicy
-from azure_torch_ckpt.transport.throttle import Pressure, RequestCounts
+from azure_torch_ckpt.transport.throttle import RequestCounts, Throttle
 
 __all__ = ["ContainerConnection"]
 
@@ -37,15 +37,15 @@ class ContainerConnection:
     ) -> None:
         self.location = location.container_root()
         self.access = access = access or Access()
+        # Refuses what cannot be used now, not in a worker thread later.
+        self._credential = resolve(location, access.credential)
         self._client: ContainerClient | None = None
         self._requests: DirectRequests | None = None
         self._blobs: dict[str, BlobClient] = {}  # by the blob's path
         self._transport = GatherTransport(ca_file=access.ca_file)
-        self._pressure = Pressure()
+        self.throttle = Throttle()
         self.has_directories: bool | None = None
         """Whether the account has a hierarchical namespace; None while that is not known."""
-        # Refuses what cannot be used now, not in a worker thread later.
-        resolve(location, access.credential)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"location": self.location, "access": self.access}
@@ -63,9 +63,9 @@ class ContainerConnection:
             self._client = client = ContainerClient(
                 self.location.endpoint,
                 self.location.container,
-                credential=resolve(self.location, self.access.credential),
+                credential=self._credential,
                 transport=self._transport,
-                retry_policy=RetryPolicy(self.options.retry_seconds, self._pressure),
+                retry_policy=RetryPolicy(self.options.retry_seconds, self.throttle),
                 user_agent=USER_AGENT,
                 max_single_get_size=_ONE_REQUEST,
                 max_single_put_size=_ONE_REQUEST,
@@ -77,9 +77,9 @@ class ContainerConnection:
         direct = self._requests
         if direct is None:
             self._requests = direct = DirectRequests(
-                resolve(self.location, self.access.credential),
+                self._credential,
                 self._transport,
-                RetryPolicy(self.options.retry_seconds, self._pressure),
+                RetryPolicy(self.options.retry_seconds, self.throttle),
                 self._container().api_version,
             )
         return direct
@@ -104,7 +104,7 @@ class ContainerConnection:
     @property
     def counts(self) -> RequestCounts:
         """How many requests this store has sent in this process, and how many of them were retries."""
-        return self._pressure.counts
+        return self.throttle.counts
 
     @contextlib.contextmanager
     def _translated(self, doing: str, path: str, doubt: Doubt | None = None) -> Iterator[None]:
@@ -112,8 +112,9 @@ class ContainerConnection:
             yield
         except AzureError as error:
             where = f"{self.location}/{path}" if path else str(self.location)
-            anonymous = resolve(self.location, self.access.credential) is None
-            translated = translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous)
+            note = environment_note(self.location, self.access.credential)
+            anonymous = self._credential is None
+            translated = translate(error, f"could not {doing} {where}", self.location, anonymous=anonymous, note=note)
             if doubt is not None:
                 translated.may_be_done = doubt.exists
             raise translated from error

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import base64
 import email.utils
-import hmac
-import re
 import urllib.parse
 import uuid
-from typing import Any
 
-from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential, TokenRequestOptions
 from azure.core.exceptions import (
     ClientAuthenticationError,
     HttpResponseError,
@@ -25,17 +21,13 @@ from azure.core.exceptions import (
     ResourceNotFoundError,
     map_error,
 )
-from azure.core.pipeline import Pipeline, PipelineRequest, PipelineResponse
-from azure.core.pipeline.policies import (
-    AzureSasCredentialPolicy,
-    HttpLoggingPolicy,
-    HTTPPolicy,
-    SansIOHTTPPolicy,
-)
+from azure.core.pipeline import Pipeline, PipelineRequest
+from azure.core.pipeline.policies import HttpLoggingPolicy, SansIOHTTPPolicy
 from azure.core.rest import HttpRequest, HttpResponse
 from azure.core.settings import settings
 
-from azure_torch_ckpt.credentials import STORAGE_SCOPE, SdkCredential, SharedTokens
+from azure_torch_ckpt.blobs.signing import signing_policies
+from azure_torch_ckpt.credentials import SdkCredential
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
@@ -46,23 +38,6 @@ __all__ = ["USER_AGENT", "DirectRequests"]
 USER_AGENT = "azure-torch-ckpt"
 """Names this package in the service's logs."""
 
-# https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key#constructing-the-signature-string:
-# these are signed by their place, present or not; x-ms-* and the query follow by name.
-_SIGNED = (
-    "content-encoding",
-    "content-language",
-    "content-length",
-    "content-md5",
-    "content-type",
-    "date",
-    "if-modified-since",
-    "if-match",
-    "if-none-match",
-    "if-unmodified-since",
-    "range",
-)
-# Bearer authorization_uri=https://login.microsoftonline.com/TENANT/oauth2/authorize resource_id=...
-_TENANT = re.compile(r"\bauthorization_uri=\"?https://[^/\s\",]+/([A-Za-z0-9.-]+)/")
 _MOST_RESULTS = 5_000  # in one page
 # As the client raises them: they are the cause of ours.
 _ERRORS: dict[int, type[HttpResponseError]] = {
@@ -85,14 +60,8 @@ class DirectRequests:
     def __init__(
         self, credential: SdkCredential, transport: GatherTransport, retry: RetryPolicy, api_version: str
     ) -> None:
-        policies: list[Any] = [retry, _Headers(api_version)]
-        if isinstance(credential, AzureNamedKeyCredential):
-            policies.append(_SharedKey(credential))
-        elif isinstance(credential, AzureSasCredential):
-            policies.append(AzureSasCredentialPolicy(credential))
-        elif credential is not None:
-            policies.append(_Bearer(credential))
-        policies.append(HttpLoggingPolicy())
+        # Each attempt is signed anew: its headers have the time, and a token may have ended.
+        policies = [retry, _Headers(api_version), *signing_policies(credential), HttpLoggingPolicy()]
         self._pipeline: Pipeline[HttpRequest, HttpResponse] = Pipeline(transport, policies)
 
     def put_block(
@@ -170,60 +139,3 @@ class _Headers(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
         headers["x-ms-version"] = self._api_version
         headers["x-ms-date"] = email.utils.formatdate(usegmt=True)
         headers["x-ms-client-request-id"] = str(uuid.uuid4())
-
-
-class _Bearer(HTTPPolicy[HttpRequest, HttpResponse]):
-    """Sends a token, one of the account's tenant once the service has named it.
-
-    azure-core's own policy leaves the service's challenge unanswered, and that of azure-storage-blob forgets the answer
-    when its client goes: https://learn.microsoft.com/rest/api/storageservices/authorize-with-azure-active-directory#bearer-challenge
-    """
-
-    def __init__(self, tokens: SharedTokens) -> None:
-        super().__init__()
-        self._tokens = tokens
-
-    def send(self, request: PipelineRequest[HttpRequest]) -> PipelineResponse[HttpRequest, HttpResponse]:
-        response = self._send(request, {})
-        if response.http_response.status_code != 401:
-            return response
-        # Only the tenant is believed, not where the token is good: the scope stays.
-        named = _TENANT.search(response.http_response.headers.get("WWW-Authenticate", ""))
-        if named is None:
-            return response
-        response = self._send(request, {"tenant_id": named[1]})
-        if response.http_response.status_code != 401:
-            self._tokens.remember_tenant(named[1])
-        return response
-
-    def _send(
-        self, request: PipelineRequest[HttpRequest], options: TokenRequestOptions
-    ) -> PipelineResponse[HttpRequest, HttpResponse]:
-        token = self._tokens.get_token_info(STORAGE_SCOPE, options=options)
-        request.http_request.headers["Authorization"] = f"Bearer {token.token}"
-        return self.next.send(request)
-
-
-class _SharedKey(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
-    """Signs with the account's key: https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key."""
-
-    def __init__(self, credential: AzureNamedKeyCredential) -> None:
-        super().__init__()
-        self._credential = credential
-
-    def on_request(self, request: PipelineRequest[HttpRequest]) -> None:
-        account, key = self._credential.named_key
-        message = _string_to_sign(request.http_request, account)
-        signature = base64.b64encode(hmac.digest(base64.b64decode(key), message.encode(), "sha256")).decode()
-        request.http_request.headers["Authorization"] = f"SharedKey {account}:{signature}"
-
-
-def _string_to_sign(request: HttpRequest, account: str) -> str:
-    headers = {name.lower(): value for name, value in request.headers.items()}
-    lines = [request.method]
-    lines += [headers.get(name, "") for name in _SIGNED]
-    lines += [f"{name}:{value}" for name, value in sorted(headers.items()) if name.startswith("x-ms-")]
-    target = urllib.parse.urlsplit(request.url)
-    lines.append(f"/{account}{target.path}")
-    lines += [f"{name}:{value}" for name, value in sorted(urllib.parse.parse_qsl(target.query))]
-    return "\n".join(lines)

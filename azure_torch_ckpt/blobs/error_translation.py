@@ -17,7 +17,7 @@ from azure_torch_ckpt.errors import (
     StoreError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.transport.retry import COPY_SOURCE, DAMAGED, HEALING_STATUS, NOT_SUPPORTED, error_code
+from azure_torch_ckpt.transport.retry import COPY_SOURCE, DAMAGED, NOT_SUPPORTED, PASSING_STATUS, error_code
 
 __all__ = ["translate"]
 
@@ -75,32 +75,35 @@ _ADVICE = {
 }
 
 
-def translate(error: AzureError, failed: str, location: BlobLocation, *, anonymous: bool = False) -> StoreError:
+def translate(
+    error: AzureError, failed: str, location: BlobLocation, *, anonymous: bool = False, note: str = ""
+) -> StoreError:
     """Our error for an error of the SDK.
 
     Args:
         failed: what could not be done, and where; the message begins with it.
         location: of the container.
         anonymous: whether requests carry no credential.
+        note: what an `AccessDeniedError` adds: `azure_torch_ckpt.credentials.environment_note`.
     """
     # The base class that the SDK declares lacks the headers that every response has.
     response: Any = error.response if isinstance(error, HttpResponseError) else None
     if response is None:
-        return _unanswered(error, failed, location)
+        return _unanswered(error, failed, location, note)
     status = int(response.status_code or 0)
     code = error_code(response)
     said = f"{failed}: {status} {code or response.reason}"
-    result = _by_status(status, code or "", said, location, anonymous)
+    result = _by_status(status, code or "", said, location, anonymous, note)
     result.status = status
     result.error_code = code
     return result
 
 
-def _unanswered(error: AzureError, failed: str, location: BlobLocation) -> StoreError:
+def _unanswered(error: AzureError, failed: str, location: BlobLocation, note: str) -> StoreError:
     if isinstance(error, ClientAuthenticationError):
         return AccessDeniedError(
             f"{failed}: no token or signature could be made ({_first_line(error)}). Log in (az login), give the "
-            "machine a managed identity, or pass credential="
+            f"machine a managed identity, or pass credential={note}"
         )
     if isinstance(error.inner_exception, ssl.SSLCertVerificationError):
         return ServiceUnavailableError(
@@ -113,11 +116,11 @@ def _unanswered(error: AzureError, failed: str, location: BlobLocation) -> Store
     )
 
 
-def _by_status(status: int, code: str, said: str, location: BlobLocation, anonymous: bool) -> StoreError:
+def _by_status(status: int, code: str, said: str, location: BlobLocation, anonymous: bool, note: str) -> StoreError:
     if code == COPY_SOURCE and status != 412:  # its status is what the source answered to the service, not to us
         return RequestRefusedError(f"{said}. {_ADVICE[code]}")
     if status in (401, 403) or code in ("InvalidAuthenticationInfo", "PublicAccessNotPermitted"):  # 400 and 409
-        return AccessDeniedError(f"{said}. {_access_advice(code, location, anonymous)}")
+        return AccessDeniedError(f"{said}. {_access_advice(code, location, anonymous)}{note}")
     if status == 404:
         if not code:
             # Whether a blob is there decides what may be deleted, and the service names its reason.
@@ -125,7 +128,7 @@ def _by_status(status: int, code: str, said: str, location: BlobLocation, anonym
         return _not_there(code, said, location, anonymous)
     if (status == 409 and code == "BlobAlreadyExists") or (status == 412 and not code.startswith("Lease")):
         return BlobChangedError(said)
-    if status in HEALING_STATUS and code != NOT_SUPPORTED:
+    if status in PASSING_STATUS and code != NOT_SUPPORTED:
         return ServiceUnavailableError(f"{said}, also after retries. The service is busy or down; try again later")
     if code in DAMAGED:
         return RequestRefusedError(

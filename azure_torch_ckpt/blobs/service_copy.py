@@ -14,8 +14,8 @@ from azure.core.rest import HttpResponse
 from azure.storage.blob import BlobSasPermissions, generate_blob_sas
 
 from azure_torch_ckpt._internal.checksums import parse_header_value
+from azure_torch_ckpt._internal.shared_tokens import STORAGE_SCOPE
 from azure_torch_ckpt.blobs.container import ContainerConnection
-from azure_torch_ckpt.credentials import STORAGE_SCOPE, resolve
 from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["CopySource", "CopyingContainer"]
@@ -47,7 +47,7 @@ class CopyingContainer(ContainerConnection):
         (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url#authorization).
         """
         location = dataclasses.replace(self.location, path=path)
-        credential = resolve(self.location, self.access.credential)
+        credential = self._credential
         url, sas, authorization = str(location), None, None
         if isinstance(credential, AzureSasCredential):
             sas = credential.signature.removeprefix("?")

@@ -1,4 +1,4 @@
-"""What all commands share: the options for the connection and the output."""
+"""Options that several commands share: connection, output, the SAS of a target, confirmation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import click
 from azure_torch_ckpt.cli.option_values import authority_file, read_sas
 from azure_torch_ckpt.cli.output import Output
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.environment import credential_from_environment
 
-__all__ = ["Session", "confirm_removal", "output_options", "session_options"]
+__all__ = ["Session", "confirm_removal", "output_options", "session_options", "target_sas_option"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """How this run of the command reaches the service, and where its results go."""
+    """The connection and the output of one run of a command."""
 
     credential: Credential
     ca_file: str | None
@@ -35,7 +34,7 @@ class Session:
 
 
 def session_options(command: _F) -> Callable[..., Any]:
-    """Give a command the options that all have; it gets a `Session` in their place."""
+    """Decorate a command with the options of all commands, which reach it as a `Session`."""
 
     @click.option(
         "--sas",
@@ -56,17 +55,23 @@ def session_options(command: _F) -> Callable[..., Any]:
     def with_session(sas: str | None, anonymous: bool, ca_file: str | None, output: Output, **arguments: Any) -> Any:
         if sas is not None and anonymous:
             raise click.UsageError("--sas and --anonymous exclude each other.")
-        credential: Credential = False if anonymous else read_sas(sas, "--sas") or credential_from_environment()
+        credential: Credential = False if anonymous else read_sas(sas, "--sas")
         return command(session=Session(credential, ca_file, output), **arguments)
 
     return with_session
 
 
+target_sas_option = click.option(
+    "--target-sas", metavar="SAS", help="SAS for TARGET, where it needs another one than the source. As for --sas."
+)
+"""Decorator for the commands that write to a second URL."""
+
+
 def output_options(command: _F) -> Callable[..., Any]:
-    """Give a command ``--json`` and ``--verbose``; it gets an `Output`."""
+    """Decorate a command with ``--json`` and ``--verbose``, which reach it as an `Output`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, for scripts.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done, and tell of each retry.")
+    @click.option("-v", "--verbose", is_flag=True, help="Log each step and each retry to stderr.")
     @functools.wraps(command)
     def with_output(as_json: bool, verbose: bool, **arguments: Any) -> Any:
         if verbose:
@@ -77,14 +82,14 @@ def output_options(command: _F) -> Callable[..., Any]:
 
 
 def confirm_removal(output: Output, yes: bool) -> None:
-    """Return only if the user means it.
+    """Ask for confirmation unless `yes`; return only if the user agrees.
 
     Raises:
-        click.UsageError: nobody can be asked, and ``--yes`` was not given.
+        click.UsageError: there is no terminal to ask on, and ``--yes`` was not given.
         click.Abort: the answer is no.
     """
     if yes:
         return
     if not output.interactive:
-        raise click.UsageError("There is no terminal to ask at whether this is meant. Add --yes if it is.")
+        raise click.UsageError("There is no terminal to ask for confirmation. Add --yes to remove without asking.")
     click.confirm("Remove? This cannot be undone.", abort=True, err=True)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.store import BlobInfo
+from azure_torch_ckpt.dcp.blob_names import data_rank, is_metadata_name, is_save_id, metadata_rank
 from azure_torch_ckpt.location import has_empty_segment
 
-__all__ = ["ListedCheckpoint", "empty_save_folders", "group_by_checkpoint", "rank_of"]
-
-# layout.data_name: <save id>/__<rank>_<n>.distcp; torch's own FileSystemWriter has no save id.
-_DATA = re.compile(r"__(\d+)_\d+\.distcp")
-_SAVE_ID = re.compile(r"[0-9a-f]{32}")
-_METADATA = re.compile(r"\.metadata|__(\d+)\.metadata")
+__all__ = ["ListedCheckpoint", "empty_save_folders", "group_by_checkpoint"]
 
 
 @dataclass(slots=True)
@@ -43,14 +38,8 @@ class ListedCheckpoint:
         if None in self.metadata:
             return True
         ranks = {rank for rank in self.metadata if rank is not None}
-        seen = ranks | {rank_of(blob.path) for blobs in self.saves.values() for blob in blobs}
+        seen = ranks | {data_rank(blob.path) for blobs in self.saves.values() for blob in blobs}
         return bool(ranks) and ranks == set(range(max(rank for rank in seen if rank is not None) + 1))
-
-
-def rank_of(path: str) -> int | None:
-    """The rank that wrote a data blob, by its name."""
-    match = _DATA.fullmatch(path.rpartition("/")[2])
-    return None if match is None else int(match[1])
 
 
 def group_by_checkpoint(blobs: Iterable[BlobInfo], prefix: str = "") -> list[ListedCheckpoint]:
@@ -68,14 +57,11 @@ def group_by_checkpoint(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Lis
         if has_empty_segment(blob.path):
             continue  # no URL of a checkpoint has such a path, and "run//.metadata" does not belong to "run"
         folder, _, name = blob.path.rpartition("/")
-        metadata = _METADATA.fullmatch(name)
-        if metadata is not None:
-            found.setdefault(folder, ListedCheckpoint(folder)).metadata[int(metadata[1]) if metadata[1] else None] = (
-                blob
-            )
-        elif _DATA.fullmatch(name):
+        if is_metadata_name(name):
+            found.setdefault(folder, ListedCheckpoint(folder)).metadata[metadata_rank(name)] = blob
+        elif data_rank(name) is not None:
             above, _, save_id = folder.rpartition("/")
-            if not _SAVE_ID.fullmatch(save_id) or len(folder) < len(prefix):
+            if not is_save_id(save_id) or len(folder) < len(prefix):
                 above, save_id = folder, ""
             found.setdefault(above, ListedCheckpoint(above)).saves.setdefault(save_id, []).append(blob)
     owners: dict[str, ListedCheckpoint | None] = {}
@@ -96,7 +82,7 @@ def empty_save_folders(blobs: Iterable[BlobInfo]) -> list[BlobInfo]:
     return [
         blob
         for blob in every
-        if blob.is_folder and blob.path not in occupied and _SAVE_ID.fullmatch(blob.path.rpartition("/")[2])
+        if blob.is_folder and blob.path not in occupied and is_save_id(blob.path.rpartition("/")[2])
     ]
 
 

@@ -17,9 +17,9 @@ from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.transfer import Download, Read
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.base import CheckpointPlace, step
+from azure_torch_ckpt.dcp.base import BaseStorage, step
+from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.items import ItemReader, run_reads
-from azure_torch_ckpt.dcp.layout import metadata_name
 from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata, replaced_error
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.report import TransferReport
@@ -46,7 +46,7 @@ class _Seen:
     etag: str
 
 
-class AzureBlobReader(CheckpointPlace, StorageReader):
+class AzureBlobReader(BaseStorage, StorageReader):
     """Load a checkpoint from a URL in Blob Storage, on any number of ranks and with any sharding.
 
     Reads what `AzureBlobWriter`, torch's ``FileSystemWriter`` and ``FsspecWriter`` write. Only the bytes that the

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -24,7 +22,7 @@ from azure_torch_ckpt.events import TransferEvent, emit
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 from azure_torch_ckpt.transport.throttle import RequestCounts
 
-__all__ = ["TransferReport", "job_rank", "rate_and_requests", "report_abandoned", "report_log", "reports_errors"]
+__all__ = ["TransferReport", "job_rank", "rate_and_requests", "report_abandoned", "report_log"]
 
 report_log = logging.getLogger("azure_torch_ckpt")
 """The package's logger, so that one name selects the lines of all modules."""
@@ -190,29 +188,6 @@ def _unknown_end(operation: str, url: str) -> CheckpointError:
         f"The {operation} {_DIRECTION[operation]} {url} was broken off, by an error of its planner or of another rank. "
         "The exception that torch raised there has the reason"
     )
-
-
-class _HasReport(Protocol):
-    _report: TransferReport
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_Self = TypeVar("_Self", bound=_HasReport)
-
-
-def reports_errors(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """Decorate a step of a save or a load: an error in it ends the report of this rank."""
-
-    @functools.wraps(method)
-    def step(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return method(self, *args, **kwargs)
-        except BaseException as error:
-            self._report.end(error)
-            raise
-
-    return step
 
 
 def _line(event: TransferEvent) -> str:

@@ -18,11 +18,11 @@ from azure_torch_ckpt.errors import (
     ServiceUnavailableError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.transfer_support import MIB, some_bytes
+from tests.blobs.stores import MIB, some_bytes
 from tests.support.faults import Answer, Call, Cut, Flip, Gate, Hold
 from tests.support.proxy import FaultProxy, meet
 
-pytest_plugins = ("tests.blobs.transfer_support",)
+pytest_plugins = ("tests.blobs.stores",)
 
 
 def ranges(proxy: FaultProxy) -> list[str]:

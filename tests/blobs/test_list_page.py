@@ -17,7 +17,7 @@ from azure_torch_ckpt.blobs.list_page import ListPage
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.store_support import KEY, ODD_NAMES
+from tests.blobs.stores import KEY, ODD_NAMES
 from tests.support.faults import Answer
 from tests.support.proxy import FaultProxy
 

@@ -32,7 +32,7 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
-from tests.blobs.store_support import KEY, sas_for, texts_of
+from tests.blobs.stores import KEY, sas_for, texts_of
 from tests.support.faults import Answer, Exchange
 from tests.support.proxy import FaultProxy
 from tests.support.waits import Clock, without_waiting

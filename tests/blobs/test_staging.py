@@ -22,12 +22,12 @@ from azure_torch_ckpt.blobs.staging import BLOCK_ID_LENGTH, Staging, block_id
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.transfer import Upload
 from azure_torch_ckpt.errors import RequestRefusedError
-from azure_torch_ckpt.huggingface.blocks import run_id
+from azure_torch_ckpt.huggingface.block_stager import rank_block_id
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
-from tests.blobs.store_support import KEY, read, sas_for
+from tests.blobs.stores import KEY, read, sas_for
 from tests.support.faults import Call
 from tests.support.proxy import FaultProxy
 
@@ -182,5 +182,5 @@ def test_every_id_of_this_package_has_one_length(store: BlobStore, proxy: FaultP
     for write in writes:
         write()
     lengths = {len(base64.b64decode(seen.query["blockid"])) for seen in proxy.requests("Put Block")}
-    lengths |= {len(run_id("0" * 16, rank, 999_999)) for rank in (0, 999_999)}
+    lengths |= {len(rank_block_id("0" * 16, rank, 999_999)) for rank in (0, 999_999)}
     assert lengths == {BLOCK_ID_LENGTH, len(block_id("0" * 32, 10**15 - 1))}

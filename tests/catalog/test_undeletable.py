@@ -14,7 +14,7 @@ from azure.storage.blob import BlobClient
 from azure_torch_ckpt import BlobLocation, RequestRefusedError, remove_checkpoint, verify
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import list_checkpoints, prune
-from tests.cli.cli_runs import cli
+from tests.cli.command_process import cli
 from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")

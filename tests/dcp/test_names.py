@@ -19,7 +19,7 @@ from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import BlobNotFoundError, LocationError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.store_support import KEY
+from tests.blobs.stores import KEY
 
 ODD = ["/", "//", "/a", "//a", "a/", "a//", "a//b", "a/b//c/d", "a/b/", "/a/b", "a///b"]
 PLAIN = ["a", "a/b", "a/b/c/d", "b"]

@@ -33,26 +33,16 @@ from azure_torch_ckpt import (
     StoreError,
 )
 from azure_torch_ckpt.transport import connections
-from tests.catalog.test_verify_prune import save_without_collectives
 from tests.support import sharded
-from tests.support.attempts import (
-    IMPATIENT,
-    blob_names,
-    contents,
-    load,
-    raised,
-    raised_everywhere,
-    raised_on_ranks,
-    save,
-    store_of,
-    unchanged,
-)
+from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, raised_on_ranks, save, unchanged
+from tests.support.containers import content, paths_below, put, snapshot, store_of
 from tests.support.faults import Answer, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.waits import without_waiting
 
 if TYPE_CHECKING:
     from tests.support.ranks import Ranks
+from tests.support.without_collectives import save_without_collectives
 
 pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -79,7 +69,7 @@ def save_two_below(url: str) -> None:
 
 def leave_data_alone(url: str) -> None:
     save(url, 1)
-    assert store_of(url).delete(blob_names(url, ".metadata")[0])
+    assert store_of(url).delete(paths_below(url, ".metadata")[0])
 
 
 @pytest.mark.parametrize(
@@ -104,15 +94,14 @@ def test_no_checkpoint_in_the_root_of_a_container(container: str) -> None:
 
 def test_metadata_of_single_ranks_is_told_and_not_taken_for_a_failed_save(container: str) -> None:
     for rank in (0, 1):
-        save_without_collectives(sharded.writer(f"{container}/run"), rank)
+        save_without_collectives(f"{container}/run", rank)
     with pytest.raises(CheckpointNotFoundError, match=r"metadata of ranks 0, 1 lies there.*use_collectives=False"):
         sharded.reader(f"{container}/run").read_metadata()
 
 
 def test_what_lies_there_is_shown_as_a_folder_would_show_it(container: str) -> None:
-    store = store_of(container)
     for path in ("run/notes.txt", "run/a/1", "run/a/2", *(f"run/z{number}/x" for number in range(5))):
-        store.put(path, b"")
+        put(container, path)
     says = r"What lies there: a/, notes\.txt, z0/, z1/, z2/, \.\.\.$"
     with pytest.raises(CheckpointNotFoundError, match=says):
         sharded.reader(f"{container}/run").read_metadata()
@@ -139,7 +128,7 @@ def test_only_where_there_is_no_metadata_a_ranks_own_is_read(
 ) -> None:
     writer = sharded.writer(url)
     dcp.save(sharded.plain(1), storage_writer=writer, use_collectives=False)
-    assert blob_names(url, "metadata") == ["run/step-1/__0.metadata"]
+    assert paths_below(url, "metadata") == ["run/step-1/__0.metadata"]
     sharded.assert_stands(url, 1, sharded.plain)
 
     proxied = f"{proxied_container}/run/step-1"
@@ -147,7 +136,7 @@ def test_only_where_there_is_no_metadata_a_ranks_own_is_read(
     with unchanged(url):
         raised(AccessDeniedError, lambda: load(proxied), r"/run/step-1/\.metadata: 403 AuthorizationFailure")
     assert proxy.count("Get Blob") == 1
-    store_of(url).put("run/step-1/.metadata", b"garbage")
+    put(url, "run/step-1/.metadata", b"garbage")
     with unchanged(url):
         raised(CorruptCheckpointError, lambda: load(url), r"/run/step-1/\.metadata")
 
@@ -156,8 +145,8 @@ def test_only_where_there_is_no_metadata_a_ranks_own_is_read(
 
 
 def cut_short(url: str, name: str) -> None:
-    data, _ = store_of(url).read(name, limit=1 << 20)
-    store_of(url).put(name, data[: len(data) // 3])
+    data = content(url, name)
+    put(url, name, data[: len(data) // 3])
 
 
 def remove(url: str, name: str) -> None:
@@ -165,8 +154,8 @@ def remove(url: str, name: str) -> None:
 
 
 def damage(url: str, name: str) -> None:
-    data, _ = store_of(url).read(name, limit=1 << 20)
-    store_of(url).put(name, data.replace(b"archive/data", b"arch1ve/data"))
+    data = content(url, name)
+    put(url, name, data.replace(b"archive/data", b"arch1ve/data"))
 
 
 def load_tensors(url: str) -> None:
@@ -185,7 +174,7 @@ def load_tensors(url: str) -> None:
 )
 def test_harmed_data(ranks: Ranks, url: str, harm: Callable[[str, str], None], says: str) -> None:
     save(url, 1)
-    [name] = blob_names(url, ".distcp")
+    [name] = paths_below(url, ".distcp")
     harm(url, name)
     with unchanged(url):
         error = raised(CorruptCheckpointError, lambda: load(url), says)
@@ -194,7 +183,7 @@ def test_harmed_data(ranks: Ranks, url: str, harm: Callable[[str, str], None], s
     # Only the second rank reads from what is harmed here, and both of them hear of it.
     two = f"{url}-of-two"
     ranks(2).run(save, two, 1)
-    harm(two, next(name for name in blob_names(two, ".distcp") if "/__1_" in name))
+    harm(two, next(name for name in paths_below(two, ".distcp") if "/__1_" in name))
     with unchanged(url):
         ranks(2).run(raised_on_ranks, CorruptCheckpointError, load_tensors, two, says, [1])
 
@@ -203,7 +192,7 @@ def test_harmed_data(ranks: Ranks, url: str, harm: Callable[[str, str], None], s
 def test_one_item_of_a_blob_that_is_gone(url: str, key: str) -> None:
     """A tensor's raw bytes and an object's pickle take different ways."""
     save(url, 1)
-    remove(url, blob_names(url, ".distcp")[0])
+    remove(url, paths_below(url, ".distcp")[0])
     raised(CorruptCheckpointError, lambda: load(url, {key: sharded.plain()[key]}), "is missing")
 
 
@@ -220,7 +209,7 @@ def test_no_container(ranks: Ranks, url: str, attempt: Callable[[str], None], fa
     # Only the coordinator looks at the URL before a save.
     ranks(2).run(raised_on_ranks, ContainerNotFoundError, attempt, elsewhere, says, failed)
     with pytest.raises(ContainerNotFoundError):
-        contents(elsewhere)
+        snapshot(elsewhere)
 
 
 def sas(container: str, permission: str, hours: float = 1) -> str:
@@ -273,10 +262,10 @@ def test_sas_without_delete_replaces_and_says_what_stays(
     container: str, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(url, 1)
-    [old] = blob_names(url, ".distcp")
+    [old] = paths_below(url, ".distcp")
     save(f"{url}?{sas(container, 'rwl')}", 2, credential=None)
     sharded.assert_stands(url, 2, sharded.plain)
-    assert old in blob_names(url, ".distcp")
+    assert old in paths_below(url, ".distcp")
     assert f"could not remove {container}/{old}, which is no longer needed" in caplog.text
 
 
@@ -285,7 +274,7 @@ def test_no_secret_in_what_torch_reports(container: str, url: str) -> None:
     signature = token.partition("sig=")[2].partition("&")[0]
     assert len(signature) > 40
     save(url, 1)
-    remove(url, blob_names(url, ".distcp")[0])
+    remove(url, paths_below(url, ".distcp")[0])
     signed = f"{url}?{token}"
     attempts: list[Callable[[], None]] = [
         lambda: load(signed, credential=None),
@@ -365,7 +354,7 @@ def test_service_that_falls_silent(ranks: Ranks, proxy: FaultProxy, proxied_cont
     """Everything answers but one kind of request, for ever."""
     save(url, 1)
     proxied = f"{proxied_container}/run/step-1"
-    [data] = blob_names(url, ".distcp")
+    [data] = paths_below(url, ".distcp")
     proxy.when(lambda seen: seen.method == "GET" and seen.path.endswith(data), times=None).do(Hold(at=200))
     proxy.when("Put Block", times=None).do(Hold())
     with unchanged(url):

@@ -27,14 +27,12 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_checkpoints
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.store_support import KEY, sas_for
+from tests.blobs.stores import KEY, sas_for
+from tests.support.containers import put
 from tests.support.hierarchical import HierarchicalAccount
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -193,9 +191,8 @@ def filled(container: str) -> str:
     for step in (1, 2):
         save(whole, f"run/step-{step}")
     save_model(whole, "model")
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
     for name in ("blob", "empty", "folder/a", "folder/b/c", f"run/step-1/{'0' * 32}/__0_0.distcp"):
-        store.put(name, b"" if name == "empty" else b"data")
+        put(container, name, b"" if name == "empty" else b"data")
     return container
 
 

@@ -1,6 +1,6 @@
 """Saves and loads that are to fail: what torch reports of them, and what stands in a container before and after.
 
-Everything here can be called in the test's process and on the ranks of `tests/ranks.py`.
+Everything here can be called in the test's process and on the ranks of `tests/support/ranks.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions
 from tests.support import sharded
+from tests.support.containers import snapshot
 from tests.support.waits import waiting_at_most
 
 if TYPE_CHECKING:
@@ -74,27 +73,12 @@ def raised(
     return first
 
 
-def store_of(url: str) -> BlobStore:
-    return BlobStore(BlobLocation.parse(url), Access(sharded.KEY))
-
-
-def contents(url: str) -> dict[str, tuple[str, bytes]]:
-    """ETag and bytes of every blob in the container of `url`: alike only if nobody wrote anything."""
-    store = store_of(url)
-    return {blob.path: (blob.etag, store.read(blob.path, limit=1 << 20)[0]) for blob in store.list("")}
-
-
-def blob_names(url: str, suffix: str) -> list[str]:
-    """Names, in the container, of the blobs below `url` that end so."""
-    return [blob.path for blob in store_of(url).list(BlobLocation.parse(url).path + "/") if blob.path.endswith(suffix)]
-
-
 @contextlib.contextmanager
 def unchanged(url: str) -> Iterator[None]:
     """Nothing in the container of `url` is written or removed."""
-    before = contents(url)
+    before = snapshot(url)
     yield
-    assert contents(url) == before
+    assert snapshot(url) == before
 
 
 def raised_on_ranks(

@@ -45,11 +45,10 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.layout import remove_blobs
-from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.dcp.removal import remove_blobs
+from tests.support.containers import KEY
 from tests.support.sharded import same_bits, sharded_tensor, values
 
-KEY = Azurite.account_key
 OPTIONS = TransferOptions(concurrency=2, block_size=64 * 1024)
 
 _SECONDS = 60.0
@@ -279,32 +278,6 @@ def version_at(url: str) -> int | None:
         raise error from caught
 
 
-def blobs(url: str) -> set[str]:
-    """Names of all blobs below `url`, relative to it."""
-    location = BlobLocation.parse(url)
-    prefix = location.path + "/"
-    return {blob.path.removeprefix(prefix) for blob in BlobStore(location, Access(KEY)).list(prefix)}
-
-
-def live_blobs(url: str) -> set[str]:
-    """Names of the blobs that the checkpoint at `url` consists of; empty where there is none."""
-    try:
-        metadata = AzureBlobReader(url, credential=KEY).read_metadata()
-    except CheckpointNotFoundError:
-        return set()
-    return {".metadata", *(info.relative_path for info in metadata.storage_data.values())}
-
-
-def contents(url: str) -> dict[str, bytes]:
-    """All blobs below `url`."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    return {name: store.read(location.join(name).path, limit=1 << 20)[0] for name in blobs(url)}
-
-
-def put(url: str, content: dict[str, bytes]) -> None:
-    """Make what stood at another URL stand at this one."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    for name, data in content.items():
-        store.put(location.join(name).path, data)
+# TRANSITION
+from tests.support.containers import blob_names as blobs  # noqa: E402, F401
+from tests.support.containers import live_blobs as live_blobs  # noqa: E402

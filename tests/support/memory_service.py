@@ -9,7 +9,7 @@ to take the same course as the last one. So the connections of this process lead
 the package's own: the SDK, retries, `http.client`, the transport. Of the service there is what a checkpoint needs, with
 its conditions: an ETag that every write changes, If-Match and If-None-Match, 409 BlobAlreadyExists, 412
 ConditionNotMet, 404 BlobNotFound, as https://learn.microsoft.com/rest/api/storageservices/put-blob and its neighbours
-have them. A sample of the pairs goes through `tests/proxy.py` to Azurite as well.
+have them. A sample of the pairs goes through `tests/support/proxy.py` to Azurite as well.
 
 Damage is only for what has a checksum: blobs. Nobody could notice a changed letter in a listing, besides TLS.
 """

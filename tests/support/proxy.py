@@ -101,6 +101,10 @@ class FaultProxy:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"{'https' if self._tls else 'http'}://{host}:{self._port}{self._upstream.path}"
 
+    def through(self, url: str) -> str:
+        """The URL that leads through this proxy to where `url` leads without it, to the same emulator."""
+        return self.endpoint + url.partition(self._upstream.path)[2]
+
     def when(self, what: Kind | Callable[[Exchange], bool], *, nth: int = 1, times: int | None = 1) -> Rule:
         """A rule for the `nth` request of a kind from now on, and for as many as `times` says (None: all) from there.
 

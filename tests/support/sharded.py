@@ -1,6 +1,6 @@
 """State dicts of every kind of sharding whose values any rank can compute, and what stands in a container.
 
-The functions that take part in a save or a load run on the ranks of `tests/ranks.py`.
+The functions that take part in a save or a load run on the ranks of `tests/support/ranks.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.emulator import Azurite
-
-KEY = Azurite.account_key
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
+from tests.support.containers import KEY
 
 # name: (sizes, dtype). On 4 ranks, 5 rows make shards of 2, 2, 1 and 0 rows, and 3 rows leave a rank without any.
 GLOBAL = {
@@ -157,12 +153,12 @@ def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
     raise AssertionError("the save did not fail")
 
 
+# TRANSITION
+from tests.support.containers import data_blobs as data_blobs  # noqa: E402
+from tests.support.containers import paths_below  # noqa: E402
+
+
 def blobs(url: str) -> list[str]:
-    """Names of all blobs below `url`, relative to it."""
-    location = BlobLocation.parse(url)
-    prefix = location.path + "/"
-    return [blob.path.removeprefix(prefix) for blob in BlobStore(location, Access(KEY)).list(prefix)]
-
-
-def data_blobs(url: str) -> set[str]:
-    return {name for name in blobs(url) if name.endswith(".distcp")}
+    return [
+        path.removeprefix(url.partition("devstoreaccount1/")[2].partition("/")[2] + "/") for path in paths_below(url)
+    ]
