@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from azure_torch_ckpt.dcp.tensors.chunks import Box, are_apart
+from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint
 from azure_torch_ckpt.dcp.tensors.regions import row_major
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.huggingface.blob_names import file_name, shards_name
@@ -80,7 +80,7 @@ class FileLayout:
 class StoredChunk:
     """One rank's chunk of a tensor that is to be joined, and its bytes in a file of shards."""
 
-    box: Box
+    box: TensorChunk
     file: str
     offset: int
     length: int
@@ -131,7 +131,7 @@ class _RankChunk:
 
     rank: int
     index: MetadataIndex
-    box: Box
+    box: TensorChunk
     runs: int
     run: int
 
@@ -249,7 +249,7 @@ def _gather(plans: Sequence[SavePlan]) -> dict[str, _PlannedTensor]:
                     f"{name!r} is {tensor.dtype} of shape {tensor.shape} on rank {tensor.chunks[0].rank}, and {dtype} "
                     f"of shape {tuple(data.size)} on rank {rank}"
                 )
-            box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+            box = TensorChunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
             outside = box.sizes[: _dims_outside_runs(tensor.shape, box.sizes)]
             run = math.prod(box.sizes[len(outside) :]) * dtype.itemsize
             tensor.chunks.append(_RankChunk(rank, item.index, box, math.prod(outside), run))
@@ -280,7 +280,7 @@ def _check_whole(tensor: _PlannedTensor) -> None:
             raise CheckpointError(
                 f"Rank {chunk.rank} saves {_shown(chunk.box)} of {tensor.name!r}, whose shape is {tensor.shape}"
             )
-    if not are_apart([chunk.box for chunk in filled]):
+    if not are_disjoint([chunk.box for chunk in filled]):
         one, other = next(
             (one, other)
             for one, other in itertools.combinations(filled, 2)
@@ -298,7 +298,7 @@ def _check_whole(tensor: _PlannedTensor) -> None:
         )
 
 
-def _shown(box: Box) -> str:
+def _shown(box: TensorChunk) -> str:
     return f"the shape {box.sizes} at {box.offsets}"
 
 

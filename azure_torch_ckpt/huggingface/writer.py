@@ -28,11 +28,10 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
 from azure_torch_ckpt.dcp.commit import commit
-from azure_torch_ckpt.dcp.plan_keys import with_plain_names
-from azure_torch_ckpt.dcp.planners import keeps_its_memory
+from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -152,7 +151,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
             error = CheckpointError(
                 "All ranks write a HuggingFace file together, which use_collectives=False does not allow. Omit it"
             )
-            save._figures.end(error)
+            save._report.end(error)
             raise error
 
     @step
@@ -163,7 +162,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
             CheckpointError: a value of the state dict is not a tensor, or a key not a string.
             CheckpointExistsError: a model or another safetensors file is there and ``overwrite`` is False.
         """
-        plan = with_plain_names(plan)
+        plan = with_plain_keys(plan)
         others = [item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO]
         if others:
             raise CheckpointError(
@@ -234,7 +233,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         written = []
         lent = not keeps_its_memory(planner)
         with (
-            self._figures.transfer(len(items), own + to_join) as meter,
+            self._report.transfer(len(items), own + to_join) as meter,
             BlockStager(self._store, ticket.save_id, ticket.rank, ticket.block_size, meter.moved) as stager,
         ):
             for item in items:
@@ -301,7 +300,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         )
         self._commit_or_remove(write_index, [file.name for file in self._layout.files])
         self._remove_replaced(strays)
-        self._figures.end(checkpoint_bytes=sum(file.length for file in self._layout.files))
+        self._report.end(checkpoint_bytes=sum(file.length for file in self._layout.files))
 
     def _join(self, blocks: dict[str, list[StagedBlock]], written: list[WrittenItem]) -> dict[str, list[Item]]:
         """Join the tensors of which the ranks have stored chunks; return the items that each consists of.
@@ -317,7 +316,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
             for one in written
             if one.runs.length
         }
-        with self._figures.paused():
+        with self._report.paused():
             joined = join(
                 self._store,
                 self._location,
@@ -325,7 +324,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
                 sums,
                 self._save_id,
                 self._joined_block_size,
-                self._figures.moved,
+                self._report.moved,
             )
         for block in joined.blocks:
             blocks.setdefault(block.path, []).append(block)
@@ -473,4 +472,4 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: b
             f"{name!r} is a {type(data).__name__} with layout {data.layout}, and safetensors holds plain tensors only. "
             "Make it dense, or save it with AzureBlobWriter"
         )
-    return pieces(tensor, max(limit, 1), copies=lent)
+    return tensor_views(tensor, max(limit, 1), copies=lent)

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -32,11 +30,10 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from azure_torch_ckpt.dcp.tensors.chunks import boxes
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
-from tests.dcp.memory_child import ENVIRONMENT
+from tests.dcp.memory_growth import ENVIRONMENT
 from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call
 from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, state
@@ -393,19 +390,3 @@ def large(azurite: Azurite) -> str:
     tensors = {f"t{n}": torch.full((4096, 4096), n, dtype=torch.int32) for n in range(5)}
     dcp.save({"deep": tensors}, storage_writer=AzureBlobWriter(url, credential=KEY))
     return url
-
-
-# ---- cutting ---------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 40))
-def test_boxes_make_up_a_tensor_in_row_major_order(sizes: list[int], limit: int) -> None:
-    numbers = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
-    cut = list(boxes(sizes, limit))
-    parts = [
-        numbers[tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))].flatten()
-        for box in cut
-    ]
-    assert all(0 < len(part) <= limit for part in parts)
-    joined = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    assert joined.tolist() == numbers.flatten().tolist()

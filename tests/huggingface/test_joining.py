@@ -21,7 +21,7 @@ from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
-from tests.dcp.memory_child import ENVIRONMENT
+from tests.dcp.memory_growth import ENVIRONMENT
 from tests.huggingface import joining_child
 from tests.huggingface import small_llama as hf
 from tests.huggingface.plans import columns, laid_out, plan

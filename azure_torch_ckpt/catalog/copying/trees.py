@@ -77,7 +77,7 @@ class Tree:
         """Read the metadata of the checkpoint in `folder`; None if it does not exist."""
         raise NotImplementedError
 
-    def create(self, name: str) -> BlobSink | LocalFile:
+    def create(self, name: str) -> BlobDestination | LocalFile:
         """Begin to write a blob or file."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""`Metadata` as a pickle in the form that every version of torch reads.
+"""`pickle_metadata`: torch's `Metadata` as a pickle in the form that every version of torch reads.
 
 torch 2.15 added the strides of the tensor to the state of ``TensorProperties``, which earlier versions cannot unpack.
 No load looks at them, and for a row-major tensor they say nothing that its size does not say.
@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import TensorWriteData
 
-__all__ = ["pickled"]
+__all__ = ["pickle_metadata"]
 
-_FIELDS = 5  # that every torch knows
+_FIELDS = 5  # of TensorProperties, that every torch knows
 _Reduced: TypeAlias = "tuple[Any, ...]"
 
 
-def pickled(metadata: Metadata) -> bytes:
-    """A pickle without the strides of tensors for which they follow from the size.
+def pickle_metadata(metadata: Metadata) -> bytes:
+    """Pickle metadata without the strides of tensors for which they follow from the size.
 
     Where they do not (a transposed tensor), they stay; torch 2.14 and earlier do not read that, as if torch 2.15 itself
     had written it.
@@ -31,7 +31,7 @@ def pickled(metadata: Metadata) -> bytes:
         return pickle.dumps(metadata)
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer)
-    row_major: set[int] = set()  # by id: picklers come to what holds the properties first
+    row_major: set[int] = set()  # by id: picklers come to the holder of the properties first
 
     def stored(entry: TensorStorageMetadata) -> _Reduced:
         note(entry.properties, entry.size, entry.chunks[0].sizes if entry.chunks else None)

@@ -1,4 +1,4 @@
-"""Tests of dcp/unpickler.py: whatever else lies at ``.metadata`` is refused and never run."""
+"""A ``.metadata`` that was made to do harm, is damaged or something else is refused, and nothing of it is run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from azure_torch_ckpt.errors import (
     CorruptCheckpointError,
     UnsafeMetadataError,
 )
-from tests.dcp.metadata.metadata_support import (
+from tests.dcp.metadata.pickles import (
     CHECKPOINT,
     WHERE,
     call,
@@ -125,7 +125,7 @@ def test_names_that_are_refused(module: str, name: str) -> None:
 def test_modules_that_cannot_be_registered() -> None:
     with torch.serialization.safe_globals([os.system, torch.load]):
         for module, name in ((os.system.__module__, "system"), ("torch.serialization", "load")):
-            with pytest.raises(UnsafeMetadataError, match="is no part"):
+            with pytest.raises(UnsafeMetadataError, match="is not part"):
                 load_metadata(program(call(module, name, text("true"))), WHERE)
 
 

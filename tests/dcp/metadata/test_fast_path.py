@@ -1,4 +1,4 @@
-"""Tests of dcp/repeats.py: the shortcut for what metadata repeats is taken, and nobody can tell from what it makes."""
+"""The fast path for what metadata repeats is taken, and makes what the machine makes opcode by opcode."""
 
 from __future__ import annotations
 
@@ -26,32 +26,28 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azure_torch_ckpt._internal.torch_private import StorageInfo
-from azure_torch_ckpt.dcp.metadata import unpickler
 from azure_torch_ckpt.dcp.metadata.schema import load_metadata, storage_info
+from azure_torch_ckpt.dcp.metadata.unpickler import MetadataUnpickler
 from azure_torch_ckpt.errors import CorruptCheckpointError
-from tests.dcp.metadata.metadata_support import WHERE, assert_nobody_can_tell, damaged, saved_by_torch, small_metadata
+from tests.dcp.metadata.pickles import (
+    WHERE,
+    assert_fast_path_changes_nothing,
+    damaged,
+    saved_by_torch,
+    small_metadata,
+    states_set_one_by_one,
+)
 
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 
 
-def states_set_one_by_one(data: bytes, monkeypatch: pytest.MonkeyPatch) -> float:
+def share_set_one_by_one(data: bytes) -> float:
     """The share of all instances in `data` that the machine went through opcode by opcode."""
-    count = 0
-    build = unpickler._HANDLERS[pickle.BUILD[0]]
-
-    def counting(machine: unpickler._Machine, pos: int) -> int:
-        nonlocal count
-        count += 1
-        return build(machine, pos)
-
-    with monkeypatch.context() as patch:
-        patch.setitem(unpickler._HANDLERS, pickle.BUILD[0], counting)
-        load_metadata(data, WHERE)
-    return count / sum(opcode.name == "BUILD" for opcode, _, _ in pickletools.genops(data))
+    return states_set_one_by_one(data) / sum(opcode.name == "BUILD" for opcode, _, _ in pickletools.genops(data))
 
 
 def fresh(text: str) -> str:
-    """An equal string that a pickler cannot tell is the same: as it comes from another rank."""
+    """An equal string of an identity of its own, as it comes from another rank."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
 
 
@@ -83,41 +79,41 @@ def model(tensors: int, chunks: int) -> Metadata:
 
 @pytest.mark.parametrize(("tensors", "chunks"), [(2000, 1), (500, 2), (50, 50), (2, 1500)])
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_nearly_all_is_taken(tensors: int, chunks: int, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearly_all_is_taken(tensors: int, chunks: int, protocol: int) -> None:
     data = pickle.dumps(model(tensors, chunks), protocol)
     # Of a tensor in several chunks, its own state and its list of chunks are left to the machine.
     allowed = 0.05 + (tensors if chunks > 1 else 0) / (tensors * (2 + 3 * chunks))
-    assert states_set_one_by_one(data, monkeypatch) < allowed
+    assert share_set_one_by_one(data) < allowed
     assert load_metadata(data, WHERE) == pickle.loads(data)
 
 
-def test_nearly_all_of_a_save_by_torch_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearly_all_of_a_save_by_torch_is_taken(tmp_path: pathlib.Path) -> None:
     data = saved_by_torch(tmp_path, {f"{number}": torch.zeros(number % 3, 4) for number in range(400)})
-    assert states_set_one_by_one(data, monkeypatch) < 0.05
+    assert share_set_one_by_one(data) < 0.05
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("chunks", [1, 2, 40])
 def test_what_is_made_is_the_same(protocol: int, chunks: int) -> None:
     metadata = model(30, chunks)
-    assert_nobody_can_tell(pickle.dumps(metadata, protocol))
-    assert_nobody_can_tell(pickle._dumps(metadata, protocol))  # type: ignore[attr-defined]
+    assert_fast_path_changes_nothing(pickle.dumps(metadata, protocol))
+    assert_fast_path_changes_nothing(pickle._dumps(metadata, protocol))  # type: ignore[attr-defined]
 
 
 def test_what_torch_saved_is_the_same(tmp_path: pathlib.Path) -> None:
     data = saved_by_torch(tmp_path, thread_count=3)
     for protocol in PROTOCOLS:
-        assert_nobody_can_tell(pickle.dumps(pickle.loads(data), protocol))
+        assert_fast_path_changes_nothing(pickle.dumps(pickle.loads(data), protocol))
 
 
 def test_more_shapes_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("azure_torch_ckpt.dcp.metadata.fast_path._REMEMBERED", 3)
+    monkeypatch.setattr("azure_torch_ckpt.dcp.metadata.fast_path.REMEMBERED", 3)
     data = pickle.dumps(model(30, 5))
-    assert_nobody_can_tell(data)
-    machine = unpickler._Machine(data, WHERE)
+    assert_fast_path_changes_nothing(data)
+    machine = MetadataUnpickler(data, WHERE)
     machine.run()
-    repeats: Any = machine._take_repeats[StorageInfo].__self__  # type: ignore[attr-defined]
-    assert all(len(value) <= 3 for name, value in vars(repeats).items() if name.endswith("_runs"))
+    taken: Any = machine.fast_path[StorageInfo].__self__  # type: ignore[attr-defined]
+    assert all(len(value) <= 3 for name, value in vars(taken).items() if name.endswith("_runs"))
 
 
 def wrong_offset(index: Any, info: Any, shared: Any) -> None:
@@ -149,16 +145,16 @@ def test_what_only_looks_like_an_entry_is_refused(plant: Callable[[Any, Any, Any
     data = pickle.dumps(metadata)
     with pytest.raises(CorruptCheckpointError):
         load_metadata(data, WHERE)
-    assert_nobody_can_tell(data)
+    assert_fast_path_changes_nothing(data)
 
 
 def test_it_takes_no_more_memory_than_without() -> None:
     data = pickle.dumps(model(20, 300))
     peaks = []
-    for repeats in (False, True):
+    for fast in (False, True):
         tracemalloc.start()
         try:
-            unpickler._Machine(data, WHERE, repeats=repeats).run()
+            MetadataUnpickler(data, WHERE, fast=fast).run()
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
@@ -261,7 +257,7 @@ def pickles(draw: st.DrawFn) -> bytes:
 
 @contextlib.contextmanager
 def frames_of(size: int) -> Iterator[None]:
-    """So small that frames begin in the middle of entries. Only the pickler in Python can be told."""
+    """So small that frames begin in the middle of entries. Only the pickler in Python has such an option."""
     framer: Any = pickle._Framer  # type: ignore[attr-defined]
     before = framer._FRAME_SIZE_TARGET
     framer._FRAME_SIZE_TARGET = size
@@ -274,7 +270,7 @@ def frames_of(size: int) -> Iterator[None]:
 @settings(max_examples=250, deadline=None)
 @given(pickles())
 def test_metadata_of_every_kind_is_the_same(data: bytes) -> None:
-    assert_nobody_can_tell(data)
+    assert_fast_path_changes_nothing(data)
 
 
 OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
@@ -305,13 +301,13 @@ edits = st.lists(
 @settings(max_examples=1500, deadline=None)
 @given(st.sampled_from(SAMPLES), edits)
 def test_damaged_metadata_meets_the_same_end(data: bytes, changes: list[tuple[str, int, Any]]) -> None:
-    assert_nobody_can_tell(damaged(data, changes))
+    assert_fast_path_changes_nothing(damaged(data, changes))
 
 
 @settings(max_examples=150, deadline=None)
 @given(pickles(), edits)
 def test_damaged_metadata_of_every_kind_meets_the_same_end(data: bytes, changes: list[tuple[str, int, Any]]) -> None:
-    assert_nobody_can_tell(damaged(data, changes))
+    assert_fast_path_changes_nothing(damaged(data, changes))
 
 
 def test_every_byte_of_an_entry_counts() -> None:
@@ -323,4 +319,4 @@ def test_every_byte_of_an_entry_counts() -> None:
     item = range(ends[-6] + 1, ends[-4] + 1)
     for spot in (*tensor, *item):
         for value in {data[spot] ^ 1, data[spot] + 1 & 255, data[spot] - 1 & 255, 0x94, 0x28, 0x4E, 0x2E}:
-            assert_nobody_can_tell(data[:spot] + bytes([value]) + data[spot + 1 :])
+            assert_fast_path_changes_nothing(data[:spot] + bytes([value]) + data[spot + 1 :])

@@ -25,7 +25,7 @@ from azure_torch_ckpt.errors import (
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
-from tests.dcp.metadata.metadata_support import (
+from tests.dcp.metadata.pickles import (
     WHERE,
     small_metadata,
 )
@@ -71,7 +71,7 @@ def put(target: Callable[[Any], Any], **values: Any) -> Change:
 def test_paths_that_leave_the_checkpoint(path: str) -> None:
     metadata = small_metadata()
     info(metadata).relative_path = path
-    with pytest.raises(UnsafeMetadataError, match="no plain path") as raised:
+    with pytest.raises(UnsafeMetadataError, match="plain path") as raised:
         check_metadata(load_metadata(pickle.dumps(metadata), WHERE), WHERE)
     assert "\n" not in str(raised.value)
 

@@ -1,6 +1,6 @@
 """A process that saves and loads a checkpoint and prints how much memory each step took beside the state dict.
 
-Run as ``python -m tests.dcp.memory_child URL KEY BUDGET``. Prints one line of JSON: bytes by the name of the step.
+Run as ``python -m tests.dcp.memory_growth URL KEY BUDGET``. Prints one line of JSON: bytes by the name of the step.
 """
 
 from __future__ import annotations

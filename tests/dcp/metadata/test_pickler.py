@@ -1,4 +1,4 @@
-"""Tests of dcp/pickling.py and of what torch 2.15 writes: strides among the properties of a tensor.
+"""What torch 2.15 adds to the properties of a tensor, its strides, is written so that every torch reads it.
 
 An older torch is given what 2.15 has: the field, and a state of six.
 """
@@ -24,11 +24,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.metadata import unpickler
-from azure_torch_ckpt.dcp.metadata.pickling import pickled
+from azure_torch_ckpt.dcp.metadata.pickler import pickle_metadata
 from azure_torch_ckpt.dcp.metadata.schema import load_metadata
 from azure_torch_ckpt.emulator import Azurite
-from tests.dcp.metadata.metadata_support import WHERE, assert_nobody_can_tell
+from tests.dcp.metadata.pickles import WHERE, assert_fast_path_changes_nothing, states_set_one_by_one
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
@@ -98,7 +97,7 @@ def test_torch_of_any_version_reads_what_newest_torch_saves(newest: pytest.Monke
     assert states_of_properties(data) == [5] * 4
     newest.undo()
     assert pickle.loads(data).state_dict_metadata.keys() == plain.keys()  # as torch's own readers do
-    assert_nobody_can_tell(data)
+    assert_fast_path_changes_nothing(data)
     loaded = {key: torch.zeros(value.shape) for key, value in plain.items()}
     dcp.load(loaded, storage_reader=AzureBlobReader(f"{container}/run", credential=KEY))
     assert all(torch.equal(loaded[key], plain[key]) for key in plain)
@@ -126,12 +125,12 @@ def test_a_shard_s_own_strides_follow_from_the_shard_and_plans_are_written_alike
         if isinstance(properties, TensorProperties)
     ]
     metadata.all_local_plans = [SavePlan(planned)]
-    assert states_of_properties(pickled(metadata)) == [5, 6]
+    assert states_of_properties(pickle_metadata(metadata)) == [5, 6]
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("kind", ["each its own", "shared", "none", "none and some"])
-def test_the_shortcut_takes_six_fields(newest: pytest.MonkeyPatch, protocol: int, kind: str) -> None:
+def test_the_fast_path_takes_six_fields(newest: pytest.MonkeyPatch, protocol: int, kind: str) -> None:
     sizes: list[tuple[int, ...]] = [
         [(), (3,), (70_000, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 2**33)][n % 6] for n in range(600)
     ]
@@ -150,18 +149,7 @@ def test_the_shortcut_takes_six_fields(newest: pytest.MonkeyPatch, protocol: int
     assert set(states_of_properties(data)) == {6}
     if not HAS_STRIDES:
         newest.undo()
-    assert_nobody_can_tell(data)
-    machine = unpickler._Machine(data, WHERE)
-    count = 0
-    build = unpickler._HANDLERS[pickle.BUILD[0]]
-
-    def counting(machine: unpickler._Machine, pos: int) -> int:
-        nonlocal count
-        count += 1
-        return build(machine, pos)
-
-    newest.setitem(unpickler._HANDLERS, pickle.BUILD[0], counting)
-    machine.run()
-    assert count < 0.05 * 3 * 600
+    assert_fast_path_changes_nothing(data)
+    assert states_set_one_by_one(data) < 0.05 * 3 * 600
     read = load_metadata(data, WHERE)
     assert [entry.size for entry in read.state_dict_metadata.values()] == [torch.Size(size) for size in sizes]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Tests of dcp/metadata.py: what real saves, other versions of torch and custom planners wrote is read."""
+"""Metadata of real saves, of other versions of torch and of custom planners is read."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from azure_torch_ckpt.errors import (
     UnsafeMetadataError,
     UnsupportedCheckpointError,
 )
-from tests.dcp.metadata.metadata_support import (
+from tests.dcp.metadata.pickles import (
     WHERE,
-    assert_nobody_can_tell,
+    assert_fast_path_changes_nothing,
     call,
     named,
     program,
@@ -107,7 +107,7 @@ def test_several_ranks_with_empty_shards(tmp_path: pathlib.Path) -> None:
     metadata = load_metadata(data, WHERE)
     check_metadata(metadata, WHERE)
     assert metadata == pickle.loads(data)
-    assert_nobody_can_tell(data)
+    assert_fast_path_changes_nothing(data)
     one_row = metadata.state_dict_metadata["one_row"]
     assert isinstance(one_row, TensorStorageMetadata)
     assert {tuple(chunk.sizes) for chunk in one_row.chunks} == {(1, 4), (0, 4)}

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config
 
-from azure_torch_ckpt.dcp.tensors.envelope import Envelope, envelope, serialize
 from azure_torch_ckpt.dcp.tensors.memory import address_of, readable
-from azure_torch_ckpt.errors import CheckpointError
+from azure_torch_ckpt.dcp.tensors.torch_file import Envelope, envelope, load_saved, load_tensor, serialize
+from azure_torch_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 
 # torch.save refuses the others: torch.int1 to int7 and uint1 to uint7 ("is not recognized"), and quantized ones, which
 # need a quantizer.
@@ -232,7 +232,7 @@ def test_a_save_that_outlives_the_main_thread() -> None:
 import threading
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from azure_torch_ckpt.dcp.tensors.envelope import envelope
+from azure_torch_ckpt.dcp.tensors.torch_file import envelope
 
 def save():
     while True:
@@ -258,17 +258,17 @@ def test_a_dtype_that_torch_cannot_save_is_a_clear_error(dtype: torch.dtype) -> 
 def test_a_torch_that_writes_something_else_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """No such torch exists yet, so torch.save is replaced here."""
 
-    def compressed(obj: object, stream: Any) -> None:
+    def compressed(obj: object, stream: Any, **_: Any) -> None:
         with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data/0", bytes(24))
         stream.write(buffer.getvalue())
 
-    def elsewhere(obj: object, stream: Any) -> None:
+    def elsewhere(obj: object, stream: Any, **_: Any) -> None:
         with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
             archive.writestr("archive/data/0", bytes(24))
         stream.write(buffer.getvalue())
 
-    def no_zip(obj: object, stream: Any) -> None:
+    def no_zip(obj: object, stream: Any, **_: Any) -> None:
         stream.write(b"something new")
 
     for other_save in (compressed, elsewhere, no_zip):
@@ -313,33 +313,33 @@ def special_objects() -> dict[str, object]:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 def test_serialize_writes_what_torch_save_writes() -> None:
     for name, obj in special_objects().items():
-        pieces = serialize(obj)
-        assert b"".join(pieces) == saved(obj), name
-        assert all(piece.format == "B" and piece.readonly and piece.nbytes for piece in pieces)
+        views = serialize(obj)
+        assert b"".join(views) == saved(obj), name
+        assert all(view.format == "B" and view.readonly and view.nbytes for view in views)
 
 
 def test_serialize_copies_no_tensor_memory() -> None:
     tensors = [torch.rand(BIG), torch.rand(4 * BIG), torch.rand(3)]
-    pieces = serialize({"a": tensors[0].as_subclass(Subclass), "b": tensors[1], "small": tensors[2]})
-    in_place = [piece for piece in pieces if address_of(piece) in {tensor.data_ptr() for tensor in tensors}]
-    assert [piece.nbytes for piece in in_place] == [4 * BIG, 16 * BIG]
-    assert sum(piece.nbytes for piece in pieces) - 20 * BIG < 8192
-    assert len(pieces) == 5
+    views = serialize({"a": tensors[0].as_subclass(Subclass), "b": tensors[1], "small": tensors[2]})
+    in_place = [view for view in views if address_of(view) in {tensor.data_ptr() for tensor in tensors}]
+    assert [view.nbytes for view in in_place] == [4 * BIG, 16 * BIG]
+    assert sum(view.nbytes for view in views) - 20 * BIG < 8192
+    assert len(views) == 5
 
     quantized = torch.quantize_per_tensor(torch.rand(BIG), 0.1, 0, torch.qint8)
-    assert quantized.data_ptr() in {address_of(piece) for piece in serialize(quantized)}
+    assert quantized.data_ptr() in {address_of(view) for view in serialize(quantized)}
 
 
-def test_the_pieces_keep_the_memory() -> None:
+def test_the_views_keep_the_memory() -> None:
     origin = Origin(4 * BIG)
     freed = weakref.ref(origin)
-    pieces = serialize({"weight": torch.frombuffer(origin, dtype=torch.float32)})
+    views = serialize({"weight": torch.frombuffer(origin, dtype=torch.float32)})
     del origin
     gc.collect()
     assert freed() is not None
-    loaded = torch.load(io.BytesIO(b"".join(pieces)), weights_only=True)
+    loaded = torch.load(io.BytesIO(b"".join(views)), weights_only=True)
     assert torch.equal(loaded["weight"], torch.zeros(BIG))
-    del pieces
+    del views
     gc.collect()
     assert freed() is None
 
@@ -347,3 +347,16 @@ def test_the_pieces_keep_the_memory() -> None:
 def test_serialize_passes_on_what_torch_save_raises() -> None:
     with pytest.raises(KeyError, match="int4"):
         serialize(torch.empty(3, dtype=torch.int4))  # type: ignore[attr-defined]
+
+
+# Reading
+
+
+def test_a_class_that_torch_refuses_is_not_damage() -> None:
+    with pytest.raises(UnsupportedCheckpointError, match=r"x has a class.*\(.*Origin\).*add_safe_globals first, or y"):
+        load_saved(io.BytesIO(saved(Origin(3))), "x", ", or y")
+    for damage in (b"", b"not a zip file", saved(torch.ones(2))[:-30]):
+        with pytest.raises(CorruptCheckpointError, match="cannot read x"):
+            load_saved(io.BytesIO(damage), "x")
+    with pytest.raises(CorruptCheckpointError, match="holds dict, not a tensor"):
+        load_tensor(io.BytesIO(saved({})), "x")

@@ -18,6 +18,7 @@ from azure_torch_ckpt import BlobLocation, CheckpointExistsError
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from tests.support import sharded
+from tests.support.containers import KEY
 from tests.support.ranks import Ranks
 
 pytest_plugins = ("tests.support.ranks",)
@@ -30,7 +31,7 @@ def metadata_of(url: str) -> Metadata:
 def write_down(url: str, folder: Path) -> None:
     """Copy a checkpoint to the disk as its blobs lie in the container."""
     location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(sharded.KEY))
+    store = BlobStore(location, Access(KEY))
     for name in sharded.blobs(url):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)

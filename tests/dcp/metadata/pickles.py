@@ -1,4 +1,4 @@
-"""Metadata of real saves, small metadata made by hand, pickles written opcode by opcode, and how loads of them end."""
+"""Metadata of real saves, small metadata made by hand, pickles written opcode by opcode, and the results of loads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import struct
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -20,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from azure_torch_ckpt.dcp.metadata import unpickler
-from azure_torch_ckpt.dcp.metadata.schema import storage_info
+from azure_torch_ckpt.dcp.metadata.schema import load_metadata, storage_info
+from azure_torch_ckpt.dcp.metadata.unpickler import HANDLERS, MetadataUnpickler
 from azure_torch_ckpt.errors import AzureCheckpointError
 from tests.support.alike import assert_alike
 
@@ -70,20 +71,35 @@ def small_metadata() -> Metadata:
     )
 
 
-def outcome(data: bytes, *, repeats: bool) -> tuple[str, Any]:
-    """What became of a load: the object with all that the pickle's memo holds, or the error."""
-    machine = unpickler._Machine(data, WHERE, repeats=repeats)
+def result(data: bytes, *, fast: bool) -> tuple[str, Any]:
+    """The object that a load makes with all that the pickle's memo holds, or the error."""
+    machine = MetadataUnpickler(data, WHERE, fast=fast)
     try:
-        return "read", (machine.run(), machine._memo)
+        return "read", (machine.run(), machine.memo)
     except AzureCheckpointError as error:
         return type(error).__name__, str(error)
 
 
-def assert_nobody_can_tell(data: bytes) -> None:
-    """Whether the machine took repeats at once or went through all of `data` opcode by opcode."""
-    quick, slow = outcome(data, repeats=True), outcome(data, repeats=False)
+def assert_fast_path_changes_nothing(data: bytes) -> None:
+    """A load makes the same with the fast path as opcode by opcode."""
+    quick, slow = result(data, fast=True), result(data, fast=False)
     assert quick[0] == slow[0], (quick, slow)
     assert_alike(quick[1], slow[1])
+
+
+def states_set_one_by_one(data: bytes) -> int:
+    """Of how many instances in `data` the fast path leaves the state to the machine."""
+    count = 0
+    build = HANDLERS[pickle.BUILD[0]]
+
+    def counting(machine: MetadataUnpickler, pos: int) -> int:
+        nonlocal count
+        count += 1
+        return build(machine, pos)
+
+    with mock.patch.dict(HANDLERS, {pickle.BUILD[0]: counting}):
+        load_metadata(data, WHERE)
+    return count
 
 
 # Pickles by hand: a program is opcodes between PROTO and STOP.

@@ -20,6 +20,7 @@ from azure_torch_ckpt import (
     IncompleteSaveError,
 )
 from tests.support import sharded
+from tests.support.containers import KEY
 from tests.support.ranks import Ranks
 
 pytest_plugins = ("tests.support.ranks",)
@@ -126,7 +127,7 @@ def fail_with_wrong_key(url: str, rank: int) -> dict[int, BaseException]:
     save(url, 1)
     stood = sharded.blobs(url)
     dist.barrier()
-    writer = AzureBlobWriter(url, credential=WRONG_KEY if dist.get_rank() == rank else sharded.KEY)
+    writer = AzureBlobWriter(url, credential=WRONG_KEY if dist.get_rank() == rank else KEY)
     heard = sharded.failures(lambda: dcp.save(sharded.rows(2), storage_writer=writer))
     dist.barrier()
     sharded.assert_stands(url, 1)

@@ -1,4 +1,4 @@
-"""What lies below a URL, from its listing alone: checkpoints, the saves that wrote to them, and everything else."""
+"""`ListedCheckpoint`: a checkpoint as a listing alone shows it, complete or not, and the saves that wrote to it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.dcp.blob_names import data_rank, is_metadata_name, is_save_id, metadata_rank
 from azure_torch_ckpt.location import has_empty_segment
 
-__all__ = ["Place", "empty_save_folders", "survey"]
+__all__ = ["ListedCheckpoint", "empty_save_folders", "group_by_checkpoint"]
 
 
 @dataclass(slots=True)
-class Place:
-    """A checkpoint's place, complete or not.
+class ListedCheckpoint:
+    """The blobs of one checkpoint, complete or not.
 
     Attributes:
-        path: in the container; ``""`` is its root.
-        blobs: all blobs below it that belong to no checkpoint further below.
-        metadata: those of them that are metadata: of all ranks (None), or of one.
-        saves: those of them that are data, by save id; the id of a save by torch's own writer is ``""``.
+        path: of the checkpoint in the container; ``""`` is the root.
+        blobs: all blobs below it that do not belong to a checkpoint further below.
+        metadata: the metadata blobs among them, by rank; None for the metadata of all ranks.
+        saves: the data blobs among them, by save id; the id of a save by torch's own writer is ``""``.
     """
 
     path: str
@@ -32,8 +32,8 @@ class Place:
     def complete(self) -> bool:
         """Whether ``.metadata`` is there; or, of a save without collectives, the metadata of all ranks.
 
-        Those are the ranks up to the highest one that left anything. A rank above it that has not begun yet leaves
-        nothing to tell from.
+        Those are the ranks up to the highest one that has written a blob. A rank above it that has not begun yet is
+        not visible.
         """
         if None in self.metadata:
             return True
@@ -42,38 +42,38 @@ class Place:
         return bool(ranks) and ranks == set(range(max(rank for rank in seen if rank is not None) + 1))
 
 
-def survey(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Place]:
-    """The places of checkpoints among `blobs`, in the order of their paths.
+def group_by_checkpoint(blobs: Iterable[BlobInfo], prefix: str = "") -> list[ListedCheckpoint]:
+    """Find the checkpoints among `blobs`, in the order of their paths.
 
-    A place is where metadata or data blobs lie that are named as `AzureBlobWriter` or torch's ``FileSystemWriter`` name
-    them. What lies elsewhere is left out, and so is what no URL of a checkpoint leads to (``run//step-1``).
+    A checkpoint is where metadata or data blobs are named as `AzureBlobWriter` or torch's ``FileSystemWriter`` name
+    them. Other blobs are left out, and so are those that no URL of a checkpoint leads to (``run//step-1``).
 
     Args:
-        prefix: of all the blobs' paths; ends in "/" unless it is empty. Nothing above it is a place.
+        prefix: of all the blobs' paths; ends in "/" unless it is empty. Nothing above it is a checkpoint.
     """
     every = _without_folders([blob for blob in blobs if blob.path.startswith(prefix)])
-    places: dict[str, Place] = {}
+    found: dict[str, ListedCheckpoint] = {}
     for blob in every:
         if has_empty_segment(blob.path):
-            continue  # no URL of a checkpoint has such a path, and "run//.metadata" is not that of "run"
+            continue  # no URL of a checkpoint has such a path, and "run//.metadata" does not belong to "run"
         folder, _, name = blob.path.rpartition("/")
         if is_metadata_name(name):
-            places.setdefault(folder, Place(folder)).metadata[metadata_rank(name)] = blob
+            found.setdefault(folder, ListedCheckpoint(folder)).metadata[metadata_rank(name)] = blob
         elif data_rank(name) is not None:
             above, _, save_id = folder.rpartition("/")
             if not is_save_id(save_id) or len(folder) < len(prefix):
                 above, save_id = folder, ""
-            places.setdefault(above, Place(above)).saves.setdefault(save_id, []).append(blob)
-    owners: dict[str, Place | None] = {}
+            found.setdefault(above, ListedCheckpoint(above)).saves.setdefault(save_id, []).append(blob)
+    owners: dict[str, ListedCheckpoint | None] = {}
     for blob in every:
-        owner = _owner(blob.path.rpartition("/")[0], places, owners)
+        owner = _owner(blob.path.rpartition("/")[0], found, owners)
         if owner is not None:
             owner.blobs.append(blob)
-    return [places[path] for path in sorted(places)]
+    return [found[path] for path in sorted(found)]
 
 
 def empty_save_folders(blobs: Iterable[BlobInfo]) -> list[BlobInfo]:
-    """The directories among `blobs` of saves that have stored nothing, or nothing that is left.
+    """Find the empty directories of saves among `blobs`.
 
     A save that was killed leaves one in an account with a hierarchical namespace.
     """
@@ -97,13 +97,15 @@ def _without_folders(blobs: list[BlobInfo]) -> list[BlobInfo]:
     return [blob for blob in blobs if blob.size or not (blob.is_folder or blob.path in folders)]
 
 
-def _owner(folder: str, places: dict[str, Place], known: dict[str, Place | None]) -> Place | None:
-    """The place that `folder` belongs to: itself, or the nearest one above."""
+def _owner(
+    folder: str, found: dict[str, ListedCheckpoint], known: dict[str, ListedCheckpoint | None]
+) -> ListedCheckpoint | None:
+    """The checkpoint that `folder` belongs to: at the folder itself, or the nearest one above."""
     passed = []
     while folder not in known:
         passed.append(folder)
-        if folder in places or not folder:
-            known[folder] = places.get(folder)
+        if folder in found or not folder:
+            known[folder] = found.get(folder)
             break
         folder = folder.rpartition("/")[0]
     for each in passed:
