@@ -224,10 +224,9 @@ def _environment_credentials(location: BlobLocation) -> Iterator[tuple[str, str,
     account, text, key, sas = ((value or "").strip() for value in environment_values())
     if text:
         yield _CONNECTION_STRING_VARIABLE, text, _names_account_of(location, text)
+    applies = not location.is_emulator
     if account:
         applies = account == location.account or not location.account_is_known
-    else:
-        applies = not location.is_emulator
     if key:
         # On a custom domain, a key is useless without its account's name.
         named = f"AccountName={account};AccountKey={key}" if account else key
@@ -237,7 +236,7 @@ def _environment_credentials(location: BlobLocation) -> Iterator[tuple[str, str,
 
 
 def _names_account_of(location: BlobLocation, connection_string: str) -> bool:
-    """Whether a connection string is for the location's account. True for a malformed one, whose use raises an error."""
+    """Whether a connection string is for the location's account. True for a malformed one, which raises an error."""
     try:
         settings = _settings_in(connection_string)
         if _is_development(settings):
