@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | str | Literal[False] | None"
-"""What a user may pass as ``credential=``; see :func:`resolve`."""
+"""What a user may pass as ``credential=``; see `resolve`."""
 
 SdkCredential: TypeAlias = "SharedTokens | AzureSasCredential | AzureNamedKeyCredential | None"
 """What the clients of ``azure.storage.blob`` take; there, None is anonymous access."""
