@@ -48,7 +48,7 @@ def find_model_leftovers(
     """
 
     def is_plainly_sound(folder: _ModelFolder) -> bool:
-        # Younger than the files, and there is no other save that the index could name.
+        # The index is younger than the files, and there is no other save that it could name.
         if len(folder.saves) != 1 or len(folder.indices) != 1 or _name(folder.indices[0]) != INDEX:
             return False
         [blobs] = folder.saves.values()
