@@ -75,7 +75,7 @@ def leftovers_in(
     younger than `oldest_to_keep`.
 
     Args:
-        store: of the container that `location` lies in.
+        store: of the container of `location`.
         folders: of a listing that was made before now.
         is_plainly_sound: whether the listing alone proves that the metadata names all data, so that no request is made.
         named_in: reads the metadata in a folder, and returns the paths in the container of the blobs that it names. It
@@ -127,7 +127,7 @@ def find_leftovers(
         listed: complete and incomplete checkpoints, of a listing that was made before now.
 
     Raises:
-        CheckpointError: the metadata of a checkpoint cannot be read, so it is unknown what it names.
+        CheckpointError: the metadata of a checkpoint cannot be read, so the data blobs that it names are unknown.
         StoreError: the service could not be asked.
     """
 

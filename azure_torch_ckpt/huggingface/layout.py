@@ -92,7 +92,7 @@ class JoinedTensor:
     Attributes:
         file: where it belongs.
         offset: in that file, from the end of the header.
-        chunks: what it is joined from.
+        chunks: the ranks' chunks, which make up the tensor.
     """
 
     name: str

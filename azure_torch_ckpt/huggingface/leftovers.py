@@ -43,7 +43,7 @@ def find_model_leftovers(
         listed: blobs of the container, of a listing that was made before now.
 
     Raises:
-        CheckpointError: an index cannot be read, so it is unknown what it names.
+        CheckpointError: an index cannot be read, so the files that it names are unknown.
         StoreError: the service could not be asked.
     """
 
