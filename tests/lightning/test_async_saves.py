@@ -34,7 +34,7 @@ REFUSAL = Answer(400, "InvalidInput")
 def plugin() -> Any:
     plugin = SPACE.plugin(async_save=True)
     yield plugin
-    plugin.teardown()  # a failure that no test has asked for fails it
+    plugin.teardown()  # an unexpected failure fails the test
 
 
 def data_of(name: str) -> Callable[[Exchange], bool]:

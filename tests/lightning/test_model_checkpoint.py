@@ -129,7 +129,7 @@ def test_two_callbacks_share_a_folder(space: Namespace, container: str, folder: 
 def test_two_callbacks_that_make_the_same_names_do_not_take_them_from_each_other(
     container: str, folder: Path, async_save: bool
 ) -> None:
-    """The second one's name is taken from the moment that the first one's save is asked for."""
+    """A name is taken from the call that saves there, even if the save is still pending."""
     space = Namespace(NAMESPACES[async_save])
     url, local = f"{container}/run", folder / "local"
     scores = (0.9, 0.5, 0.4)  # the first is the best, and the second callback has no use for it afterwards
@@ -350,7 +350,7 @@ def test_a_sas_opens_the_folder_and_is_nowhere_to_be_seen(
     url = f"{container}/run"
     for epochs in (2, 3):
         checkpoint = space.checkpoint(f"{url}?{container_sas}", monitor="val_loss", save_last=True, verbose=True)
-        trainer = space.trainer(folder, checkpoint, max_epochs=epochs)
+        trainer = space.trainer(folder, checkpoint, max_epochs=epochs, plugin=space.plugin(None))
         trainer.fit(model := space.model(SCORES), ckpt_path="last")
         assert trainer.strategy.checkpoint_io.credential == container_sas
         trainer.test(ckpt_path="best", verbose=False)
@@ -451,7 +451,7 @@ def test_a_subclass_has_a_state_of_its_own(space: Namespace) -> None:
 
 def test_a_pickled_callback_is_as_good(space: Namespace, container: str, folder: Path, container_sas: str) -> None:
     checkpoint = pickle.loads(pickle.dumps(space.checkpoint(f"{container}/run?{container_sas}", save_last=True)))
-    trainer = space.trainer(folder, checkpoint)
+    trainer = space.trainer(folder, checkpoint, plugin=space.plugin(None))
     trainer.fit(space.model())
     assert trainer.strategy.checkpoint_io.credential == container_sas
     assert names(f"{container}/run") == {"epoch=0-step=4.ckpt", "last.ckpt"}

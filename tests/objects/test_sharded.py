@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import signal
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,7 +25,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.dedup_planner import dedup_save_plans
-from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
+from azure_torch_ckpt.objects.sharded import DTensorEntry, load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs
@@ -267,18 +268,21 @@ def save_two_dimensional(url: str) -> Any:
     return cloned(gathered(value, True))
 
 
-def load_two_dimensional(url: str) -> Any:
+def load_two_dimensional(url: str, full: bool) -> Any:
+    """Load shards; or, without entries for DTensors, full tensors of which each rank cuts out its shards."""
     net, optimizer = two_dimensional(2)
     states = States()
 
-    def dtensors(value: dict[str, Any]) -> Any:
-        yield from states.module_dtensors(value["net"], net)
-        yield from states.optimizer_dtensors(value["optimizer"], net, optimizer)
+    def dtensors(value: dict[str, Any]) -> Iterator[DTensorEntry]:
+        if not full:
+            yield from states.module_dtensors(value["net"], net)
+            yield from states.optimizer_dtensors(value["optimizer"], net, optimizer)
 
     value = load_sharded(AzureBlobReader(url, credential=KEY), CPU, dtensors)
-    placements = {name: tensor.placements for name, tensor in net.state_dict().items()}
-    assert {name: tensor.placements for name, tensor in value["net"].items()} == placements
-    assert isinstance(value["optimizer"]["state"][0]["exp_avg"], DTensor)
+    placements = {} if full else {name: tensor.placements for name, tensor in net.state_dict().items()}
+    loaded = {name: tensor.placements for name, tensor in value["net"].items() if isinstance(tensor, DTensor)}
+    assert loaded == placements
+    assert isinstance(value["optimizer"]["state"][0]["exp_avg"], DTensor) != full
     states.load_module(net, value["net"], strict=True)
     states.load_optimizer(net, optimizer, value["optimizer"])
     value = {"net": states.of_module(net), "optimizer": states.of_optimizer(net, optimizer)}
@@ -288,28 +292,10 @@ def load_two_dimensional(url: str) -> Any:
 def test_fsdp_within_tensor_parallelism_is_stored_as_in_one_process(ranks: Ranks, container: str) -> None:
     url = f"{container}/two"
     saved, *_ = ranks(4).run(save_two_dimensional, url)
-    for loaded in ranks(4).run(load_two_dimensional, url):
-        assert_alike(loaded, saved)
+    for full in (False, True):
+        for loaded in ranks(4).run(load_two_dimensional, url, full):
+            assert_alike(loaded, saved)
     assert_alike(cloned(load_object(AzureBlobReader(url, credential=KEY))), saved)
-
-
-def load_whole_into_two_dimensions(url: str) -> Any:
-    """Without entries for DTensors: each rank loads whole tensors, and cuts its shards out of them."""
-    net, optimizer = two_dimensional(2)
-    value = load_sharded(AzureBlobReader(url, credential=KEY), CPU)
-    assert not any(isinstance(tensor, DTensor) for tensor in value["net"].values())
-    states = States()
-    states.load_module(net, value["net"], strict=True)
-    states.load_optimizer(net, optimizer, value["optimizer"])
-    value = {"net": states.of_module(net), "optimizer": states.of_optimizer(net, optimizer)}
-    return cloned(gathered(value, True))
-
-
-def test_whole_tensors_become_shards_too(ranks: Ranks, container: str) -> None:
-    url = f"{container}/two"
-    saved, *_ = ranks(4).run(save_two_dimensional, url)
-    for loaded in ranks(4).run(load_whole_into_two_dimensions, url):
-        assert_alike(loaded, saved)
 
 
 # ---- Odd contents --------------------------------------------------------------------------------------------------
