@@ -1,45 +1,33 @@
-"""What ``credential=`` means, everywhere in this package, and the tokens that all clients of a process share."""
+"""What ``credential=`` means in every function and class of this package."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import inspect
-import logging
 import os
 import pickle
 import re
-import threading
-import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias, cast
 
-from azure.core.credentials import (
-    AccessToken,
-    AccessTokenInfo,
-    AzureNamedKeyCredential,
-    AzureSasCredential,
-    TokenCredential,
-    TokenRequestOptions,
-)
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential, TokenCredential
 
+from azure_torch_ckpt._internal.shared_tokens import SharedTokens, default_tokens, shared_tokens
 from azure_torch_ckpt.errors import CredentialError, CredentialTypeError, LocationError
-from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
+from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation, is_account_name, is_sas
 
 __all__ = [
     "EMULATOR_ACCOUNT_KEY",
-    "STORAGE_SCOPE",
     "Credential",
     "PickledCredential",
     "SdkCredential",
-    "SharedTokens",
+    "environment_note",
+    "environment_values",
+    "named_endpoint",
     "resolve",
 ]
-
-_logger = logging.getLogger(__name__)
 
 Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | str | Literal[False] | None"
 """What a user may pass as ``credential=``; see :func:`resolve`."""
@@ -47,11 +35,16 @@ Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCre
 SdkCredential: TypeAlias = "SharedTokens | AzureSasCredential | AzureNamedKeyCredential | None"
 """What the clients of ``azure.storage.blob`` take; there, None is anonymous access."""
 
-# The same for everybody, hence no secret: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite
+# The same for every user, so it is not secret: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite
 EMULATOR_ACCOUNT_KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+# https://learn.microsoft.com/azure/storage/common/storage-configure-connection-string
+_EMULATOR_ENDPOINT: Final = f"http://127.0.0.1:10000/{EMULATOR_ACCOUNT}"
 
-# Of every account in any cloud: https://learn.microsoft.com/azure/storage/blobs/authorize-access-azure-active-directory
-STORAGE_SCOPE: Final = "https://storage.azure.com/.default"
+# https://learn.microsoft.com/cli/azure/azure-cli-configuration#cli-configuration-values-and-environment-variables
+_ACCOUNT_VARIABLE: Final = "AZURE_STORAGE_ACCOUNT"
+_CONNECTION_STRING_VARIABLE: Final = "AZURE_STORAGE_CONNECTION_STRING"
+_KEY_VARIABLE: Final = "AZURE_STORAGE_KEY"
+_SAS_VARIABLE: Final = "AZURE_STORAGE_SAS_TOKEN"
 
 _ACCEPTED: Final = (
     "Pass None (DefaultAzureCredential), False (anonymous), a TokenCredential of azure.identity, AzureSasCredential, "
@@ -62,46 +55,42 @@ _CONNECTION_STRING: Final = re.compile(
     r"|UseDevelopmentStorage)\s*=",
     re.IGNORECASE,
 )
-_SAS_SIGNATURE: Final = re.compile(r"(?:^|&)sig=[^&]", re.IGNORECASE)
-_PRINTABLE_ASCII: Final = re.compile(r"[!-~]+")
-_ACCOUNT_NAME: Final = re.compile(r"[a-z0-9]{3,24}", re.ASCII)
-# Azure's keys are 64 bytes; an emulator may be given shorter ones. Short words ("None") are base64, too.
+# Azure's keys have 64 bytes; an emulator may have shorter ones. Short words ("None") are base64, too.
 _MIN_KEY_BYTES: Final = 16
-
-# azure-core's own policy begins to ask for a new token 5 to 4 minutes before the old one ends. Here it is the longer
-# of the two, so that a policy that asks never gets back the token that it wants to replace.
-_REFRESH_BEFORE_EXPIRY_S: Final = 300.0
-# A managed identity may hand out its cached token until shortly before the end; asking it once per request is no use.
-_ASK_AGAIN_AFTER_S: Final = 30.0
 
 
 def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredential:
-    """The one rule. The result goes to the SDK together with ``account_url=location.endpoint``.
+    """The credential for the SDK, which gets it together with ``account_url=location.endpoint``. The one rule:
 
     1. A SAS in the URL wins over everything.
     2. ``False``: anonymous.
-    3. ``None``: on the emulator its published key; elsewhere one ``DefaultAzureCredential`` for the whole process,
-       made when the first token is needed, and made anew in a forked child.
+    3. ``None``: the first variable of the environment that is set, not blank and for the URL's account; without one,
+       the published key on the emulator, and elsewhere one ``DefaultAzureCredential`` for the whole process, made when
+       the first token is needed, and made anew in a forked child. The variables are those of the Azure CLI:
+       ``AZURE_STORAGE_CONNECTION_STRING``, ``AZURE_STORAGE_KEY``, ``AZURE_STORAGE_SAS_TOKEN``.
     4. ``str``: a connection string, a SAS token (with or without ``?``), or an account key. A bare key needs a URL that
        names the account; a connection string must be for the URL's account.
-    5. ``AzureNamedKeyCredential``: its name must be the URL's account. On a custom domain, which does not name the
-       account, any name is taken.
-    6. ``AzureSasCredential``: taken as it is.
-    7. ``TokenCredential``: wrapped in :class:`SharedTokens`, the same tokens for every call with the same object.
+    5. ``AzureNamedKeyCredential``: its name must be the URL's account. A custom domain does not name the account, so
+       any name is accepted there.
+    6. ``AzureSasCredential``: used unchanged.
+    7. ``TokenCredential``: wrapped in `SharedTokens`, the same tokens for every call with the same object.
+
+    A variable of the environment that names another account is ignored, so that a job can have its data in one account
+    and its checkpoints in another. A connection string names its account; a key and a SAS token are for the account in
+    ``AZURE_STORAGE_ACCOUNT``. Without that they are used for any account that the URL names, except on the emulator,
+    where only what names its account replaces the published key.
 
     Raises:
         CredentialTypeError: the credential is of another type. It is a CredentialError and a TypeError.
-        CredentialError: the credential has a wrong form, is for another account, or is a token that would travel over
-            plain HTTP. No message contains the value.
+        CredentialError: the credential (or the variable) has a wrong form, the credential is for another account, or it
+            is a token that would travel over plain HTTP. No message contains the value.
     """
     if location.sas is not None:
         return AzureSasCredential(location.sas)
     if credential is False:
         return None
     if credential is None:
-        if location.is_emulator:
-            return AzureNamedKeyCredential(EMULATOR_ACCOUNT, EMULATOR_ACCOUNT_KEY)
-        return _over_tls(location, SharedTokens(_process_default, _default_cache, location.endpoint))
+        return _from_environment(location)
     if isinstance(credential, str):
         return _from_text(location, credential.strip())
     if isinstance(credential, AzureSasCredential):
@@ -115,240 +104,61 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
         return _over_tls(location, credential.at(location.endpoint))
     get_token = getattr(credential, "get_token", None)
     if isinstance(credential, type) or not callable(get_token):
-        raise CredentialTypeError(f"{type(credential).__name__} is no credential for Blob Storage. {_ACCEPTED}.")
+        raise CredentialTypeError(f"{type(credential).__name__} is not a credential for Blob Storage. {_ACCEPTED}.")
     if inspect.iscoroutinefunction(get_token):
         raise CredentialTypeError(
             f"{type(credential).__name__} is an asynchronous credential (azure.identity.aio). "
             "Pass the class of the same name from azure.identity."
         )
-    return _over_tls(location, _shared_tokens(credential, location.endpoint))
+    return _over_tls(location, shared_tokens(credential, location.endpoint))
 
 
-class SharedTokens:
-    """A ``TokenCredential`` whose tokens are fetched once for all clients and threads that share it.
+def environment_values() -> tuple[str | None, ...]:
+    """Return the values of the variables that `resolve` reads, for callers that keep its result. They are secret."""
+    variables = (_ACCOUNT_VARIABLE, _CONNECTION_STRING_VARIABLE, _KEY_VARIABLE, _SAS_VARIABLE)
+    return tuple(os.environ.get(name) for name in variables)
 
-    Clients of the SDK keep their tokens for themselves, and a writer has many of them: without this, each would run
-    ``az account get-access-token`` or ask the metadata service, all at the same moment.
 
-    A token is replaced when its ``refresh_on`` has come, or five minutes before its end. One thread fetches; the others
-    go on with the old token while it is valid, and wait otherwise. If the fetch fails, an old token that is still valid
-    stays in use, and else every thread that waited gets the error of this one fetch.
+def environment_note(location: BlobLocation, credential: Credential) -> str:
+    """Return a sentence for an error about a refused credential: the variables that `resolve` used or ignored."""
+    if location.sas is not None or credential is not None:
+        return ""
+    note = ""
+    for name, _, applies in _environment_credentials(location):
+        if applies:
+            return f"{note}. The credential is from {name}"
+        note += f". {name} was ignored: it is not for this account (for a key or a SAS, {_ACCOUNT_VARIABLE} names it)"
+    return note
 
-    Args:
-        endpoint: of the account, whose tenant may be another one than the credential's: `remember_tenant`.
+
+def named_endpoint(credential: Credential, account: str) -> str | None:
+    """Return the endpoint that a connection string (the credential, or without one the environment's) has for
+    `account`.
+
+    Returns:
+        None without a connection string, and if it has no endpoint, or another account's.
+
+    Raises:
+        CredentialError: the connection string is malformed, or its endpoint is.
     """
-
-    def __init__(self, credential: TokenCredential, cache: TokenCache, endpoint: str) -> None:
-        self._credential = credential
-        self._cache = cache
-        self._endpoint = endpoint
-
-    def at(self, endpoint: str) -> SharedTokens:
-        """The same tokens for another account."""
-        return SharedTokens(self._credential, self._cache, endpoint)
-
-    def remember_tenant(self, tenant: str) -> None:
-        """The account's tenant, which the service has named: from now on tokens for this account are of this one."""
-        self._cache.tenants[self._endpoint] = tenant
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self._credential).__name__})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _shared_tokens, (self._credential, self._endpoint)  # tokens stay in their process
-
-    def get_token(
-        self,
-        *scopes: str,
-        claims: str | None = None,
-        tenant_id: str | None = None,
-        enable_cae: bool = False,
-        **_kwargs: Any,
-    ) -> AccessToken:
-        """azure-core's ``TokenCredential`` protocol. Raises whatever the credential raises."""
-        options = TokenRequestOptions()
-        if claims:
-            options["claims"] = claims
-        if tenant_id:
-            options["tenant_id"] = tenant_id
-        if enable_cae:
-            options["enable_cae"] = True
-        info = self.get_token_info(*scopes, options=options)
-        return AccessToken(info.token, info.expires_on)
-
-    def get_token_info(self, *scopes: str, options: TokenRequestOptions | None = None) -> AccessTokenInfo:
-        """azure-core's ``SupportsTokenInfo`` protocol, which its policies prefer where a credential has it."""
-        options = options or TokenRequestOptions()
-        if "tenant_id" not in options and self._endpoint in self._cache.tenants:
-            options = {**options, "tenant_id": self._cache.tenants[self._endpoint]}
-        key = (scopes, tuple(sorted((name, str(value)) for name, value in options.items())))
-
-        def fetch() -> AccessTokenInfo:
-            credential: Any = self._credential
-            if hasattr(credential, "get_token_info"):
-                return cast(AccessTokenInfo, credential.get_token_info(*scopes, options=options))
-            token: AccessToken = credential.get_token(*scopes, **options)
-            return AccessTokenInfo(token.token, int(token.expires_on))
-
-        return self._cache.token(key, fetch)
-
-
-_TokenKey: TypeAlias = "tuple[tuple[str, ...], tuple[tuple[str, str], ...]]"
-
-
-class _Slot:
-    """The token for one scope and set of options. ``lock`` is held while one is fetched."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.fetches = 0
-        self.fetched_at = 0.0
-        self.token: AccessTokenInfo | None = None
-        self.error: Exception | None = None
-
-    def valid(self) -> AccessTokenInfo | None:
-        return self.token if self.token is not None and self.token.expires_on > time.time() else None
-
-    def due(self) -> bool:
-        if self.token is None:
-            return True
-        now = time.time()
-        refresh_at = self.token.refresh_on or self.token.expires_on - _REFRESH_BEFORE_EXPIRY_S
-        # A clock that was set back must not stop the refreshing, hence abs.
-        return self.token.expires_on <= now or (refresh_at <= now and abs(now - self.fetched_at) >= _ASK_AGAIN_AFTER_S)
-
-
-class TokenCache:
-    """The tokens of one credential, without the credential, so that it can be kept for as long as that one lives."""
-
-    def __init__(self) -> None:
-        self.tenants: dict[str, str] = {}  # by endpoints of accounts
-        self._slots: dict[_TokenKey, _Slot] = {}
-        _caches.add(self)
-
-    def token(self, key: _TokenKey, fetch: Callable[[], AccessTokenInfo]) -> AccessTokenInfo:
-        """The current token. One thread at a time calls ``fetch``, and its error goes to all that waited."""
-        slot = self._slots.setdefault(key, _Slot())
-        fetches_seen = slot.fetches
-        if not slot.due():
-            return cast(AccessTokenInfo, slot.token)
-        valid = slot.valid()
-        lock = slot.lock  # after_fork may put another one in its place
-        if not lock.acquire(blocking=valid is None) and valid is not None:
-            return valid
-        try:
-            if not slot.due():
-                return cast(AccessTokenInfo, slot.token)
-            if slot.fetches != fetches_seen and slot.error is not None:
-                raise slot.error
-            return self._replace(slot, fetch)
-        finally:
-            lock.release()
-
-    def _replace(self, slot: _Slot, fetch: Callable[[], AccessTokenInfo]) -> AccessTokenInfo:
-        slot.error = None
-        try:
-            slot.token = fetch()
-        except Exception as error:
-            valid = slot.valid()
-            if valid is None:
-                slot.error = error
-                raise
-            _logger.warning("could not refresh the Azure token (%s); the old one is still valid", type(error).__name__)
-            return valid
-        finally:
-            slot.fetched_at = time.time()
-            slot.fetches += 1
-        return slot.token
-
-    def after_fork(self) -> None:
-        """In a forked child: free what a thread of the parent held. The tokens themselves are still good."""
-        for slot in list(self._slots.values()):
-            slot.lock = threading.Lock()
-            slot.error = None
-
-
-_caches: weakref.WeakSet[TokenCache] = weakref.WeakSet()
-_registry_lock = threading.Lock()
-# By identity, because two credentials that compare equal may still be different logins, and some have no hash.
-_cache_of: dict[int, tuple[weakref.ref[Any], TokenCache]] = {}
-
-
-def _shared_tokens(credential: TokenCredential, endpoint: str) -> SharedTokens:
-    key = id(credential)
-    with _registry_lock:
-        reference, cache = _cache_of.get(key, (None, None))
-        if cache is None or reference is None or reference() is not credential:
-            cache = TokenCache()
-            # Without __weakref__ (in __slots__), only the clients of this one call share the tokens.
-            with contextlib.suppress(TypeError):
-                # The callback takes no lock: it may run anywhere, also inside this block.
-                _cache_of[key] = weakref.ref(credential, lambda dead: _forget(key, dead)), cache
-    return SharedTokens(credential, cache, endpoint)
-
-
-def _forget(key: int, dead: weakref.ref[Any]) -> None:
-    known = _cache_of.get(key)
-    if known is not None and known[0] is dead:
-        del _cache_of[key]
-
-
-class _ProcessDefault:
-    """``DefaultAzureCredential``, made in the process and at the moment that needs it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._credential: Any = None
-
-    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
-        return cast(AccessToken, self._current().get_token(*scopes, **options))
-
-    def get_token_info(self, *scopes: str, options: TokenRequestOptions | None = None) -> AccessTokenInfo:
-        return cast(AccessTokenInfo, self._current().get_token_info(*scopes, options=options))
-
-    def after_fork(self) -> None:
-        # Its connections and locks are the parent's.
-        self._lock = threading.Lock()
-        self._credential = None
-
-    def _current(self) -> Any:
-        with self._lock:
-            if self._credential is None:
-                from azure.identity import DefaultAzureCredential  # slow to import, and unused with keys and SAS
-
-                try:
-                    self._credential = DefaultAzureCredential()
-                except ValueError as error:
-                    raise CredentialError(
-                        "DefaultAzureCredential does not accept this process's environment. "
-                        "Check the AZURE_* variables, or pass credential=."
-                    ) from error
-            return self._credential
-
-
-_process_default = _ProcessDefault()
-_default_cache = TokenCache()
-
-
-def _after_fork_in_child() -> None:
-    global _registry_lock
-    _registry_lock = threading.Lock()
-    _process_default.after_fork()
-    for cache in list(_caches):
-        cache.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    text = os.environ.get(_CONNECTION_STRING_VARIABLE, "").strip() if credential is None else credential
+    if not isinstance(text, str) or not _CONNECTION_STRING.search(text):
+        return None
+    endpoint = _endpoint_in(_settings_in(text))
+    if endpoint is None:
+        return None
+    root = _location_at(endpoint, "container")
+    # For another account, `resolve` says what is wrong.
+    return root.endpoint if root.account == account else None
 
 
 @dataclass(frozen=True, slots=True)
 class PickledCredential:
-    """A ``credential=`` argument on its way to another process. What it holds is secret.
+    """A ``credential=`` argument that travels to another process. Its content is secret.
 
-    Keys and SAS travel as their public values. A ``TokenCredential`` is pickled as it is: azure-identity's can be, as
-    long as they were not made with a token cache or a callback that cannot (azure-identity drops its own cache and
-    connections). Tokens never travel.
+    Keys and SAS travel as their public values. A ``TokenCredential`` is pickled itself: those of azure-identity can be,
+    unless they were made with a token cache or a callback that cannot be pickled (azure-identity drops its own cache
+    and connections). Tokens never travel.
     """
 
     payload: bytes = field(repr=False)
@@ -358,7 +168,7 @@ class PickledCredential:
         """Pickle a credential.
 
         Raises:
-            CredentialError: it cannot be pickled; the message says what to pass instead.
+            CredentialError: it cannot be pickled. The message says what to pass instead.
         """
         form: tuple[object, ...]
         if isinstance(credential, AzureNamedKeyCredential):
@@ -377,7 +187,7 @@ class PickledCredential:
             ) from error
 
     def restore(self) -> Credential:
-        """The credential again, in this process."""
+        """Return the credential in this process."""
         kind, *values = pickle.loads(self.payload)
         if kind == "named key":
             return AzureNamedKeyCredential(*values)
@@ -393,6 +203,49 @@ def _over_tls(location: BlobLocation, tokens: SharedTokens) -> SharedTokens:
             "Use https://, or pass a SAS, an account key, or False for anonymous access."
         )
     return tokens
+
+
+def _from_environment(location: BlobLocation) -> SdkCredential:
+    for name, credential, applies in _environment_credentials(location):
+        if applies:
+            try:
+                return _from_text(location, credential)
+            except CredentialError as error:
+                raise CredentialError(f"{name}: {error}") from error
+    if location.is_emulator:
+        return AzureNamedKeyCredential(EMULATOR_ACCOUNT, EMULATOR_ACCOUNT_KEY)
+    return _over_tls(location, default_tokens(location.endpoint))
+
+
+def _environment_credentials(location: BlobLocation) -> Iterator[tuple[str, str, bool]]:
+    """The variables that are set, the first choice first: name, credential, and whether it is for this account."""
+    account, text, key, sas = ((value or "").strip() for value in environment_values())
+    if text:
+        yield _CONNECTION_STRING_VARIABLE, text, _names_account_of(location, text)
+    if account:
+        applies = account == location.account if location.account_is_known else True
+    else:
+        applies = not location.is_emulator
+    if key:
+        # On a custom domain, a key is for nothing without its account's name.
+        named = f"AccountName={account};AccountKey={key}" if account else key
+        yield _KEY_VARIABLE, named, applies and (bool(account) or location.account_is_known)
+    if sas:
+        yield _SAS_VARIABLE, sas, applies
+
+
+def _names_account_of(location: BlobLocation, connection_string: str) -> bool:
+    """Whether a connection string is for the location's account, as far as it says; one that is malformed is."""
+    try:
+        settings = _settings_in(connection_string)
+        if _is_development(settings):
+            return location.is_emulator
+        account = settings.get("accountname")
+        if account is not None:
+            return account == location.account or not location.account_is_known
+        return "blobendpoint" not in settings or _is_endpoint_of(location, settings["blobendpoint"])
+    except CredentialError:
+        return True
 
 
 def _from_text(location: BlobLocation, text: str) -> SdkCredential:
@@ -412,25 +265,23 @@ def _from_text(location: BlobLocation, text: str) -> SdkCredential:
 
 
 def _from_connection_string(location: BlobLocation, text: str) -> SdkCredential:
-    """https://learn.microsoft.com/azure/storage/common/storage-configure-connection-string"""
-    settings: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise CredentialError("The connection string is malformed: its parts are NAME=VALUE, separated by ';'.")
-        settings[name.strip().lower()] = value.strip()
-    if settings.get("usedevelopmentstorage", "").lower() == "true":
+    settings = _settings_in(text)
+    if _is_development(settings):
         if not location.is_emulator:
             raise CredentialError(
-                f"UseDevelopmentStorage=true is the emulator, but {location.endpoint} is not. Pass the connection "
-                "string of this account."
+                f"UseDevelopmentStorage=true is for the emulator, and {location.endpoint} is not the emulator. Pass "
+                "the connection string of this account."
             )
         return AzureNamedKeyCredential(EMULATOR_ACCOUNT, EMULATOR_ACCOUNT_KEY)
-    account = settings.get("accountname")
+    account, endpoint = settings.get("accountname"), settings.get("blobendpoint")
     if account is not None:
         _check_account(location, account)
-    else:
-        _check_endpoint(location, settings.get("blobendpoint"))
+    elif endpoint is None:
+        raise CredentialError("The connection string has neither AccountName nor BlobEndpoint. Copy the whole of it.")
+    elif not _is_endpoint_of(location, endpoint):
+        raise CredentialError(
+            f"The connection string's BlobEndpoint is not that of {location}. Pass this account's credential."
+        )
     if account is not None and "accountkey" in settings:
         return AzureNamedKeyCredential(account, _check_key(settings["accountkey"]))
     if "sharedaccesssignature" in settings:
@@ -440,33 +291,57 @@ def _from_connection_string(location: BlobLocation, text: str) -> SdkCredential:
     )
 
 
+def _settings_in(connection_string: str) -> dict[str, str]:
+    """https://learn.microsoft.com/azure/storage/common/storage-configure-connection-string, names in lower case."""
+    settings: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in connection_string.split(";"))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise CredentialError("The connection string is malformed: its parts are NAME=VALUE, separated by ';'.")
+        settings[name.strip().lower()] = value.strip()
+    return settings
+
+
+def _is_development(settings: dict[str, str]) -> bool:
+    return settings.get("usedevelopmentstorage", "").lower() == "true"
+
+
+def _endpoint_in(settings: dict[str, str]) -> str | None:
+    if _is_development(settings):
+        return _EMULATOR_ENDPOINT
+    if "blobendpoint" in settings:
+        return settings["blobendpoint"]
+    if "endpointsuffix" in settings and "accountname" in settings:
+        scheme = settings.get("defaultendpointsprotocol", "https")
+        return f"{scheme}://{settings['accountname']}.blob.{settings['endpointsuffix']}"
+    return None
+
+
+def _location_at(endpoint: str, container: str) -> BlobLocation:
+    try:
+        return BlobLocation.parse(endpoint.rstrip("/") + "/" + container)
+    except LocationError as error:
+        raise CredentialError("The BlobEndpoint of the connection string is not a URL of Blob Storage.") from error
+
+
+def _is_endpoint_of(location: BlobLocation, endpoint: str) -> bool:
+    there = _location_at(endpoint, location.container)
+    both_known = there.account_is_known and location.account_is_known
+    return there.account == location.account if both_known else there.endpoint == location.endpoint
+
+
 def _check_account(location: BlobLocation, account: str) -> None:
     if location.account_is_known and account != location.account:
         # Anything else may be a key in the wrong place.
-        named = f"the account {account!r}" if _ACCOUNT_NAME.fullmatch(account) else "something that is no account name"
+        named = f"the account {account!r}" if is_account_name(account) else "something that is not an account's name"
         raise CredentialError(f"The credential is for {named}, the URL is {location}. Pass this account's credential.")
 
 
-def _check_endpoint(location: BlobLocation, endpoint: str | None) -> None:
-    if endpoint is None:
-        raise CredentialError("The connection string has neither AccountName nor BlobEndpoint. Copy the whole of it.")
-    try:
-        place = BlobLocation.parse(endpoint.rstrip("/") + "/" + location.container)
-    except LocationError as error:
-        raise CredentialError("The BlobEndpoint of the connection string is no URL of Blob Storage.") from error
-    both_known = place.account_is_known and location.account_is_known
-    same = place.account == location.account if both_known else place.endpoint == location.endpoint
-    if not same:
-        raise CredentialError(
-            f"The connection string's BlobEndpoint is another place than {location}. Pass this account's credential."
-        )
-
-
 def _check_sas(sas: str) -> str:
-    # http.client repeats a URL that has blanks or control characters in its error, with the secret.
-    if not _PRINTABLE_ASCII.fullmatch(sas) or not _SAS_SIGNATURE.search(sas.removeprefix("?")):
+    # http.client's error repeats a URL that has blanks or control characters, with the secret.
+    if not is_sas(sas.removeprefix("?")):
         raise CredentialError(
-            "This is no shared access signature: it looks like sv=...&sig=... and consists of printable ASCII only."
+            "Not a shared access signature: one looks like sv=...&sig=... and consists of printable ASCII only."
         )
     return sas
 
@@ -477,6 +352,6 @@ def _check_key(key: str) -> str:
     except (binascii.Error, ValueError):
         length = 0
     if length < _MIN_KEY_BYTES:
-        # no cause: it would add nothing, and the value must not get into a message
-        raise CredentialError(f"The credential string is no account key (base64 of 64 bytes). {_ACCEPTED}.")
+        # Without a cause: the value must not get into a message.
+        raise CredentialError(f"The credential string is not an account key (base64 of 64 bytes). {_ACCEPTED}.")
     return key

@@ -1,9 +1,9 @@
-"""Train from images in blobs, stop in the middle of an epoch, and go on as if nothing had happened.
+"""Train from images in blobs, stop in the middle of an epoch, and resume without a difference.
 
     python examples/train_from_images.py
 
-Blob Storage is an emulator (Azurite) that this script starts, and the images are small ones that it makes: PPM files,
-which need no library to decode. Model, optimizer and the place in the data are one checkpoint.
+The script starts an emulator of Blob Storage (Azurite) and creates small images: PPM files, which need no library to
+decode. One checkpoint holds the model, the optimizer and the position in the data.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ IMAGES = 96
 SIZE = 16
 BATCH = 8
 EPOCHS = 2
-STOPPED_AT = 17  # steps: in the second epoch
+STOPPED_AT = 17  # steps; this is in the second epoch
 HEADER = f"P6 {SIZE} {SIZE} 255\n".encode()
 
 
 def upload_images(url: str) -> None:
-    """Reddish images of class 0 and bluish ones of class 1."""
+    """Upload reddish images of class 0 and bluish images of class 1."""
     source = random.Random(0)
     for number in range(IMAGES):
         label = number % 2
@@ -47,7 +47,7 @@ def decode(blob: Blob) -> tuple[Tensor, int]:
 
 
 class Training(Stateful):
-    """All that a checkpoint holds."""
+    """Everything that a checkpoint contains."""
 
     def __init__(self, listing: BlobListing) -> None:
         torch.manual_seed(0)
@@ -69,7 +69,7 @@ class Training(Stateful):
             "model": self.model.state_dict(),
             "momenta": momenta,
             "epoch": self.epoch,
-            # The workers read ahead of the training, so the training says how far it is.
+            # The workers read ahead of the training, so only the training knows how many samples it has used.
             "data": self.dataset.state_at(self.batches * BATCH),
         }
 
@@ -105,21 +105,21 @@ def main() -> None:
         listing = BlobListing.from_container_url(url, prefix="train/", suffix=".ppm")
         print(listing)
 
-        whole = Training(listing)
-        whole.run()
+        uninterrupted = Training(listing)
+        uninterrupted.run()
 
         first = Training(listing)
         first.run(stop_at=STOPPED_AT)
         dcp.save({"training": first}, storage_writer=AzureBlobWriter(checkpoint), no_dist=True)
-        print(f"stopped after {len(first.losses)} of {len(whole.losses)} steps, loss {first.losses[-1]:.4f}")
+        print(f"stopped after {len(first.losses)} of {len(uninterrupted.losses)} steps, loss {first.losses[-1]:.4f}")
 
         second = Training(listing)
         dcp.load({"training": second}, storage_reader=AzureBlobReader(checkpoint), no_dist=True)
         second.run()
-        print(f"resumed, {len(second.losses)} steps more, loss {second.losses[-1]:.4f}")
+        print(f"resumed for {len(second.losses)} more steps, loss {second.losses[-1]:.4f}")
 
-        assert first.losses + second.losses == whole.losses, "the resumed run is not the uninterrupted one"
-        print("every step's loss is that of the uninterrupted run")
+        assert first.losses + second.losses == uninterrupted.losses, "the resumed run differs"
+        print("every step's loss equals the uninterrupted run's")
 
 
 if __name__ == "__main__":

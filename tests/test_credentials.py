@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from azure.core.credentials import (
     AzureKeyCredential,
     AzureNamedKeyCredential,
     AzureSasCredential,
 )
-from azure.identity import DefaultAzureCredential
+from azure.identity import ClientSecretCredential, DefaultAzureCredential
 from azure.identity.aio import DefaultAzureCredential as AsyncDefaultAzureCredential
 from azure.storage.blob import BlobServiceClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
 
-from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, resolve
-from azure_torch_ckpt.errors import CredentialError
+from azure_torch_ckpt import AzureBlobWriter, BlobIO
+from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, PickledCredential, resolve
+from azure_torch_ckpt.datasets import BlobDataset
+from azure_torch_ckpt.errors import AccessDeniedError, CredentialError
 from azure_torch_ckpt.location import BlobLocation
-from tests.support.credentials_support import (
+from tests.blobs.stores import sas_for
+from tests.support.fake_credentials import (
     AZURE,
     CUSTOM,
     EMULATOR,
@@ -27,14 +37,12 @@ from tests.support.credentials_support import (
     PLAIN,
     SAS,
     CountingCredential,
+    GatedCredential,
     InfoCredential,
     named_key,
     signature,
     tokens,
 )
-
-pytest_plugins = ("tests.support.credentials_support",)
-
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
@@ -57,7 +65,7 @@ def test_none_is_the_published_key_on_the_emulator() -> None:
 
 def test_none_is_one_shared_credential_elsewhere() -> None:
     other = BlobLocation.parse("https://other.blob.core.windows.net/ckpt")
-    assert tokens(resolve(AZURE))._cache is tokens(resolve(other))._cache is tokens(resolve(CUSTOM))._cache
+    assert tokens(resolve(AZURE)).cache is tokens(resolve(other)).cache is tokens(resolve(CUSTOM)).cache
 
 
 @pytest.mark.parametrize("location", [AZURE, EMULATOR, PLAIN], ids=lambda location: location.endpoint)
@@ -73,7 +81,7 @@ def test_an_account_key_alone_is_refused_where_the_url_does_not_name_the_account
 
 @pytest.mark.parametrize("key", ["", "hello", "None", "not base64 at all!", KEY[:-1], KEY + "é"])
 def test_text_that_is_no_key_is_refused(key: str) -> None:
-    with pytest.raises(CredentialError, match="no account key"):
+    with pytest.raises(CredentialError, match="not an account key"):
         resolve(AZURE, key)
 
 
@@ -85,7 +93,7 @@ def test_a_sas_token_as_text(sas: str) -> None:
 @pytest.mark.parametrize("sas", ["?sv=1&sig=", "sv=1&sig=a b", "sv=1&sig=a\tb", "sv=1&sig=é"])
 def test_a_broken_sas_is_refused(sas: str) -> None:
     for credential in (sas, AzureSasCredential(sas)):
-        with pytest.raises(CredentialError, match="no shared access signature"):
+        with pytest.raises(CredentialError, match=r"[Nn]ot a shared access signature"):
             resolve(AZURE, credential)
 
 
@@ -129,18 +137,18 @@ def test_a_connection_string_with_account_and_sas() -> None:
     ("location", "text", "says"),
     [
         (AZURE, f"AccountName=other;AccountKey={KEY}", "for the account 'other'"),
-        (AZURE, f"AccountName={KEY};AccountKey=acct", "no account name"),
-        (AZURE, f"BlobEndpoint=https://other.blob.core.windows.net;SharedAccessSignature={SAS}", "another place"),
-        (CUSTOM, f"BlobEndpoint=https://evil.example.org;SharedAccessSignature={SAS}", "another place"),
-        (AZURE, f"BlobEndpoint=nowhere;SharedAccessSignature={SAS}", "no URL of Blob Storage"),
+        (AZURE, f"AccountName={KEY};AccountKey=acct", "not an account's name"),
+        (AZURE, f"BlobEndpoint=https://other.blob.core.windows.net;SharedAccessSignature={SAS}", "is not that of"),
+        (CUSTOM, f"BlobEndpoint=https://evil.example.org;SharedAccessSignature={SAS}", "is not that of"),
+        (AZURE, f"BlobEndpoint=nowhere;SharedAccessSignature={SAS}", "not a URL of Blob Storage"),
         (AZURE, f"SharedAccessSignature={SAS}", "neither AccountName nor BlobEndpoint"),
         (AZURE, f"AccountKey={KEY}", "neither AccountName nor BlobEndpoint"),
         (AZURE, "AccountName=acct", "neither AccountName and AccountKey nor SharedAccessSignature"),
-        (AZURE, "AccountName=acct;AccountKey=hello", "no account key"),
-        (AZURE, "AccountName=acct;SharedAccessSignature=hello", "no shared access signature"),
+        (AZURE, "AccountName=acct;AccountKey=hello", "not an account key"),
+        (AZURE, "AccountName=acct;SharedAccessSignature=hello", "Not a shared access signature"),
         (AZURE, f"AccountName=acct;{KEY.rstrip('=')}", "malformed"),
-        (AZURE, "UseDevelopmentStorage=true", "is the emulator"),
-        (PLAIN, "UseDevelopmentStorage=true", "is the emulator"),
+        (AZURE, "UseDevelopmentStorage=true", "is for the emulator"),
+        (PLAIN, "UseDevelopmentStorage=true", "is for the emulator"),
     ],
 )
 def test_a_connection_string_that_is_refused(location: BlobLocation, text: str, says: str) -> None:
@@ -214,6 +222,123 @@ def test_the_sdk_takes_what_we_resolve(location: BlobLocation, credential: Any) 
     assert client.url.rstrip("/") == location.endpoint
 
 
+# --- the environment --------------------------------------------------------------------------------------------------
+
+ACCOUNT = "AZURE_STORAGE_ACCOUNT"
+STRING_VARIABLE, KEY_VARIABLE, SAS_VARIABLE = (
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+)
+STRING = f"AccountName=acct;AccountKey={KEY}"
+OTHERS_STRING = f"AccountName=other;AccountKey={KEY}"
+EMULATOR_KEY = ("devstoreaccount1", EMULATOR_ACCOUNT_KEY)
+
+
+def kind_of(resolved: Any) -> Any:
+    """``(account, key)``, the SAS, or ``"tokens"``."""
+    if isinstance(resolved, AzureNamedKeyCredential):
+        return named_key(resolved)
+    return signature(resolved) if isinstance(resolved, AzureSasCredential) else type(tokens(resolved)) and "tokens"
+
+
+@pytest.mark.parametrize(
+    ("location", "environment", "expected"),
+    [
+        (AZURE, {}, "tokens"),
+        (AZURE, {STRING_VARIABLE: " ", KEY_VARIABLE: "", SAS_VARIABLE: "\n"}, "tokens"),
+        # The first one counts.
+        (AZURE, {STRING_VARIABLE: STRING, KEY_VARIABLE: "no", SAS_VARIABLE: "no"}, ("acct", KEY)),
+        (AZURE, {KEY_VARIABLE: f" {KEY}\n", SAS_VARIABLE: "no"}, ("acct", KEY)),
+        (AZURE, {SAS_VARIABLE: f"?{SAS}"}, SAS),
+        # For the account that it names.
+        (AZURE, {KEY_VARIABLE: KEY, ACCOUNT: "acct"}, ("acct", KEY)),
+        (AZURE, {SAS_VARIABLE: SAS, ACCOUNT: "acct"}, SAS),
+        (AZURE, {STRING_VARIABLE: f"BlobEndpoint=https://acct.blob.core.windows.net;SharedAccessSignature={SAS}"}, SAS),
+        (AZURE, {KEY_VARIABLE: KEY, SAS_VARIABLE: SAS, ACCOUNT: "other"}, "tokens"),
+        (AZURE, {STRING_VARIABLE: OTHERS_STRING}, "tokens"),
+        (AZURE, {STRING_VARIABLE: f"BlobEndpoint=https://x.example.org;SharedAccessSignature={SAS}"}, "tokens"),
+        (AZURE, {STRING_VARIABLE: "UseDevelopmentStorage=true"}, "tokens"),
+        (AZURE, {STRING_VARIABLE: OTHERS_STRING, KEY_VARIABLE: KEY}, ("acct", KEY)),
+        # A custom domain does not name the account.
+        (CUSTOM, {STRING_VARIABLE: STRING}, ("acct", KEY)),
+        (CUSTOM, {KEY_VARIABLE: KEY, ACCOUNT: "acct"}, ("acct", KEY)),
+        (CUSTOM, {KEY_VARIABLE: KEY}, "tokens"),
+        (CUSTOM, {SAS_VARIABLE: SAS}, SAS),
+        # The emulator keeps its published key.
+        (EMULATOR, {KEY_VARIABLE: KEY, SAS_VARIABLE: SAS}, EMULATOR_KEY),
+        (EMULATOR, {STRING_VARIABLE: STRING, KEY_VARIABLE: KEY, ACCOUNT: "acct"}, EMULATOR_KEY),
+        (EMULATOR, {STRING_VARIABLE: "UseDevelopmentStorage=true"}, EMULATOR_KEY),
+        (EMULATOR, {STRING_VARIABLE: f"AccountName=devstoreaccount1;AccountKey={KEY}"}, ("devstoreaccount1", KEY)),
+        (EMULATOR, {SAS_VARIABLE: SAS, ACCOUNT: "devstoreaccount1"}, SAS),
+        (PLAIN, {KEY_VARIABLE: KEY}, ("acct", KEY)),
+    ],
+)
+def test_the_environment_names_the_credential_of_its_account(
+    location: BlobLocation, environment: dict[str, str], expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert kind_of(resolve(location)) == expected
+    assert signature(resolve(BlobLocation.parse(f"{location}?{SAS}"))) == SAS
+    assert resolve(location, False) is None
+    assert signature(resolve(location, "sv=1&sig=mine")) == "sv=1&sig=mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (STRING_VARIABLE, "AccountName"),
+        (STRING_VARIABLE, f"AccountKey={KEY}"),
+        (KEY_VARIABLE, "x"),
+        (SAS_VARIABLE, "x"),
+    ],
+)
+def test_a_variable_with_a_wrong_value_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(CredentialError, match=f"^{name}: ") as caught:
+        resolve(AZURE)
+    assert KEY not in str(caught.value)
+
+
+def test_a_refusal_names_the_variables(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "A" * 40 + EMULATOR_ACCOUNT_KEY[40:]
+    monkeypatch.setenv(STRING_VARIABLE, OTHERS_STRING)
+    monkeypatch.setenv(KEY_VARIABLE, wrong)
+    monkeypatch.setenv(ACCOUNT, "devstoreaccount1")
+    location = BlobLocation.parse(container)
+    with pytest.raises(AccessDeniedError) as caught:
+        BlobStore(location).stat("blob")
+    told = str(caught.value)
+    assert f"{STRING_VARIABLE} was ignored" in told and f"The credential is from {KEY_VARIABLE}" in told
+    assert KEY not in told and wrong not in told
+    with pytest.raises(AccessDeniedError) as caught:
+        BlobStore(location, Access(wrong)).stat("blob")
+    assert STRING_VARIABLE not in str(caught.value)
+
+
+ENTRY_POINTS: dict[str, Callable[[str], object]] = {
+    "BlobStore": lambda container: BlobStore(BlobLocation.parse(container)).read("data/blob", limit=9),
+    "BlobIO": lambda container: BlobIO(f"{container}/data/blob", "rb").read(),
+    "dataset": lambda container: BlobDataset.from_container_url(container, prefix="data/")[0],
+    "writer": lambda container: dcp.save({"x": torch.ones(1)}, storage_writer=AzureBlobWriter(f"{container}/run")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("use", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
+def test_every_entry_point_uses_the_environment(
+    container: str, use: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BlobStore(BlobLocation.parse(container)).put("data/blob", b"data")
+    monkeypatch.setenv(ACCOUNT, "devstoreaccount1")
+    monkeypatch.setenv(SAS_VARIABLE, sas_for(container, "w"))
+    with pytest.raises((AccessDeniedError, CheckpointException), match="403"):
+        use(container)
+    monkeypatch.setenv(SAS_VARIABLE, sas_for(container))  # a new one is used from then on
+    use(container)
+
+
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 secrets = st.from_regex(r"[A-Za-z0-9]{25,40}", fullmatch=True)
@@ -263,3 +388,40 @@ def test_no_message_repeats_a_secret_of_an_object(location: BlobLocation, secret
         with pytest.raises(CredentialError) as caught:
             resolve(location, credential)  # type: ignore[arg-type]
         assert secret not in str(caught.value)
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("credential", [None, False, SAS, KEY])
+def test_plain_values_travel(credential: Any) -> None:
+    assert pickle.loads(pickle.dumps(PickledCredential.of(credential))).restore() == credential
+
+
+def test_key_and_sas_objects_travel() -> None:
+    key = pickle.loads(pickle.dumps(PickledCredential.of(AzureNamedKeyCredential("acct", KEY)))).restore()
+    assert named_key(key) == ("acct", KEY)
+    sas = pickle.loads(pickle.dumps(PickledCredential.of(AzureSasCredential(SAS)))).restore()
+    assert signature(sas) == SAS
+
+
+@pytest.mark.parametrize(
+    "credential",
+    [
+        DefaultAzureCredential(),
+        ClientSecretCredential("00000000-0000-0000-0000-000000000000", "client", "S3cr3t"),
+        CountingCredential(),
+    ],
+    ids=lambda credential: type(credential).__name__,
+)
+def test_token_credentials_travel_where_they_can(credential: Any) -> None:
+    pickled = PickledCredential.of(credential)
+    assert type(pickle.loads(pickle.dumps(pickled)).restore()) is type(credential)
+    assert "S3cr3t" not in repr(pickled)
+
+
+def test_a_credential_that_cannot_travel_says_what_to_do() -> None:
+    credential = GatedCredential()
+    with pytest.raises(CredentialError, match="credential=None") as caught:
+        PickledCredential.of(credential)
+    assert "GatedCredential" in str(caught.value) and isinstance(caught.value.__cause__, TypeError)

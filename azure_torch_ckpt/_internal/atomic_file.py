@@ -1,4 +1,4 @@
-"""`NewFile`: a local file that is written under another name, and renamed when it is complete."""
+"""`AtomicFile`: a local file that is written under another name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, BinaryIO
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["NewFile", "is_part", "remove_abandoned"]
+__all__ = ["AtomicFile", "is_part", "remove_abandoned"]
 
 _PART = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
-_NAME = 40  # characters of the final name in the other one: a name has 255 bytes at most, and a character up to 4
+_NAME = 40  # characters of the final name that a part has: a name has at most 255 bytes, and a character up to 4
 
 
-class NewFile:
-    """A file that appears at `path`, replacing what was there, when `publish` is called.
+class AtomicFile:
+    """A file that appears at `path` when `publish` is called, replacing an existing one.
 
-        with NewFile(path) as new:
+        with AtomicFile(path) as new:
             new.file.write(data)
             new.publish()
 
-    Leaving the block without `publish` removes the file. Its mode is the one that the umask (or the folder's default
-    ACL) gives, as for any file that a program makes; the files of `tempfile` are for their owner alone.
+    Leaving the block without `publish` removes the file. Its mode follows the umask (or the folder's default ACL), as
+    for any file that a program makes; the files of `tempfile` are for their owner alone.
 
     Attributes:
         path: where the file appears.
         file: open for reading and writing until `publish` or `abandon`.
 
     Raises:
-        OSError: the folder is missing, or takes no file.
+        OSError: the folder is missing, or a file cannot be made in it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,8 +54,8 @@ class NewFile:
             only_new: raise if there is a file already, instead of replacing it.
 
         Raises:
-            FileExistsError: there is one.
-            OSError: the disk.
+            FileExistsError: `only_new`, and there is a file.
+            OSError: the disk is full, or fails.
         """
         self.file.flush()
         if sync:
@@ -74,7 +74,7 @@ class NewFile:
         self.abandon()
 
     def abandon(self) -> None:
-        """Remove the file unless it was published, and close it. It may be called again."""
+        """Remove the file unless it was published, and close it. Calling it again does nothing."""
         if not self.file.closed:
             # While the lock is held: later, another process may have removed the part.
             with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def _locked(part: Path) -> int:
     """Make a file and lock it, so that other processes know that it is not abandoned.
 
     Returns:
-        its descriptor, or -1: another process took it for abandoned, in the moment before it was locked.
+        its descriptor; -1 if another process removed it as abandoned in the moment before it was locked.
     """
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -112,12 +112,12 @@ def _locked(part: Path) -> int:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of this name is a `NewFile` that was not published."""
+    """Whether a file of this name is an `AtomicFile` that was not published."""
     return _PART.fullmatch(name) is not None
 
 
 def remove_abandoned(part: str | os.PathLike[str]) -> None:
-    """Remove a file for which `is_part` holds, unless a process still writes it."""
+    """Remove a file for which `is_part` is true, unless a process still writes it."""
     with contextlib.suppress(OSError), open(part, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody writes it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a process writes it
         os.unlink(part)

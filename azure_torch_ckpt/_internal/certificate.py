@@ -1,4 +1,4 @@
-"""A self-signed certificate for servers on this machine: the emulator, and those of tests and benchmarks."""
+"""A self-signed certificate for servers on this machine: the emulator, tests, benchmarks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["write_self_signed_certificate"]
 def write_self_signed_certificate(certificate_file: Path, key_file: Path) -> None:
     """Write a self-signed certificate for 127.0.0.1 and localhost, good for 30 days, and its key: both as PEM.
 
-    For any server of a test or a benchmark on this machine; ``ca_file=`` of writer and reader takes the certificate.
-    It is no authority (``ca=False``): rustls refuses one that is both authority and server, OpenSSL takes either. The
-    key is not encrypted, and its file is readable by its owner only.
+    A client trusts the certificate by ``ca_file=``. The certificate is not an authority (``ca=False``), because rustls
+    refuses one that is both authority and server; OpenSSL accepts either. The key is not encrypted, and only its owner
+    can read its file.
 
     Raises:
         MissingDependencyError: the package ``cryptography`` is not installed.
@@ -29,8 +29,7 @@ def write_self_signed_certificate(certificate_file: Path, key_file: Path) -> Non
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
     except ImportError as error:
         raise MissingDependencyError(
-            "A certificate for TLS is made by the package cryptography, and it is not installed. Install it "
-            "(pip install cryptography)"
+            "Making a certificate for TLS needs the package cryptography. Install it (pip install cryptography)"
         ) from error
 
     key = ec.generate_private_key(ec.SECP256R1())

@@ -1,7 +1,7 @@
-"""CRC64-NVME, the checksum that the service's ``x-ms-content-crc64`` means, and MD5 for small blobs.
+"""CRC64-NVME, which is the checksum in the service's ``x-ms-content-crc64``, and MD5 for small blobs.
 
-The values are those of ``azure-storage-extensions``. That library takes ``bytes`` only, holds the GIL and runs at an
-eighth of the speed, so the numbers come from ``awscrt`` (0.31 and later, the first with `combine`).
+``azure-storage-extensions`` computes the same values, but only of ``bytes``, with the GIL held and at an eighth of the
+speed. So they are computed by ``awscrt`` (0.31 and later, the first with `combine`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["combine", "crc64", "header_value", "md5", "parse_header_value"]
 
 
 def crc64(data: Buffer, previous: int = 0) -> int:
-    """The CRC64-NVME of ``data``, or of all data so far if ``previous`` is the value of what came before.
+    """Return the CRC64-NVME of ``data``, or of all data so far if ``previous`` is the value of the data before.
 
     ``data`` is any contiguous buffer of any length (checked with 5 GiB). It is read in place, without the GIL.
 
@@ -30,7 +30,7 @@ def crc64(data: Buffer, previous: int = 0) -> int:
 
 
 def combine(crc_a: int, crc_b: int, length_b: int) -> int:
-    """The CRC of two stretches of data back to back, from the CRC of each and the second one's length in bytes.
+    """Return the CRC of two byte strings back to back, from the CRC of each and the second one's length in bytes.
 
     Costs under a microsecond whatever the length, so one pass over the data serves blocks and items alike.
     """
@@ -38,9 +38,9 @@ def combine(crc_a: int, crc_b: int, length_b: int) -> int:
 
 
 def header_value(crc: int) -> str:
-    """``crc`` as ``x-ms-content-crc64`` wants it: base64 of its 8 bytes, the lowest byte first.
+    """Return ``crc`` in the form of ``x-ms-content-crc64``: base64 of its 8 bytes, the lowest byte first.
 
-    The byte order is the one that azure-storage-blob sends when it computes the header itself
+    azure-storage-blob sends this byte order when it computes the header itself
     (``validate_content="crc64"``, since 12.31); the REST reference says only that the value is a CRC64.
     """
     return base64.b64encode(crc.to_bytes(8, "little")).decode("ascii")
@@ -52,5 +52,5 @@ def parse_header_value(value: str | bytes | bytearray) -> int:
 
 
 def md5(data: bytes) -> bytes:
-    """The MD5 of a small blob, which the service keeps beside it. No protection against anybody's intent."""
+    """Return the MD5 of a small blob, which the service stores with it. It finds accidents, not attacks."""
     return hashlib.md5(data, usedforsecurity=False).digest()

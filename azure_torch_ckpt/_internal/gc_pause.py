@@ -1,4 +1,4 @@
-"""Keeps Python's garbage collector away from loops that make very many objects and no garbage."""
+"""`CollectorPause`: loops that make very many objects and no garbage run without Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CollectorPause", "without_collector"]
 
 _T = TypeVar("_T")
 
-# The collector is the process's, so a training loop beside an asynchronous save goes without it, too.
+# The pause affects the whole process, so also a training loop beside an asynchronous save.
 _LONGEST_SECONDS = 2.0
 
 _lock = threading.Lock()
@@ -37,10 +37,10 @@ if hasattr(os, "register_at_fork"):
 class CollectorPause:
     """A context in which the collector does not run. Any number of threads may be in one.
 
-    It ends early at the first `heed_time` after two seconds: the caller may be waiting for a network by then.
+    It ends early at the first `heed_time` after two seconds: by then the caller may be waiting for the network.
 
-    With torch loaded, a full collection walks some 100,000 objects, and finds nothing: for 5,000 tensors it takes twice
-    the time of all else that is done for them.
+    With torch loaded, a full collection walks some 100,000 objects and finds nothing. For 5,000 tensors it takes twice
+    the time of all other work on them.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class CollectorPause:
         self._end()
 
     def heed_time(self) -> None:
-        """End the pause if it has taken long enough. To be called in every turn of a loop that may wait."""
+        """End the pause if it has lasted long enough. Call it in every turn of a loop that may wait."""
         if self._until and time.monotonic() > self._until:
             self._end()
 
@@ -78,7 +78,7 @@ class CollectorPause:
 
 
 def without_collector(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items; while the caller works on them the collector does not run."""
+    """Yield the same items; while the caller works on them, the collector does not run."""
     with CollectorPause() as pause:
         for item in items:
             pause.heed_time()

@@ -1,8 +1,9 @@
-"""Every private name of torch that this package uses, each with the reason why no public one does."""
+"""Every private name of torch that this package uses, each with the reason why a public one does not suffice."""
 
 from __future__ import annotations
 
-# Undoes what `FileSystemWriter(_extensions=...)` did to a stream. Experimental in torch, and the only way to read it.
+# Undoes what `FileSystemWriter(_extensions=...)` did to a stream. Experimental in torch; nothing else can read such a
+# stream.
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 # The mark that torch's writer leaves in `Metadata.version`. Not underscored, but not exported either.
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 # `TensorProperties` pickles its memory format as a member of this enum, so every `.metadata` names it.
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
 
-# Which parts of a tensor this rank has, whatever its class: what torch's own planners plan by.
+# The chunks of a tensor that this rank has, for tensors of every class; torch's own planners use it.
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
 
 __all__ = [

@@ -1,22 +1,18 @@
-"""Put Block, Get Blob and List Blobs over azure-core's pipeline, without the client of azure-storage-blob.
+"""`DirectRequests`: Put Block, Get Blob and List Blobs over azure-core's pipeline, without azure-storage-blob's client.
 
-A checkpoint is thousands of the first two, and the client's serializers, hooks and policies take twice as long for one
-as everything else that it needs: half a millisecond of the GIL, which all connections wait for. Of a listing, the
-client's deserializer takes a second for 5,000 blobs. What these requests send is documented and small. Anything else,
-and whatever they are not sure of, goes through the client.
+A checkpoint needs thousands of the first two. For each, the client's serializers, hooks and policies take half a
+millisecond of the GIL, twice the rest of the request, and all connections wait for it. The client's deserializer takes
+a second for a listing of 5,000 blobs. These three requests are documented and small. All others go through the client,
+and so do these three in cases that are not handled here.
 """
 
 from __future__ import annotations
 
 import base64
 import email.utils
-import hmac
-import re
 import urllib.parse
 import uuid
-from typing import Any
 
-from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential, TokenRequestOptions
 from azure.core.exceptions import (
     ClientAuthenticationError,
     HttpResponseError,
@@ -25,17 +21,13 @@ from azure.core.exceptions import (
     ResourceNotFoundError,
     map_error,
 )
-from azure.core.pipeline import Pipeline, PipelineRequest, PipelineResponse
-from azure.core.pipeline.policies import (
-    AzureSasCredentialPolicy,
-    HttpLoggingPolicy,
-    HTTPPolicy,
-    SansIOHTTPPolicy,
-)
+from azure.core.pipeline import Pipeline, PipelineRequest
+from azure.core.pipeline.policies import HttpLoggingPolicy, SansIOHTTPPolicy
 from azure.core.rest import HttpRequest, HttpResponse
 from azure.core.settings import settings
 
-from azure_torch_ckpt.credentials import STORAGE_SCOPE, SdkCredential, SharedTokens
+from azure_torch_ckpt.blobs.signing import signing_policies
+from azure_torch_ckpt.credentials import SdkCredential
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
@@ -44,27 +36,10 @@ from azure_torch_ckpt.transport.retry import RetryPolicy
 __all__ = ["USER_AGENT", "DirectRequests"]
 
 USER_AGENT = "azure-torch-ckpt"
-"""Names this package in the service's logs."""
+"""Name of this package in the service's logs."""
 
-# https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key#constructing-the-signature-string:
-# these are signed by their place, present or not; x-ms-* and the query follow by name.
-_SIGNED = (
-    "content-encoding",
-    "content-language",
-    "content-length",
-    "content-md5",
-    "content-type",
-    "date",
-    "if-modified-since",
-    "if-match",
-    "if-none-match",
-    "if-unmodified-since",
-    "range",
-)
-# Bearer authorization_uri=https://login.microsoftonline.com/TENANT/oauth2/authorize resource_id=...
-_TENANT = re.compile(r"\bauthorization_uri=\"?https://[^/\s\",]+/([A-Za-z0-9.-]+)/")
-_MOST_RESULTS = 5_000  # in one page
-# As the client raises them: they are the cause of ours.
+_MOST_RESULTS = 5_000  # of one page
+# The classes that the client raises: they are the causes of our errors.
 _ERRORS: dict[int, type[HttpResponseError]] = {
     403: ClientAuthenticationError,
     404: ResourceNotFoundError,
@@ -74,10 +49,10 @@ _ERRORS: dict[int, type[HttpResponseError]] = {
 
 
 class DirectRequests:
-    """All methods return None, and have done nothing, where the caller must ask the client of azure-storage-blob.
+    """Each method returns None, and does nothing, where the caller must use the client of azure-storage-blob instead.
 
     Args:
-        api_version: of the service, the one that the client speaks.
+        api_version: the version of the service's API that the client uses.
 
     Raises (all methods): AzureError, as the client does.
     """
@@ -85,14 +60,8 @@ class DirectRequests:
     def __init__(
         self, credential: SdkCredential, transport: GatherTransport, retry: RetryPolicy, api_version: str
     ) -> None:
-        policies: list[Any] = [retry, _Headers(api_version)]
-        if isinstance(credential, AzureNamedKeyCredential):
-            policies.append(_SharedKey(credential))
-        elif isinstance(credential, AzureSasCredential):
-            policies.append(AzureSasCredentialPolicy(credential))
-        elif credential is not None:
-            policies.append(_Bearer(credential))
-        policies.append(HttpLoggingPolicy())
+        # Each attempt is signed anew: its headers have the time, and a token may have ended.
+        policies = [retry, _Headers(api_version), *signing_policies(credential), HttpLoggingPolicy()]
         self._pipeline: Pipeline[HttpRequest, HttpResponse] = Pipeline(transport, policies)
 
     def put_block(
@@ -116,9 +85,9 @@ class DirectRequests:
         if_etag: str | None = None,
         cancel: Cancel | None = None,
     ) -> HttpResponse | None:
-        """https://learn.microsoft.com/rest/api/storageservices/get-blob. The response has the body, or `dest` has."""
+        """https://learn.microsoft.com/rest/api/storageservices/get-blob. The body is in the response or in `dest`."""
         if moment is not None:
-            return None  # a snapshot or a version is read too seldom to be worth a query of our own
+            return None  # snapshots and versions are read too seldom to be worth a query here
         sent = {"x-ms-range": f"bytes={offset}-{offset + length - 1}"}
         if if_etag is not None:
             sent["If-Match"] = if_etag
@@ -135,7 +104,7 @@ class DirectRequests:
     ) -> HttpResponse | None:
         """https://learn.microsoft.com/rest/api/storageservices/list-blobs: one page of the container at `url`.
 
-        With the blobs' metadata, which tell a folder from a blob.
+        With the blobs' metadata, which mark folders.
         """
         query = {"restype": "container", "comp": "list", "prefix": prefix, "delimiter": delimiter, "marker": marker}
         query["include"] = "metadata"
@@ -147,10 +116,10 @@ class DirectRequests:
         self, request: HttpRequest, cancel: Cancel | None = None, dest: Scatter | None = None
     ) -> HttpResponse | None:
         if settings.tracing_enabled():
-            return None  # a span for each call is the client's
+            return None  # the client makes a span for each call
         response = self._pipeline.run(request, cancel=cancel, dest=dest).http_response
         if response.status_code == 401:
-            return None  # the client may know more
+            return None  # the client may answer a challenge
         if response.status_code >= 300:
             map_error(response.status_code, response, _ERRORS)
             raise HttpResponseError(response=response)
@@ -158,7 +127,7 @@ class DirectRequests:
 
 
 class _Headers(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
-    """What every attempt carries."""
+    """The headers of every attempt."""
 
     def __init__(self, api_version: str) -> None:
         super().__init__()
@@ -170,60 +139,3 @@ class _Headers(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
         headers["x-ms-version"] = self._api_version
         headers["x-ms-date"] = email.utils.formatdate(usegmt=True)
         headers["x-ms-client-request-id"] = str(uuid.uuid4())
-
-
-class _Bearer(HTTPPolicy[HttpRequest, HttpResponse]):
-    """Sends a token, one of the account's tenant once the service has named it.
-
-    azure-core's own policy leaves the service's challenge unanswered, and that of azure-storage-blob forgets the answer
-    when its client goes: https://learn.microsoft.com/rest/api/storageservices/authorize-with-azure-active-directory#bearer-challenge
-    """
-
-    def __init__(self, tokens: SharedTokens) -> None:
-        super().__init__()
-        self._tokens = tokens
-
-    def send(self, request: PipelineRequest[HttpRequest]) -> PipelineResponse[HttpRequest, HttpResponse]:
-        response = self._send(request, {})
-        if response.http_response.status_code != 401:
-            return response
-        # Only the tenant is believed, not where the token is good: the scope stays.
-        named = _TENANT.search(response.http_response.headers.get("WWW-Authenticate", ""))
-        if named is None:
-            return response
-        response = self._send(request, {"tenant_id": named[1]})
-        if response.http_response.status_code != 401:
-            self._tokens.remember_tenant(named[1])
-        return response
-
-    def _send(
-        self, request: PipelineRequest[HttpRequest], options: TokenRequestOptions
-    ) -> PipelineResponse[HttpRequest, HttpResponse]:
-        token = self._tokens.get_token_info(STORAGE_SCOPE, options=options)
-        request.http_request.headers["Authorization"] = f"Bearer {token.token}"
-        return self.next.send(request)
-
-
-class _SharedKey(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
-    """Signs with the account's key: https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key."""
-
-    def __init__(self, credential: AzureNamedKeyCredential) -> None:
-        super().__init__()
-        self._credential = credential
-
-    def on_request(self, request: PipelineRequest[HttpRequest]) -> None:
-        account, key = self._credential.named_key
-        message = _string_to_sign(request.http_request, account)
-        signature = base64.b64encode(hmac.digest(base64.b64decode(key), message.encode(), "sha256")).decode()
-        request.http_request.headers["Authorization"] = f"SharedKey {account}:{signature}"
-
-
-def _string_to_sign(request: HttpRequest, account: str) -> str:
-    headers = {name.lower(): value for name, value in request.headers.items()}
-    lines = [request.method]
-    lines += [headers.get(name, "") for name in _SIGNED]
-    lines += [f"{name}:{value}" for name, value in sorted(headers.items()) if name.startswith("x-ms-")]
-    target = urllib.parse.urlsplit(request.url)
-    lines.append(f"/{account}{target.path}")
-    lines += [f"{name}:{value}" for name, value in sorted(urllib.parse.parse_qsl(target.query))]
-    return "\n".join(lines)

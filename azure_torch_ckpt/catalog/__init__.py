@@ -1,4 +1,7 @@
-"""Find, inspect, compare, verify, copy, consolidate and prune checkpoints."""
+"""Which checkpoints are there, are they sound, and which can go?
+
+The functions find, inspect, compare, verify, copy, consolidate and remove checkpoints. `__all__` is for others.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from azure_torch_ckpt.catalog.difference import Change, CheckpointDiff, diff
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, latest, list_checkpoints
 from azure_torch_ckpt.catalog.retention import PruneReport, Undeleted, prune
 from azure_torch_ckpt.catalog.verification import verify
-from azure_torch_ckpt.dcp.removal import Remains, remove_checkpoint
+from azure_torch_ckpt.dcp.leftovers import Remains
+from azure_torch_ckpt.dcp.removal import remove_checkpoint
 from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport
 
 __all__ = [

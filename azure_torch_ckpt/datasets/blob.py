@@ -1,66 +1,134 @@
-"""One blob of a dataset, and how it is read: credential, cache, limits."""
+"""`Blob`, which a transform receives, and `BlobFetcher`: how blobs are read, and what happens if that fails."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+import logging
+from typing import BinaryIO, Literal, TypedDict, get_args
 
-from azure_torch_ckpt.credentials import Credential, PickledCredential
+from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.datasets.cache import BlobCache
+from azure_torch_ckpt.datasets.epoch_state import SharedCounter
 from azure_torch_ckpt.datasets.listing import ListedBlob
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.options import TransferOptions
 
-__all__ = ["Access", "Blob"]
+__all__ = ["Blob", "BlobFetcher", "SampleSettings"]
+
+_log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
 
 
-@dataclass(frozen=True)
-class Access:
-    """What every blob of a dataset is read with. A pickle holds the credential, and so is a secret."""
+class SampleSettings(TypedDict, total=False):
+    """Arguments of all datasets: how blobs are read.
 
-    credential: Credential = None
-    cache: BlobCache | None = None
-    options: TransferOptions | None = None
-    ca_file: str | None = None
+    Attributes:
+        cache: keeps blobs on a local disk.
+        options: limits; ``options.concurrency`` is the number of requests that a process has in flight.
+        ca_file: PEM file with certificates to trust in addition to the platform's.
+        prefetch_bytes: how many bytes of the next blobs a process fetches and holds while the transform runs; 0 turns
+            that off. A larger blob is not prefetched: the transform reads it.
+        on_error: what to do with a blob that cannot be read or transformed: ``"raise"`` the error, or ``"skip"`` the
+            blob, log a warning and count it in `skipped`.
+        retries: how often a blob is read and transformed again before that. (Requests are always retried.)
+    """
+
+    cache: BlobCache | None
+    options: TransferOptions | None
+    ca_file: str | None
+    prefetch_bytes: int
+    on_error: OnError
+    retries: int
+
+
+class BlobFetcher:
+    """Reads the blobs of a dataset as `SampleSettings` say, and counts the skipped ones in all worker processes.
+
+    A pickle contains the credential: treat it as a secret.
+
+    Raises:
+        ValueError: a number is negative, or `on_error` has another value.
+        TypeError: there is no such setting.
+    """
+
+    def __init__(
+        self,
+        credential: Credential = None,
+        *,
+        cache: BlobCache | None = None,
+        options: TransferOptions | None = None,
+        ca_file: str | None = None,
+        prefetch_bytes: int = 64 * 1024 * 1024,
+        on_error: OnError = "raise",
+        retries: int = 0,
+    ) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error must be one of {get_args(OnError)}, not {on_error!r}")
+        if prefetch_bytes < 0 or retries < 0:
+            raise ValueError(f"prefetch_bytes={prefetch_bytes} and retries={retries} must not be negative")
+        self.prefetch_bytes = prefetch_bytes
+        self.retries = retries
+        self._access = Access(credential, options, ca_file)
+        self._cache = cache
+        self._on_error = on_error
+        self._skipped = SharedCounter()
+
+    @property
+    def concurrency(self) -> int:
+        """The number of requests that a process may have in flight."""
+        return self._access.options.concurrency
+
+    @property
+    def skipped(self) -> int:
+        """How many items all worker processes together have skipped."""
+        return int(self._skipped)
+
+    def is_cached_whole(self, blob: ListedBlob) -> bool:
+        """Whether the blob is read as a whole, because the cache keeps it."""
+        return self._cache is not None and blob.size is not None and self._cache.takes(blob.size)
 
     def open(self, blob: ListedBlob, if_etag: str | None = None) -> BlobIO:
+        """Open the blob as a file, without the cache."""
+        access = self._access
         return BlobIO(
             blob.location,
             "rb",
-            credential=self.credential,
+            credential=access.credential,
             if_etag=if_etag,
-            options=self.options,
-            ca_file=self.ca_file,
+            options=access.options,
+            ca_file=access.ca_file,
         )
 
     def read(self, blob: ListedBlob, if_etag: str | None = None) -> bytes:
-        """All of a blob; from the cache, if the version that was listed (or is there now) is in it."""
+        """Return the content, from the cache if it has the listed version or, for a bare URL, the current one."""
         with self.open(blob, if_etag) as file:
-            if self.cache is None:
+            if self._cache is None:
                 return file.read()
             url = str(blob.location)
-            data = self.cache.get(url, blob.etag or file.etag or "")
+            data = self._cache.get(url, blob.etag or file.etag or "")
             if data is None:
                 data = file.read()
-                self.cache.put(url, file.etag or "", data)
+                self._cache.put(url, file.etag or "", data)
             return data
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "credential": PickledCredential.of(self.credential)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, credential=state["credential"].restore())
+    def skip_or_raise(self, error: Exception, what: object) -> None:
+        """Handle an error that remains after all retries: raise it, or count and log that `what` is skipped."""
+        if self._on_error == "raise":
+            raise error
+        self._skipped.add()
+        _log.warning("skipped %s: %s", what, error)
 
 
 class Blob:
-    """A blob, as a dataset hands it to a `transform`. It is of use while the transform runs."""
+    """A blob that a dataset passes to a `transform`. Use it while the transform runs."""
 
-    __slots__ = ("_access", "_data", "_listed")
+    __slots__ = ("_data", "_fetcher", "_listed")
 
-    def __init__(self, listed: ListedBlob, access: Access, data: bytes | None = None) -> None:
+    def __init__(self, listed: ListedBlob, fetcher: BlobFetcher, data: bytes | None = None) -> None:
         self._listed = listed
-        self._access = access
+        self._fetcher = fetcher
         self._data = data
 
     def __repr__(self) -> str:
@@ -80,18 +148,17 @@ class Blob:
         return self._listed.location.container
 
     def read(self) -> bytes:
-        """All of the content.
+        """Return the whole content.
 
         Raises:
-            StoreError: it cannot be read.
+            StoreError: the blob cannot be read.
         """
         if self._data is None:
-            self._data = self._access.read(self._listed)
+            self._data = self._fetcher.read(self._listed)
         return self._data
 
     def reader(self) -> BinaryIO:
-        """A file to read the content from: of the memory if it is there already or in the cache, else a `BlobIO`."""
-        cache, size = self._access.cache, self._listed.size
-        if self._data is not None or (cache is not None and size is not None and cache.takes(size)):
+        """Open the content as a file: an `io.BytesIO` if it is in memory or in the cache already, else a `BlobIO`."""
+        if self._data is not None or self._fetcher.is_cached_whole(self._listed):
             return io.BytesIO(self.read())
-        return self._access.open(self._listed)
+        return self._fetcher.open(self._listed)

@@ -1,4 +1,4 @@
-"""A bounded cache of blobs on a local disk, which all processes of a machine share."""
+"""`BlobCache`: a bounded cache of blobs on a local disk, which all processes of a machine share."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from azure_torch_ckpt._internal.atomic_file import NewFile, remove_abandoned
+from azure_torch_ckpt._internal.atomic_file import AtomicFile, remove_abandoned
 from azure_torch_ckpt._internal.checksums import crc64
 
 __all__ = ["BlobCache"]
 
-_HIDDEN = "."  # how the name of a file begins that is not complete
+_HIDDEN = "."  # the names of incomplete files begin with it
 _LARGEST_PART = 16
 _HEAD = 8
-# What eviction makes room for beside the blob that comes, so that it does not look through the folder each time.
+# Eviction frees a tenth more than the new blob needs, so that not every new blob causes one.
 _SLACK_PART = 10
 
 
 @dataclass(frozen=True)
 class BlobCache:
-    """Blobs as files in a folder, at most `max_bytes` of them; those used longest ago go first.
+    """Keeps blobs as files in a folder, at most `max_bytes` of them. The least recently used are removed first.
 
-    A file is named after the URL (without SAS) and the ETag, so another version of a blob is another file. It carries
-    a CRC64 of its content, and a damaged one is fetched again. Any number of processes may use a folder at once: a
-    file appears when it is complete, and what is counted is counted under a lock. Use a local disk, not NFS.
+    A file is named after the URL (without SAS) and the ETag, so another version of a blob is another file. It contains
+    a CRC64 of its content, and a damaged file is fetched again. Any number of processes may use a folder at the same
+    time: a file appears when it is complete, and the bytes are counted under a lock. Use a local disk, not NFS.
 
     Args:
-        directory: it is made if it is missing. Nothing else should lie in it.
+        directory: created if it is missing. Do not keep other files in it.
         max_bytes: a blob of more than a sixteenth of it is not kept.
     """
 
@@ -43,18 +43,18 @@ class BlobCache:
             raise ValueError(f"max_bytes must be at least 1, not {self.max_bytes}")
 
     def takes(self, size: int) -> bool:
-        """Whether a blob of this size, in bytes, would be kept."""
+        """Whether the cache keeps blobs of `size` bytes."""
         return size + _HEAD <= self.max_bytes // _LARGEST_PART
 
     def get(self, url: str, etag: str) -> bytes | None:
-        """The content, or None if it is not there."""
+        """Return the content, or None if it is not in the cache."""
         path = self._path(url, etag)
         try:
             with path.open("rb") as file:
                 head = file.read(_HEAD)
                 data = file.read()
             os.utime(path)
-        except OSError:  # not there, or evicted at this moment
+        except OSError:  # missing, or evicted at this moment
             return None
         if head == _head(data):
             return data
@@ -63,18 +63,18 @@ class BlobCache:
         return None
 
     def put(self, url: str, etag: str, data: bytes) -> None:
-        """Keep a blob's content, unless it is too large. A full disk, or any other trouble with it, is no error."""
+        """Keep a blob's content, unless it is too large. Errors of the disk are ignored."""
         if not self.takes(len(data)):
             return
         path = self._path(url, etag)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with NewFile(path) as new:
+            with AtomicFile(path) as new:
                 new.file.write(_head(data))
                 new.file.write(data)
                 new.file.flush()
                 with self._counted(len(data) + _HEAD, path):
-                    new.publish(sync=False)  # a damaged file is known by its checksum
+                    new.publish(sync=False)  # its checksum reveals a damaged file
 
     def _path(self, url: str, etag: str) -> Path:
         name = hashlib.sha256(f"{url}\n{etag}".encode()).hexdigest()
@@ -82,15 +82,15 @@ class BlobCache:
 
     @contextlib.contextmanager
     def _counted(self, size: int, path: Path) -> Iterator[None]:
-        """Make room for `size` bytes at `path`, and hold the lock meanwhile."""
+        """Make room for `size` bytes at `path`, and hold the lock inside the block."""
         with open(Path(self.directory, "total"), "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             text = file.read()
-            if path.exists():  # another process was quicker
+            if path.exists():  # another process was faster
                 yield
                 return
-            total = int(text) if text.isdigit() else self.max_bytes  # of nothing or nonsense: look
+            total = int(text) if text.isdigit() else self.max_bytes  # evict to count if the number is lost
             if total + size > self.max_bytes:
                 total = self._evict(self.max_bytes - size - self.max_bytes // _SLACK_PART)
             file.truncate(0)
@@ -99,7 +99,7 @@ class BlobCache:
             yield
 
     def _evict(self, target: int) -> int:
-        """Delete what was used longest ago until at most `target` bytes are left; return how many there are."""
+        """Delete the least recently used files until at most `target` bytes are left; return how many are left."""
         files: list[tuple[float, int, str]] = []
         for folder in os.scandir(self.directory):
             for entry in os.scandir(folder) if folder.is_dir() else ():

@@ -1,4 +1,4 @@
-"""The blobs of a dataset as one compact list: made by one listing, saved, loaded, shared by all processes of a node."""
+"""`BlobListing`: the blobs of a dataset as one compact list, listed once, saved, loaded and shared by processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from azure_torch_ckpt._internal.atomic_file import NewFile
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
@@ -25,12 +25,12 @@ from azure_torch_ckpt.options import TransferOptions
 __all__ = ["BlobListing", "ListedBlob"]
 
 _MAGIC = b"azure-torch-ckpt blob listing 1\n"
-# The form that the service's ETags have; others are kept as text.
+# The form of the service's ETags. Others are stored as text.
 _ETAG = re.compile(r'"0x([1-9A-F][0-9A-F]{0,15})"', re.ASCII)
 _ALIGNMENT = 8
-# A last segment of a URL that is the same in the blob's name and breaks no rule of `BlobLocation`.
+# A last segment of a URL that is the same in the blob's name and that `BlobLocation` accepts.
 _PLAIN = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9_.-]{0,100}[A-Za-z0-9_-])?", re.ASCII)
-# What `BlobLocation` may have something against. To ask it costs 10 microseconds a name.
+# Names that `BlobLocation` may refuse. To ask it costs 10 microseconds a name.
 _SUSPECT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\?&]|(?:^|/)\.{0,2}(?:/|$)")
 _FOLDERS = 10_000
 _FOLDER_LENGTH, _FOLDER_DEPTH = 500, 100
@@ -38,7 +38,7 @@ _FOLDER_LENGTH, _FOLDER_DEPTH = 500, 100
 
 @dataclass(frozen=True, slots=True)
 class ListedBlob:
-    """One entry. `size` (bytes) and `etag` are those of the time of listing, None where only the URL was given."""
+    """One entry. `size` (bytes) and `etag` are those at the time of listing, None if only the URL is known."""
 
     location: BlobLocation
     size: int | None
@@ -46,19 +46,19 @@ class ListedBlob:
 
     @property
     def url(self) -> str:
-        """Without its query: no SAS, snapshot or version."""
+        """The URL without its query: no SAS, snapshot or version."""
         return str(dataclasses.replace(self.location, sas=None, snapshot=None, version_id=None))
 
 
 class BlobListing:
-    """Names, sizes and ETags of any number of blobs, in 24 bytes each beside the name.
+    """Names, sizes and ETags of any number of blobs, in 24 bytes each and the name.
 
         listing = BlobListing.from_container_url(url, prefix="train/", suffix=".jpg")
         listing.save("train.listing")                        # once, on one machine
         dataset = BlobDataset(BlobListing.load("train.listing"))
 
-    A listing that was loaded is mapped into memory, so all processes of a machine share it. It never changes. A file
-    holds no SAS; a pickle does, for a worker could not read otherwise.
+    A loaded listing is mapped into memory, so all processes of a machine share it. It never changes. A file contains no
+    SAS. A pickle contains it, because a worker could not read otherwise.
     """
 
     def __init__(self, containers: tuple[BlobLocation, ...], columns: _Columns) -> None:
@@ -78,20 +78,20 @@ class BlobListing:
         options: TransferOptions | None = None,
         ca_file: str | None = None,
     ) -> BlobListing:
-        """List a container, 5,000 blobs to a request, in the order of their names.
+        """List a container in the order of the blobs' names, with one request for 5,000 blobs.
+
+        Blobs that represent folders are left out: the directories of accounts with a hierarchical namespace, and empty
+        blobs that mark folders elsewhere.
 
         Args:
-            container_url: a path in it is a folder, and only what lies below it is listed.
-            prefix: of the names, below that folder.
-            glob: of the whole name, as in `fnmatch.fnmatchcase`: ``*`` matches ``/``, too.
-            suffix: one, or several of which one must fit.
-
-        Folders that are blobs are left out: the directories of accounts with a hierarchical namespace, and empty blobs
-        that mark folders elsewhere.
+            container_url: a path in it is a folder, and only blobs below it are listed.
+            prefix: prefix of the names below that folder.
+            glob: pattern for the whole name, as in `fnmatch.fnmatchcase`: ``*`` matches ``/``, too.
+            suffix: suffix of the name, or several of which one must match.
 
         Raises:
             StoreError: the container cannot be listed.
-            LocationError: it has a blob that cannot be read by its name.
+            LocationError: the container has a blob that cannot be read by its name.
         """
         location = BlobLocation.parse(container_url)
         store = BlobStore(location, Access(credential, options, ca_file))
@@ -105,10 +105,10 @@ class BlobListing:
 
     @classmethod
     def from_blob_urls(cls, blob_urls: str | Iterable[str | os.PathLike[str] | BlobLocation]) -> BlobListing:
-        """The blobs at these URLs, in this order; nothing is requested. They may lie in several containers.
+        """Make a listing of the blobs at these URLs, in this order and in any containers, without a request.
 
         Raises:
-            LocationError: one of them is no URL of a blob.
+            LocationError: a URL is not that of a blob.
         """
         urls = [blob_urls] if isinstance(blob_urls, (str, os.PathLike, BlobLocation)) else blob_urls
         numbers: dict[BlobLocation, int] = {}
@@ -116,7 +116,7 @@ class BlobListing:
         columns = _Builder()
         folders: dict[str, tuple[str, int] | None] = {}
         for index, url in enumerate(urls):
-            # Taking a URL apart costs 40 microseconds, and most have the folder of another one.
+            # Parsing a URL costs 40 microseconds, and most URLs have the same folder as another one.
             folder, _, name = url.rpartition("/") if isinstance(url, str) else ("", "", "")
             if _PLAIN.fullmatch(name):
                 if folder not in folders and len(folders) < _FOLDERS:
@@ -152,17 +152,17 @@ class BlobListing:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        places = ", ".join(str(container) for container in self._containers[:3])
-        return f"<BlobListing of {len(self)} blobs in {places}{', ...' if len(self._containers) > 3 else ''}>"
+        containers = ", ".join(str(container) for container in self._containers[:3])
+        return f"<BlobListing of {len(self)} blobs in {containers}{', ...' if len(self._containers) > 3 else ''}>"
 
     def name(self, index: int) -> str:
-        """The name of the blob in its container."""
+        """Return the name of a blob in its container."""
         start = self._columns.ends[index - 1] if index else 0
         return bytes(self._columns.names[start : self._columns.ends[index]]).decode()
 
     @property
     def fingerprint(self) -> int:
-        """A checksum of the names and their order: the same for two listings of the same blobs."""
+        """A checksum of the names and their order, equal for two listings of the same blobs."""
         if self._fingerprint is None:
             columns = self._columns
             ends = memoryview(columns.ends).cast("B") if len(columns.ends) else memoryview(b"")
@@ -170,7 +170,7 @@ class BlobListing:
         return self._fingerprint
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file, which appears when it is complete. SAS are left out: give a credential when you load it."""
+        """Write a file, which appears when it is complete. It contains no SAS: pass a credential when you load it."""
         columns = self._columns
         sections = columns.sections()
         header = {
@@ -180,7 +180,7 @@ class BlobListing:
             "etags": {str(index): etag for index, etag in columns.other_etags.items()},
             "sections": [section.nbytes for section in sections],
         }
-        with NewFile(path) as new:
+        with AtomicFile(path) as new:
             head = json.dumps(header).encode()
             new.file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
             for section in sections:
@@ -193,7 +193,7 @@ class BlobListing:
         """Map a saved listing into memory.
 
         Raises:
-            ValueError: the file is no listing, or not complete.
+            ValueError: the file is not a listing, or incomplete.
         """
         with open(path, "rb") as file:
             data = memoryview(
@@ -201,20 +201,20 @@ class BlobListing:
             )
         start = len(_MAGIC) + 8
         if bytes(data[: len(_MAGIC)]) != _MAGIC:
-            raise ValueError(f"{os.fspath(path)} is no listing of this version. Make it with BlobListing.save")
+            raise ValueError(f"{os.fspath(path)} is not a listing of this version. Write it with BlobListing.save")
         end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
         sections = []
         try:
             header = json.loads(bytes(data[start:end]))
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not complete, or damaged. Copy it anew") from error
+            raise ValueError(f"{os.fspath(path)} is incomplete or damaged. Copy it again") from error
         for length in header["sections"]:
             start = end + -end % _ALIGNMENT
             end = start + length
             sections.append(data[start:end])
         if end != len(data):
             raise ValueError(
-                f"{os.fspath(path)} has {len(data)} bytes instead of {end}: it is not complete. Copy it anew"
+                f"{os.fspath(path)} has {len(data)} bytes instead of {end}, so it is incomplete. Copy it again"
             )
         names, ends, sizes, etags, numbers = sections
         columns = _Columns(
@@ -240,18 +240,18 @@ class BlobListing:
 def _load_again(path: str, containers: tuple[BlobLocation, ...], fingerprint: int) -> BlobListing:
     listing = BlobListing.load(path)
     if listing.fingerprint != fingerprint:
-        raise ValueError(f"{path} was replaced by another listing since this process began to use it. Start anew")
+        raise ValueError(f"{path} was replaced by another listing since this process loaded it. Restart the process")
     listing._containers = containers
     return listing
 
 
 @dataclass(slots=True)
 class _Columns:
-    """Entry i has the name ``names[ends[i - 1]:ends[i]]``. A size of -1 and an ETag of 0 are not known as such.
+    """Entry i has the name ``names[ends[i - 1]:ends[i]]``. A size of -1 is unknown; an ETag of 0 is in `other_etags`.
 
     Attributes:
-        containers: the number of each entry's container; empty if there is only one.
-        path: of the file that all of this is mapped from.
+        containers: the index of each entry's container; empty if there is only one container.
+        path: the file that the columns are mapped from.
     """
 
     names: Any
@@ -272,10 +272,10 @@ class _Columns:
 
 
 class _Builder:
-    """Gathers columns.
+    """Collects columns.
 
     Args:
-        container: of all names, which have to be checked; None for names that come from URLs, and so are right.
+        container: the container of all names, which are then checked; None for names from URLs, which are valid.
     """
 
     def __init__(self, container: BlobLocation | None = None) -> None:
@@ -289,10 +289,10 @@ class _Builder:
             try:
                 dataclasses.replace(self._container, path=name)
             except LocationError as error:
-                # Now, and not in the middle of an epoch. What follows a "?" may be a secret.
+                # Raised now, not in the middle of an epoch. The text after a "?" may be a secret.
                 raise LocationError(
                     f"{self._container} has a blob that cannot be read, {name.partition('?')[0]!r}: {error} Rename it, "
-                    "or leave it out with prefix=, glob= or suffix="
+                    "or exclude it with prefix=, glob= or suffix="
                 ) from error
         self._names += name.encode()
         self._ends.append(len(self._names))
@@ -318,12 +318,15 @@ def _filter(glob: str | None, suffix: str | tuple[str, ...] | None) -> Callable[
 
 
 def _folder(url: str, numbers: dict[BlobLocation, int]) -> tuple[str, int] | None:
-    """The prefix of the names of all blobs at ``{url}/{plain name}``, and their container's number, if that is easy."""
+    """Return the common prefix of the names of the blobs at ``{url}/...``, and the index of their container.
+
+    None for a URL that needs the full parser.
+    """
     if len(url) > _FOLDER_LENGTH or url.count("/") > _FOLDER_DEPTH or url.endswith("/") or "?" in url or "#" in url:
         return None
     try:
         location = BlobLocation.parse(url)
-    except LocationError:  # the account, and the plain name is the container
+    except LocationError:  # the URL of an account, so the plain name is a container
         return None
     root = location.container_root()
     return location.prefix, numbers.setdefault(root, len(numbers))

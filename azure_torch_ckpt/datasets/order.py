@@ -1,32 +1,35 @@
-"""In which order an epoch goes through a dataset, and which part of it a rank and a worker read. Numbers only."""
+"""The order in which an epoch goes through a dataset, and the share of each rank and worker. Only numbers here."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch.distributed as dist
 
-__all__ = ["Permutation", "Share", "Uneven", "this_rank"]
+from azure_torch_ckpt.datasets.listing import BlobListing
+
+__all__ = ["EpochOrder", "OrderSettings", "Permutation", "Share", "Uneven", "split_settings", "this_rank"]
 
 Uneven = Literal["keep", "drop", "pad"]
-"""What happens when the ranks cannot get equally many; see `Share`."""
+"""What to do if the samples cannot be divided evenly among the ranks; see `Share`."""
 
 _WORD = (1 << 64) - 1
 _ROUNDS = 8
 
 
 class Permutation:
-    """A pseudo-random order of ``range(count)`` that is calculated where it is asked for, instead of being held.
+    """A pseudo-random order of ``range(count)`` that is computed where it is asked for, instead of being stored.
 
     So ten million blobs cost no memory in any worker, and an epoch can be resumed anywhere at once. It is a Feistel
-    network over the next power of four, applied again while the result lies outside the range. It depends on nothing
-    but the arguments, neither on the platform nor on a library's version.
+    network over the next power of four, applied again while the result lies outside the range. It depends only on its
+    arguments, neither on the platform nor on the version of a library.
 
     Args:
-        key: chooses the order: a seed, the epoch, and what else another order shall depend on.
+        key: chooses the order: a seed, the epoch, and other numbers that should change the order.
     """
 
     def __init__(self, count: int, *key: int) -> None:
@@ -46,7 +49,7 @@ class Permutation:
         half, mask = self._half, (1 << self._half) - 1
         left, right = value >> half, value & mask
         for key in self._keys:
-            # The finaliser of splitmix64: every bit of the word decides about every bit of the result.
+            # The finaliser of splitmix64: every bit of the word influences every bit of the result.
             word = (right + key) & _WORD
             word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
             word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -56,19 +59,21 @@ class Permutation:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one worker of one rank reads of an epoch.
+    """The samples of an epoch that one worker of one rank reads.
 
     The ranks take turns, sample by sample: when each has read n samples, together they have read the first
-    ``n * world_size`` of the order. That is why an epoch can be resumed by other numbers of ranks. Within a rank, the
-    workers take turns batch by batch, as `torch.utils.data.DataLoader` collects from them. So what a rank gets, and
-    when, does not depend on the number of its workers.
+    ``n * world_size`` of the order. This is why another number of ranks can resume an epoch. Within a rank, the workers
+    take turns batch by batch, because `torch.utils.data.DataLoader` collects in this order. So the number of workers
+    does not change which samples a rank gets, and when.
+
+    The fields are stored in the states of datasets, so they keep their names.
 
     Attributes:
         count: samples of the dataset.
-        base: how many of the order all ranks together have read before.
-        uneven: where the rest does not divide by `world_size`: ``"keep"`` gives the first ranks one more, ``"drop"``
-            leaves out what is too much at the end, and ``"pad"`` repeats samples from the beginning of the order.
-        batch_size: samples that a worker reads at its turn.
+        base: how many samples of the order all ranks together have read before.
+        uneven: what to do with a rest that `world_size` does not divide: ``"keep"`` gives one sample more to the first
+            ranks, ``"drop"`` leaves out the rest at the end, and ``"pad"`` repeats samples from the beginning.
+        batch_size: samples that a worker reads in its turn.
     """
 
     count: int
@@ -90,7 +95,7 @@ class Share:
 
     @property
     def of_rank(self) -> int:
-        """Samples that all workers of this rank read together."""
+        """The number of samples that all workers of this rank read."""
         rest = max(self.count - self.base, 0)
         if self.uneven == "drop":
             return rest // self.world_size
@@ -102,22 +107,88 @@ class Share:
         return rounds * self.batch_size + min(max(rest - self.worker * self.batch_size, 0), self.batch_size)
 
     def position(self, index: int) -> int:
-        """Where in the epoch's order the `index`-th sample of this share stands."""
+        """Return the position of this share's `index`-th sample in the order of the epoch."""
         turn, within = divmod(index, self.batch_size)
         in_rank = (turn * self.workers + self.worker) * self.batch_size + within
         return (self.base + in_rank * self.world_size + self.rank) % self.count
 
 
+class OrderSettings(TypedDict, total=False):
+    """Arguments of all datasets and samplers that have an order; see `Share`.
+
+    Attributes:
+        shuffle: give each epoch its own order, which follows from `seed` and `set_epoch`.
+        rank, world_size: of the ranks that share the dataset; by default those of the process group, or of torchrun.
+        batch_size: the DataLoader's batch size. It makes the order independent of the number of workers.
+    """
+
+    shuffle: bool
+    seed: int
+    rank: int | None
+    world_size: int | None
+    batch_size: int
+    uneven: Uneven
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """Determines the order of all epochs of a dataset.
+
+    Attributes:
+        fingerprint: identifies the dataset, so that a state is not loaded for another one.
+    """
+
+    count: int
+    fingerprint: int
+    shuffle: bool
+    seed: int
+    rank: int
+    world_size: int
+    batch_size: int
+    uneven: Uneven
+
+    @classmethod
+    def make(
+        cls,
+        listing: BlobListing,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        batch_size: int = 1,
+        uneven: Uneven = "keep",
+    ) -> EpochOrder:
+        """Fill in the defaults of `OrderSettings`. Raises `ValueError` for invalid ones."""
+        rank, world_size = this_rank(rank, world_size)
+        order = cls(len(listing), listing.fingerprint, shuffle, seed, rank, world_size, batch_size, uneven)
+        order.share(0)  # validates the settings
+        return order
+
+    def share(self, base: int, worker: int = 0, workers: int = 1) -> Share:
+        return Share(self.count, base, self.rank, self.world_size, worker, workers, self.batch_size, self.uneven)
+
+    def permutation(self, epoch: int) -> Permutation | range:
+        """Return the blob's index in the listing for each position of an epoch."""
+        return Permutation(self.count, self.seed, epoch) if self.shuffle else range(self.count)
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that `OrderSettings` names, and the others."""
+    order = {name: value for name, value in settings.items() if name in OrderSettings.__annotations__}
+    return order, {name: value for name, value in settings.items() if name not in order}
+
+
 def this_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """The arguments, where they are given; else what the process group says, else what torchrun set, else one rank.
+    """Return rank and world size: the arguments, else the process group's, else torchrun's, else those of one rank.
 
     Raises:
-        ValueError: only one of the two is given.
+        ValueError: only one of the two arguments is given.
     """
     if rank is not None and world_size is not None:
         return rank, world_size
     if rank is not None or world_size is not None:
-        raise ValueError("Give both rank and world_size, or none of them")
+        raise ValueError("Pass both rank and world_size, or neither of them")
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     # https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables

@@ -1,105 +1,37 @@
-"""Removing a checkpoint, and what failed saves and removals left behind."""
+"""Removing a checkpoint: first its metadata, then its data blobs, then the directories that they were in."""
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import functools
+import itertools
 import logging
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.layout import delete_metadata, metadata_name, remove_blobs
-from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_standing
-from azure_torch_ckpt.dcp.survey import Place
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.commit import delete_metadata
+from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_metadata
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
+    BlobChangedError,
+    BlobNotFoundError,
     CheckpointNotFoundError,
     CheckpointReplacedError,
+    ServiceUnavailableError,
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel
 
-__all__ = ["Remains", "find_remains", "place_location", "remove_checkpoint", "remove_remains"]
+__all__ = ["remove_blobs", "remove_checkpoint", "remove_empty_folders"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """Data blobs of one save that no metadata names.
-
-    Attributes:
-        url: of the checkpoint that the save was for.
-        save_id: of the save.
-        blobs: paths in the container.
-        size: bytes of all of them.
-        last_modified: when the newest of them was written.
-    """
-
-    url: str
-    save_id: str
-    blobs: list[str]
-    size: int
-    last_modified: datetime.datetime
-
-
-def find_remains(
-    store: BlobStore, location: BlobLocation, places: Iterable[Place], oldest_to_keep: datetime.datetime
-) -> list[Remains]:
-    """What saves that never committed, and removals that were broken off, left at `places`.
-
-    Only data blobs that are named as `AzureBlobWriter` names them, and that the metadata beside them does not name, are
-    considered. A save that still runs looks just like one that failed, so only remains that nothing was added to since
-    `oldest_to_keep` count.
-
-    The metadata of a place is fetched where more than one save, or one later than the metadata, has left data. A place
-    with one save from before its metadata is taken for sound, without a request.
-
-    Args:
-        store: of the container that `location` lies in.
-        places: of a listing that was made before now.
-
-    Raises:
-        CheckpointError: the metadata of a checkpoint cannot be read, so nobody can tell what it names.
-        StoreError: the service could not be asked.
-    """
-    doubtful: list[tuple[Place, list[tuple[str, list[BlobInfo]]]]] = []
-    for place in places:
-        old = [
-            (save_id, blobs)
-            for save_id, blobs in sorted(place.saves.items())
-            # Data without a save id may be named by metadata anywhere above.
-            if save_id and _newest(blobs) <= oldest_to_keep
-        ]
-        if old and not _is_plainly_sound(place):
-            doubtful.append((place, old))
-    named = _named_at(store, location, [place for place, _ in doubtful])
-    found = []
-    for place, old in doubtful:
-        for save_id, blobs in old:
-            stray = [blob for blob in blobs if blob.path not in named[place.path]]
-            if stray:
-                url = str(place_location(location, place))
-                size = sum(blob.size for blob in stray)
-                found.append(Remains(url, save_id, [blob.path for blob in stray], size, _newest(blobs)))
-    return found
-
-
-def remove_remains(store: BlobStore, found: Iterable[Remains]) -> dict[str, AzureCheckpointError]:
-    """Delete what `find_remains` found. Returns what could not be deleted, by its path in the container."""
-    paths, folders = [], []
-    for remains in found:
-        _log.info("removing %d blobs of the unfinished save %s at %s", len(remains.blobs), remains.save_id, remains.url)
-        paths += remains.blobs
-        folders.append(BlobLocation.parse(remains.url).path)
-    return remove_blobs(store, store.location, paths, folders)
 
 
 def remove_checkpoint(
@@ -111,17 +43,18 @@ def remove_checkpoint(
 ) -> dict[str, AzureCheckpointError]:
     """Remove the checkpoint at a URL: ``.metadata`` first, so that it is gone before its data begins to go.
 
-    What a crash in the middle leaves is for `prune`.
+    If the process dies in between, `prune` removes the rest.
 
-    Returns the data blobs that could not be deleted (leased, immutable), by their names below the URL, each with its
-    error. The checkpoint is gone all the same, and `prune` finds them.
+    Returns:
+        The data blobs that could not be deleted (leased, immutable), by their names below the URL, each with its
+        error. The checkpoint is gone all the same, and `prune` finds them.
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint.
-        CheckpointReplacedError: another save committed meanwhile; its checkpoint stands.
+        CheckpointReplacedError: another save committed meanwhile; its checkpoint was left alone.
         CommitUnknownError: whether the metadata was deleted is unknown; no data was.
-        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read, so nobody
-            can tell which blobs are its own. Nothing was removed.
+        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read, so it is
+            unknown which blobs belong to it. Nothing was removed.
         StoreError: the service could not be asked, or refused to delete the metadata. The checkpoint is whole.
     """
     location = BlobLocation.parse(url)
@@ -130,50 +63,106 @@ def remove_checkpoint(
     try:
         ranks = metadata_ranks(store, location)
     except AccessDeniedError as error:
-        denied = error  # that of all ranks needs no listing
-    found = read_standing(store, location, [None, *ranks])
-    if not found:
+        denied = error  # the metadata of all ranks needs no listing
+    parts = read_metadata(store, location, [None, *ranks])
+    if not parts:
         raise denied or CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
-    for part in found:
+    for part in parts:
         if not delete_metadata(store, location, part.rank, part.stored.etag):
             raise CheckpointReplacedError(
-                f"The checkpoint at {location} was replaced while it was being removed; the new one stands. Remove it "
-                "again if that is meant too"
+                f"The checkpoint at {location} was replaced while it was being removed, and the new one was left "
+                "alone. Remove it again if you mean that one too"
             )
-    return remove_blobs(store, location, sorted({name for part in found for name in part.names}), [""])
+    return remove_blobs(store, location, sorted({name for part in parts for name in part.names}), [""])
 
 
-def place_location(location: BlobLocation, place: Place) -> BlobLocation:
-    """Where a place in the container of `location` is."""
-    root = location.container_root()
-    return root.join(place.path) if place.path else root
+def remove_blobs(
+    store: BlobStore, location: BlobLocation, names: Iterable[str], folders: Iterable[str] = ()
+) -> dict[str, AzureCheckpointError]:
+    """Delete data blobs that no metadata names any more.
+
+    A failure is logged: it costs storage, not correctness. Once the service is down, nothing more is tried. Where the
+    account has directories, those that the blobs were in are deleted too, unless something else is in them.
+
+    Args:
+        names: below `location`.
+        folders: more directories to delete if they are empty; ``""`` is `location` itself.
+
+    Returns:
+        The blobs that were not deleted, by name, each with its error.
+    """
+    deleted: set[str] = set()
+
+    def remove(name: str, cancel: Cancel) -> None:
+        if store.delete(location.join(name).path, cancel=cancel):
+            deleted.add(name)
+
+    names = list(names)
+    failed = _for_each(store, location, names, remove)
+    if not any(isinstance(error, ServiceUnavailableError) for error in failed.values()):
+        wanted = {name.rpartition("/")[0] for name in names} - {""} | set(folders)
+        remove_empty_folders(store, location, wanted, {name.rpartition("/")[0] for name in deleted})
+    return failed
 
 
-def _newest(blobs: Iterable[BlobInfo]) -> datetime.datetime:
-    return max(blob.last_modified for blob in blobs)
+def remove_empty_folders(store: BlobStore, location: BlobLocation, folders: Iterable[str], emptied: set[str]) -> None:
+    """Delete empty directories, from the bottom up. A failure is logged.
+
+    Only accounts with a hierarchical namespace have directories. One request finds out, and the same store asks no
+    more in other accounts.
+
+    Args:
+        folders: below `location`; ``""`` is `location` itself.
+        emptied: those of them that a blob was deleted from just now.
+    """
+
+    def remove(folder: str, cancel: Cancel) -> None:
+        path = (location.join(folder) if folder else location).path
+        try:
+            found = store.stat(path, cancel=cancel)
+        except BlobNotFoundError:
+            if folder in emptied and store.has_directories is None:
+                store.has_directories = False  # a directory would have stayed
+            return
+        # In other accounts some tools mark folders with blobs of their own, which are not ours to remove.
+        store.has_directories = found.resource_type is not None
+        if found.resource_type == "directory":
+            with contextlib.suppress(BlobChangedError):
+                store.delete_folder(path, if_etag=found.etag, cancel=cancel)
+
+    wanted = {folder for folder in folders if folder or location.path}
+    # The first one alone: from it the store learns whether the account has directories at all.
+    ordered = sorted(wanted, key=lambda folder: (-_depth(folder), folder not in emptied))
+    for group in (ordered[:1], *(list(group) for _, group in itertools.groupby(ordered[1:], _depth))):
+        if store.has_directories is not False:
+            _for_each(store, location, group, remove)
 
 
-def _is_plainly_sound(place: Place) -> bool:
-    """Whether the metadata must name the place's data: it is younger, and there is no other save that it could name."""
-    metadata = place.metadata.get(None)
-    if metadata is None or len(place.metadata) > 1 or len(place.saves) != 1:
-        return False
-    [blobs] = place.saves.values()
-    return _newest(blobs) <= metadata.last_modified
+def _depth(folder: str) -> int:
+    return folder.count("/") + 1 if folder else 0
 
 
-def _named_at(store: BlobStore, location: BlobLocation, places: list[Place]) -> dict[str, set[str]]:
-    """The paths of the data blobs that the metadata at each place names, by the place's path."""
-    named: dict[str, set[str]] = {}
+def _for_each(
+    store: BlobStore, location: BlobLocation, names: list[str], remove: Callable[[str, Cancel], None]
+) -> dict[str, AzureCheckpointError]:
+    """Call `remove` for each name, in parallel; return the errors by name."""
     cancel = Cancel()
+    failed: dict[str, AzureCheckpointError] = {}
+    down: list[ServiceUnavailableError] = []
 
-    def read(place: Place) -> None:
-        where = place_location(location, place)
-        # Not only what the listing saw: a save may have been committed since.
-        parts = read_standing(store, where, {None, *place.metadata})
-        named[place.path] = {where.join(name).path for part in parts for name in part.names}
+    def attempt(name: str) -> None:
+        if down:
+            failed[name] = down[0]
+            return
+        try:
+            remove(name, cancel)
+        except AzureCheckpointError as error:
+            failed[name] = error
+            if isinstance(error, ServiceUnavailableError):
+                down.append(error)
+            where = location.join(name) if name else location
+            _log.warning("could not remove %s, which is no longer needed: %s", where, error)
 
-    run_all(
-        (functools.partial(read, place) for place in places), store.options.concurrency, "blob-prune", cancel.cancel
-    )
-    return named
+    tasks = (functools.partial(attempt, name) for name in names)
+    run_all(tasks, store.options.concurrency, "blob-remove", cancel.cancel)
+    return failed

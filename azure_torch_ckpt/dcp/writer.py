@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import logging
@@ -12,26 +13,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.transfer import Item, Upload
+from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.base import SavingPlace, step
-from azure_torch_ckpt.dcp.layout import (
-    Stored,
-    commit,
-    data_name,
-    metadata_name,
-    new_save_id,
-    read_metadata_blob,
-    remove_blobs,
-)
+from azure_torch_ckpt.dcp.base import step
+from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
+from azure_torch_ckpt.dcp.blob_names import data_name, metadata_name, new_save_id
+from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata.schema import (
     check_metadata,
     data_paths,
@@ -40,17 +35,15 @@ from azure_torch_ckpt.dcp.metadata.schema import (
     storage_info,
     storage_meta,
 )
-from azure_torch_ckpt.dcp.plan_keys import with_plain_names
-from azure_torch_ckpt.dcp.planners import keeps_its_memory
-from azure_torch_ckpt.dcp.report import Figures
-from azure_torch_ckpt.dcp.tensors.envelope import envelope, serialize
+from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
+from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
     CheckpointExistsError,
-    CommitConflictError,
     CorruptCheckpointError,
     IncompleteSaveError,
     UnsafeMetadataError,
@@ -63,50 +56,35 @@ __all__ = ["AzureBlobWriter"]
 
 _log = logging.getLogger(__name__)
 
-_ENVELOPE = 2048  # bytes; a little more than most take, for a block too many would be one request more
+# Bytes around the payload of a tensor; a little more than most take. With too small an estimate, a save could need one
+# block more than planned.
+_ENVELOPE = 2048
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Ticket:
-    """Travels in the plans: from a rank to the coordinator, and back with the save's id.
-
-    Attributes:
-        nonce: of this rank in this save. A ticket that comes back with another nonce is from a cached plan
-            (``enable_plan_caching``), and so is its save id.
-        rank: what the rank calls itself; None lets the coordinator number the plans.
-        where: container and path, so that ranks that save to different places are noticed.
-    """
-
-    nonce: str
-    save_id: str | None = None
-    rank: int | None = None
-    where: str = ""
-
-
-class AzureBlobWriter(SavingPlace, StorageWriter):
+class AzureBlobWriter(BaseWriter):
     """Save a checkpoint under a URL in Blob Storage, every rank its own shard.
 
-    A save that raised left what stood at the URL before untouched, and a save that returned can be loaded, with
+    A save that raised left the checkpoint at the URL untouched. A save that returned can be loaded, with
     `AzureBlobReader` or, once the prefix is copied to a disk, with torch's ``FileSystemReader``.
 
     One writer does any number of saves, one after the other or at the same time in several threads (as a second
-    ``async_save`` does before the first is done): give each its place as ``checkpoint_id=``.
+    ``async_save`` does before the first is done): give each its URL as ``checkpoint_id=``.
 
     Args:
-        url: the checkpoint's place, ``https://account.blob.core.windows.net/container/run/step-1000`` or
+        url: of the checkpoint, ``https://account.blob.core.windows.net/container/run/step-1000`` or
             ``azblob://account/container/run/step-1000``, with or without a SAS. The container must exist.
         credential: None for ``DefaultAzureCredential``; a ``TokenCredential``, ``AzureSasCredential``,
             ``AzureNamedKeyCredential``, account key, SAS or connection string; False for anonymous access. A SAS in
             the URL wins.
-        overwrite: whether a checkpoint that stands at the URL may be replaced, as torch's ``FileSystemWriter`` does by
-            default. The old one stays until the new one is complete. False refuses before any data is written.
+        overwrite: whether a checkpoint at the URL may be replaced, as torch's ``FileSystemWriter`` does by default.
+            The old one stays until the new one is complete. False refuses before any data is written.
         options: limits of connections, memory and time.
         ca_file: a PEM file with certificates to trust besides the platform's.
         progress: True for a tqdm bar, or a callback that takes a `Progress`; both on rank 0 only, unless the callback
             is given as ``AllRanks(callback)``.
 
     Raises:
-        LocationError: the URL names no place in Blob Storage.
+        LocationError: the URL is not one of Blob Storage.
         CredentialError: the credential cannot be used.
         MissingDependencyError: ``progress=True``, and tqdm is not installed.
 
@@ -124,42 +102,32 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         ca_file: str | None = None,
         progress: ProgressOption = None,
     ) -> None:
-        super().__init__(url, Access(credential, options, ca_file), Figures("save", progress))
-        self._overwrite = overwrite
-        self._is_coordinator = True
+        super().__init__(url, Access(credential, options, ca_file), progress, overwrite)
         self._rank: int | None = None
         self._use_collectives = True
-        self._nonce = new_save_id()
-        self._replaces: Stored | None = None
+        self._replaces: MetadataBlob | None = None
         # By its URL: the ETag of the metadata of the last save, and the names of its data blobs. For all threads.
         self._committed: dict[str, tuple[str, set[str]]] = {}
 
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=self.checkpoint_id)
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        save = self._begin_save()
-        save._is_coordinator = is_coordinator
+        save = self._begin_save(is_coordinator)
         save._rank = kwargs.get("rank")
         save._use_collectives = kwargs.get("use_collectives", True)
-        save._nonce = new_save_id()
-        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Look at what stands at the URL.
+        """Remove what this writer's failed saves left, and read the metadata of the checkpoint that this save replaces.
 
         Raises:
-            CheckpointError: a key of the state dict is no string.
-            CheckpointExistsError: a checkpoint stands there and ``overwrite`` is False, or it is one of the other kind
-                (saved with collectives where this save goes without).
+            CheckpointError: a key of the state dict is not a string.
+            CheckpointExistsError: there is a checkpoint and ``overwrite`` is False, or it is of the other kind (saved
+                with collectives, and this save is without).
         """
-        plan = with_plain_names(plan)
+        plan = with_plain_keys(plan)
         if self._is_coordinator or not self._use_collectives:
             self._remove_abandoned()
             self._replaces = self._look_at_url()
-        rank = None if self._use_collectives else self._rank
-        ticket = _Ticket(self._nonce, rank=rank, where=self._within_account())
+        ticket = SaveTicket(self._nonce, rank=self._metadata_rank, where=self._within_account())
         return dataclasses.replace(plan, storage_data=ticket)
 
     @step
@@ -171,14 +139,14 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         for rank, plan in enumerate(plans):
             ticket = plan.storage_data
             if not getattr(plan, "usable", True):
-                planned.append(plan)  # stands for a plan that this rank's planner has in its cache
+                planned.append(plan)  # a placeholder for the plan that this rank's planner has in its cache
                 continue
-            if not isinstance(ticket, _Ticket):
+            if not isinstance(ticket, SaveTicket):
                 raise CheckpointError(
                     f"The planner replaced SavePlan.storage_data of rank {rank} with {type(ticket).__name__}; that "
                     "field belongs to the storage writer. Put the planner's own data into planner_data"
                 )
-            self._check_same_place(rank, ticket.where)
+            self._check_same_url(rank, ticket)
             number = rank if ticket.rank is None else ticket.rank
             planned.append(
                 dataclasses.replace(plan, storage_data=dataclasses.replace(ticket, save_id=save_id, rank=number))
@@ -187,17 +155,17 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
 
     @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Upload this rank's items as one blob; return where each of them lies.
+        """Upload this rank's items as one blob; return the position of each.
 
         Raises:
             StoreError: a block could not be stored.
         """
         ticket = plan.storage_data
-        if not isinstance(ticket, _Ticket):
-            ticket = _Ticket("", rank=self._rank)  # from the planner's cache, of a save with another kind of writer
+        if not isinstance(ticket, SaveTicket):
+            ticket = SaveTicket("", rank=self._rank)  # from the planner's cache, of a save with another kind of writer
         save_id = ticket.save_id or self._nonce
         if ticket.nonce != self._nonce:
-            # The planner took the plan of an earlier save from its cache; this one must not touch that one's blobs.
+            # The planner took the plan of an earlier save from its cache. This save must not touch its blobs.
             save_id = self._nonce
         name = data_name(save_id, ticket.rank or 0)
         total = sum(_planned_size(item) for item in plan.items)
@@ -206,12 +174,12 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
         path = self._location.join(name).path
         lent = not keeps_its_memory(planner)
         with (
-            self._figures.transfer(len(plan.items), total) as meter,
+            self._report.transfer(len(plan.items), total) as meter,
             Upload(self._store, path, total, moved=meter.moved) as upload,
         ):
             for write_item in without_collector(plan.items):
                 data = planner.resolve_data(write_item)
-                # Pieces of a quarter of a block, of which every block takes whole ones, leave little of it empty.
+                # Every block takes whole views. Views of a quarter of a block leave little of it empty.
                 views, payload_offset, copies = _views(write_item, data, upload.block_size // 4, lent)
                 written.append((write_item, upload.add(views, copies=copies), payload_offset))
             upload.finish()
@@ -229,23 +197,18 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             )
             for write_item, item, payload_offset in without_collector(written)
         ]
-        if self._use_collectives and not self._is_coordinator:
-            self._figures.end()  # `finish` is for the coordinator
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
+        return self._end_of_write(results)
 
     @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check that the results cover the plan, make the checkpoint visible, and remove the one that it replaced.
 
         Raises:
-            IncompleteSaveError: something of the plan was not written. Nothing was committed.
-            CommitConflictError: another save committed at this URL meanwhile. Its checkpoint stands.
+            IncompleteSaveError: a planned item was not written. Nothing was committed.
+            CommitConflictError: another save committed at this URL meanwhile. Its checkpoint was left alone.
             CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
                 or this one, whole, and nothing was deleted.
         """
-        rank = None if self._use_collectives else self._rank
         try:
             with CollectorPause():
                 metadata.storage_data = {result.index: result.storage_data for written in results for result in written}
@@ -263,68 +226,66 @@ class AzureBlobWriter(SavingPlace, StorageWriter):
             self._unfinished = None
             remove_blobs(self._store, self._location, names, [""])
             raise
-        # From here on the blobs may belong to a checkpoint: a commit without an answer may have been carried out.
-        self._unfinished = None
-        try:
-            etag = commit(self._store, self._location, data, self._replaces, rank)
-        except CommitConflictError:  # nothing else proves that no metadata names them
-            remove_blobs(self._store, self._location, names)
-            raise
+        commit = functools.partial(
+            commit_metadata, self._store, self._location, data, self._replaces, self._metadata_rank
+        )
+        etag = self._commit_or_remove(commit, names)
         if self._replaces is not None:
             self._remove_replaced(self._replaces, names)
         self._committed.clear()
         self._committed[self.checkpoint_id] = (etag, names)
-        self._figures.end(
+        self._report.end(
             checkpoint_bytes=sum(result.size_in_bytes for rank_results in results for result in rank_results)
         )
 
-    def _look_at_url(self) -> Stored | None:
-        if not self._use_collectives:
-            whole = read_metadata_blob(self._store, self._location)
-            if whole is not None:
-                raise CheckpointExistsError(
-                    f"A checkpoint of all ranks stands at {self.checkpoint_id}; readers would prefer it to one that is "
-                    "saved with use_collectives=False. Use another URL, or remove that checkpoint first"
-                )
-        rank = None if self._use_collectives else self._rank
-        stored = read_metadata_blob(self._store, self._location, rank)
+    @staticmethod
+    def _data_prefix(save_id: str) -> str:
+        return f"{save_id}/"
+
+    @property
+    def _metadata_rank(self) -> int | None:
+        """The rank whose metadata this save commits; None if it commits the metadata of all ranks."""
+        return None if self._use_collectives else self._rank
+
+    def _has_finish(self) -> bool:
+        return self._is_coordinator or not self._use_collectives
+
+    def _look_at_url(self) -> MetadataBlob | None:
+        if not self._use_collectives and read_metadata_blob(self._store, self._location) is not None:
+            raise CheckpointExistsError(
+                f"There is a checkpoint of all ranks at {self.checkpoint_id}; readers would prefer it to one that "
+                "is saved with use_collectives=False. Use another URL, or remove that checkpoint first"
+            )
+        stored = read_metadata_blob(self._store, self._location, self._metadata_rank)
         if stored is not None:
             if not self._overwrite:
                 raise CheckpointExistsError(
-                    f"A checkpoint stands at {self.checkpoint_id} already and overwrite=False. Use another URL, or "
+                    f"There is a checkpoint at {self.checkpoint_id} and overwrite=False. Use another URL, or "
                     "overwrite=True to replace it once the new one is complete"
                 )
             _log.info("the checkpoint at %s will be replaced", self.checkpoint_id)
         return stored
 
-    def _remove_replaced(self, replaced: Stored, names: set[str]) -> None:
+    def _remove_replaced(self, replaced: MetadataBlob, names: set[str]) -> None:
         known = self._committed.get(self.checkpoint_id)
         if known is not None and known[0] == replaced.etag:
-            old_names = known[1]  # of this writer's own last save; to read them again would take time
+            old_names = known[1]  # this writer's last save; parsing its metadata again would take time
         else:
             where = f"{self.checkpoint_id}/{metadata_name()}"
             try:
                 old = load_metadata(replaced.data, where)
                 check_metadata(old, where)
             except AzureCheckpointError as error:
-                _log.warning("the data of the replaced checkpoint stays, for its metadata says too little: %s", error)
+                _log.warning(
+                    "the data of the replaced checkpoint was not removed, for its metadata is unreadable: %s", error
+                )
                 return
             old_names = data_paths(old)
         remove_blobs(self._store, self._location, sorted(old_names - names))
 
-    def _remove_save(self, location: BlobLocation, save_id: str) -> None:
-        """Remove the blobs of an earlier save that some rank's error ended before `finish`."""
-        try:
-            paths = [blob.path for blob in self._store.list(location.join(save_id).path + "/")]
-        except AzureCheckpointError as error:
-            _log.warning("could not look for the blobs of the failed save %s: %s", location.join(save_id), error)
-            return
-        prefix = len(location.path) + 1 if location.path else 0
-        remove_blobs(self._store, location, [path[prefix:] for path in paths], [save_id])
-
 
 def _planned_size(item: WriteItem) -> int:
-    """About the bytes of an item as far as the plan tells; the pickle of an object is not known before it is made."""
+    """Estimate the bytes of an item from the plan: 0 for an object, whose pickle does not exist yet."""
     if item.tensor_data is None:
         return 0
     return _ENVELOPE + math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
@@ -333,10 +294,15 @@ def _planned_size(item: WriteItem) -> int:
 def _views(
     item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: bool
 ) -> tuple[Iterable[memoryview], int | None, bool]:
-    """An item's bytes as torch.save writes them, where in them the raw bytes start, and whether they are copies.
+    """Serialise an item as torch.save does.
 
     Args:
-        lent: whether the planner may use the memory of `data` for the next item, so that they must be copies.
+        limit: bytes of a copy of a part of the tensor.
+        lent: whether the planner may use the memory of `data` for the next item, so that the views must be of copies.
+
+    Returns:
+        The views; the offset in them where the tensor's raw bytes start, if they are the planned ones; and whether the
+        views are of copies.
     """
     if item.type == WriteItemType.BYTE_IO:
         if not isinstance(data, io.BytesIO):
@@ -349,7 +315,7 @@ def _views(
             f"{item.index.fqn!r} is on the meta device, where tensors have no values to save. Materialise it first"
         )
     if data.layout is not torch.strided:
-        # torch.save could write it, but no load could bring it back: planners narrow the tensor that they load into.
+        # torch.save could write it, but no planner could load it: planners narrow the tensor that they load into.
         raise CheckpointError(
             f"{item.index.fqn!r} has the layout {data.layout}, and torch.distributed.checkpoint loads strided tensors "
             "only. Save it dense (to_dense()), or save its indices and values as tensors of their own"
@@ -366,7 +332,7 @@ def _views(
         own = own_bytes(tensor)
     around = envelope(tensor.dtype, tensor.shape)
     planned = item.tensor_data
-    # A planner may save another dtype or shape than it planned; then only torch.load knows what is there.
+    # A planner may save another dtype or shape than it planned. Then the item can be read with torch.load only.
     as_planned = (
         planned is not None and tensor.dtype == planned.properties.dtype and tensor.shape == planned.chunk.sizes
     )
@@ -374,11 +340,11 @@ def _views(
     head, trailer = memoryview(around.head), memoryview(around.trailer)
     if own is not None and not lent:
         return (head, own, trailer), payload_offset, False
-    return itertools.chain((head,), pieces(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
+    return itertools.chain((head,), tensor_views(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, and with a storage of its own: torch.save writes a view's whole storage."""
+    """Copy a tensor to the CPU and to a storage of its own if necessary: torch.save writes a view's whole storage."""
     tensor = tensor.cpu()
     if tensor.untyped_storage().size() != tensor.nbytes:
         tensor = tensor.clone()
@@ -386,6 +352,11 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_complete(metadata: Metadata, where: str) -> None:
+    """Check that every chunk and object of the metadata was written.
+
+    Raises:
+        IncompleteSaveError: some were not.
+    """
     missing = []
     for fqn, entry in metadata.state_dict_metadata.items():
         indices = (

@@ -1,4 +1,4 @@
-"""The paths of the filesystem: ``ACCOUNT/CONTAINER/NAME``, and their way to a URL and back."""
+"""The paths of the filesystem, ``ACCOUNT/CONTAINER/NAME``, and how they become URLs and the reverse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, unquote
@@ -13,7 +14,7 @@ from urllib.parse import quote, unquote
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation
 
-__all__ = ["PROTOCOL", "PathParts", "locate", "refuse_folder", "strip", "unstrip"]
+__all__ = ["PROTOCOL", "PathParts", "locate", "parents", "refuse_folder", "strip", "unstrip"]
 
 PROTOCOL: Final = "azblob"
 
@@ -24,12 +25,12 @@ _PUBLIC_CLOUD: Final = re.compile(r"([a-z0-9]{3,24})\.blob\.core\.windows\.net(?
 
 @dataclass(frozen=True, slots=True)
 class PathParts:
-    """A stripped path, taken apart.
+    """The parts of a stripped path.
 
     Attributes:
         account: the storage account, or a full host name.
-        container: its name; empty for the account itself.
-        name: of a blob, or the prefix of names that a folder is; empty for the container itself.
+        container: the container's name; empty if the path is the account.
+        name: the name of a blob or a folder; empty if the path is the container.
     """
 
     account: str
@@ -44,23 +45,23 @@ class PathParts:
 
     @property
     def folder(self) -> str:
-        """What the names of everything below begin with."""
+        """The prefix of the names of all blobs below this path."""
         return self.name + "/" if self.name else ""
 
     def child(self, name: str) -> str:
-        """The path of another name in the same container."""
+        """Return the path of another blob in the same container."""
         return f"{self.account}/{self.container}/{name}"
 
 
 def strip(path: str | os.PathLike[str]) -> str:
-    """The path without its protocol: ``azblob://account/container/name`` is ``account/container/name``.
+    """Return the path without its protocol: ``account/container/name`` for ``azblob://account/container/name``.
 
-    Nothing is decoded, for libraries join ``azblob://`` and a path: ``%20`` may well be a part of a blob's name. A URL
-    with ``https://`` is one, and its escapes are decoded. The host of an account in the public cloud becomes the
-    account. A ``?`` is a character of the name, or of a pattern for ``glob``.
+    Nothing is decoded, because libraries join ``azblob://`` and a path: ``%20`` may well be a part of a blob's name.
+    The escapes of an ``https://`` URL are decoded. The host of an account in the public cloud becomes the account. A
+    ``?`` is a character of the name, or of a pattern for ``glob``.
 
     Raises:
-        LocationError: a SAS in the URL, for no path below it could be made; or ``http://``.
+        LocationError: the URL holds a SAS, which no path below it could carry, or begins with ``http://``.
     """
     text = os.fspath(path)
     if _SIGNATURE.search(text):
@@ -75,7 +76,7 @@ def strip(path: str | os.PathLike[str]) -> str:
     account, slash, name = rest.partition("/")
     if scheme == "http" or (scheme == "https" and _has_account_in_path(account)):
         raise LocationError(
-            "An endpoint with the account in its path (the emulator's) is not part of the filesystem's paths. Pass "
+            "A path cannot contain an endpoint that has the account in its path, as the emulator's has. Pass "
             "endpoint=http://127.0.0.1:10000/devstoreaccount1, and paths like azblob://devstoreaccount1/CONTAINER/NAME"
         )
     account = account.lower()
@@ -85,38 +86,44 @@ def strip(path: str | os.PathLike[str]) -> str:
 
 
 def refuse_folder(*paths: Any) -> None:
-    """Refuse what names a folder where a blob is meant: ``m/`` is not the blob ``m``.
+    """Refuse paths that name a folder where a blob is expected: ``m/`` is not the blob ``m``.
 
     Raises:
-        LocationError: one of the paths ends with a slash.
+        LocationError: a path ends with a slash.
     """
     for path in paths:
         if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith("/"):
             raise LocationError(
-                f"A path that ends with a slash names a folder, and this is for a blob. Leave the slash after "
-                f"{strip(path)[:200]!r} away if the blob of that name is meant"
+                f"A path that ends with a slash names a folder, but a blob is needed here. Omit the slash after "
+                f"{strip(path)[:200]!r} to name the blob"
             )
 
 
+def parents(paths: Iterable[str]) -> set[str]:
+    """Return all folders above the paths: ``a`` and ``a/b`` for ``a/b/c``."""
+    return {path[:position] for path in paths for position, char in enumerate(path) if char == "/"}
+
+
 def unstrip(path: str) -> str:
-    """The path with its protocol: the inverse of `strip`."""
+    """Return the path with its protocol: the inverse of `strip`."""
     return path if path.startswith(f"{PROTOCOL}://") else f"{PROTOCOL}://{path}"
 
 
 def locate(path: str, endpoint: str | None) -> BlobLocation:
-    """The blob or folder that a path names.
+    """Return the location of the blob or folder that a path names.
 
     Args:
-        endpoint: of the service, where it does not follow from the account.
+        path: a stripped path.
+        endpoint: the service's endpoint, if it does not follow from the account.
 
     Raises:
-        LocationError: the path names no container, breaks the service's rules for names, or is for another account
+        LocationError: the path has no container, breaks the service's rules for names, or belongs to another account
             than the endpoint.
     """
     parts = PathParts.of(path)
     if not parts.container:
         raise LocationError(
-            f"The path {path[:200]!r} names no container. A path looks like {PROTOCOL}://ACCOUNT/CONTAINER/NAME"
+            f"The path {path[:200]!r} has no container. A path looks like {PROTOCOL}://ACCOUNT/CONTAINER/NAME"
         )
     root = _container(parts.account, parts.container, endpoint)
     return dataclasses.replace(root, path=parts.name)
@@ -129,7 +136,7 @@ def _container(account: str, container: str, endpoint: str | None) -> BlobLocati
     root = BlobLocation.parse(f"{endpoint.rstrip('/')}/{quote(container, safe='')}")
     if account != root.account and account != root.endpoint.partition("://")[2]:
         raise LocationError(
-            f"The path is for the account {account[:200]!r}, but endpoint= is that of {root.account!r}. Use one "
+            f"The path belongs to the account {account[:200]!r}, but endpoint= to {root.account!r}. Use one "
             "filesystem for each account"
         )
     return root

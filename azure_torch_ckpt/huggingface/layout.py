@@ -1,59 +1,54 @@
-"""Which tensor lies in which file, and which rank writes which bytes of it.
+"""The layout of a model: which tensor is in which file, and which rank writes which bytes of it.
 
-A file is its header and its tensors, row-major and back to back. So a rank's part of a tensor that is sharded by rows
-is one run of bytes of the file, and ranks can stage them as blocks of one blob: full tensors without a pass that puts
-shards together. So they can where a part consists of some long runs (experts that are sharded in their second
-dimension). Where the runs are short, as columns' are, the ranks write their parts to files of their own first, and the
-coordinator joins those.
+A file is its header and its tensors, row-major and back to back. So a rank's shard of a tensor that is sharded by rows
+is one run of bytes of the file, and the ranks can stage their shards as blocks of one blob: the file has whole tensors,
+and nothing puts shards together. The same goes for a shard of some long runs (experts that are sharded in their second
+dimension). Where the runs are short, as those of columns are, the ranks write their shards to files of their own first,
+and the coordinator joins them.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from azure_torch_ckpt.dcp.tensors.chunks import Box
+from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint
 from azure_torch_ckpt.dcp.tensors.regions import row_major
 from azure_torch_ckpt.errors import CheckpointError
-from azure_torch_ckpt.huggingface.format import why_not
+from azure_torch_ckpt.huggingface.blob_names import file_name, shards_name
+from azure_torch_ckpt.huggingface.safetensors_header import why_not
 
 __all__ = [
     "LARGEST_IN_BLOCKS",
-    "SAVED_FILE",
-    "Arrangement",
-    "Chunk",
     "FileLayout",
-    "Place",
-    "Scattered",
-    "arrange",
-    "file_prefix",
+    "ItemRuns",
+    "JoinedTensor",
+    "ModelLayout",
+    "StoredChunk",
+    "lay_out",
 ]
 
 # Of the 50,000 that a blob may have: https://learn.microsoft.com/azure/storage/blobs/scalability-targets
 _MAX_BLOCKS = 45_000
-# What the largest tensor is cut into, if the size of a block has to follow from it; its shards end in shorter ones.
 LARGEST_IN_BLOCKS = 30_000
+"""Blocks of the largest tensor, where the size of a block has to follow from it. Its shards end in shorter blocks."""
 # Bytes. A run of this size is worth a request of its own; many shorter ones cost less if they are joined.
 _SHORTEST_RUN = 1 << 20
 
-SAVED_FILE = re.compile(r"model-([0-9a-f]{16})-(\d{5,}-of-\d{5,}\.safetensors|\d{6,}\.shards)")
-"""The name of a file of one of our saves: the save's id, and which file of it that is."""
-
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an item's bytes belong.
+class ItemRuns:
+    """The runs of bytes of a file that an item consists of.
 
     Attributes:
         file: name of the file.
-        starts: where its runs of bytes start, from the end of the file's header; in the order of the item's bytes.
+        starts: of each run, from the end of the file's header; in the order of the item's bytes.
         run: bytes of each run.
     """
 
@@ -68,7 +63,13 @@ class Place:
 
 @dataclass(slots=True)
 class FileLayout:
-    """One file: its tensors with dtype and shape, in their order, and the bytes of all of them."""
+    """One file.
+
+    Attributes:
+        name: of the file.
+        tensors: dtype and shape of each, in the order of their bytes.
+        length: bytes of all tensors.
+    """
 
     name: str
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
@@ -76,22 +77,23 @@ class FileLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """One rank's part of a tensor that is joined: which one, and where in a file of shards it is."""
+class StoredChunk:
+    """One rank's chunk of a tensor that is to be joined, and its bytes in a file of shards."""
 
-    box: Box
+    box: TensorChunk
     file: str
     offset: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
-class Scattered:
-    """A tensor that is joined from the ranks' parts.
+class JoinedTensor:
+    """A tensor that the coordinator joins from the ranks' chunks.
 
     Attributes:
-        file: that it belongs to.
-        offset: from the end of that file's header.
+        file: where it belongs.
+        offset: in that file, from the end of the header.
+        chunks: what it is joined from.
     """
 
     name: str
@@ -99,7 +101,7 @@ class Scattered:
     shape: tuple[int, ...]
     file: str
     offset: int
-    chunks: list[Chunk]
+    chunks: list[StoredChunk]
 
     @property
     def length(self) -> int:
@@ -107,29 +109,29 @@ class Scattered:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrangement:
-    """What a save consists of.
+class ModelLayout:
+    """All files of a save.
 
     Attributes:
-        files: with a header each.
-        places: for each rank where its items go.
-        shards: bytes of each file that ranks write parts to which are joined, by the file's name.
-        scattered: the tensors that are joined.
+        files: the safetensors files.
+        runs: for each rank the runs of its items.
+        shards: bytes of each file of shards that are to be joined, by the file's name.
+        joined: the tensors that are joined from those shards.
     """
 
     files: list[FileLayout]
-    places: list[dict[MetadataIndex, Place]]
+    runs: list[dict[MetadataIndex, ItemRuns]]
     shards: dict[str, int]
-    scattered: list[Scattered]
+    joined: list[JoinedTensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A rank's part of a tensor: `runs` runs of `run` bytes each."""
+class _RankChunk:
+    """A rank's chunk of a tensor: `runs` runs of `run` bytes each."""
 
     rank: int
     index: MetadataIndex
-    box: Box
+    box: TensorChunk
     runs: int
     run: int
 
@@ -139,41 +141,34 @@ class _Piece:
 
 
 @dataclass(slots=True)
-class _Tensor:
+class _PlannedTensor:
+    """A tensor, and all ranks' chunks of it."""
+
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: list[_Piece] = field(default_factory=list)
-    scattered: bool = False
+    chunks: list[_RankChunk] = field(default_factory=list)
+    is_joined: bool = False
+    blocks: int = 0  # at most
 
     @property
     def length(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self, block_size: int, joined_block_size: int) -> int:
-        if self.scattered:
-            return -(-self.length // joined_block_size) + 1
-        return sum(piece.runs * (-(-piece.run // block_size) + 1) for piece in self.pieces)
-
-    def starts(self, piece: _Piece) -> tuple[int, ...]:
-        """Where the runs of a piece start in the tensor."""
-        if not piece.length:
+    def starts(self, chunk: _RankChunk) -> tuple[int, ...]:
+        """The offset of each run of a chunk in the tensor, in bytes."""
+        if not chunk.length:
             return (0,)
         strides = [stride * self.dtype.itemsize for stride in row_major(self.shape)]
-        first = sum(offset * stride for offset, stride in zip(piece.box.offsets, strides, strict=True))
-        dims = _dims_outside_runs(self.shape, piece.box.sizes)
+        first = sum(offset * stride for offset, stride in zip(chunk.box.offsets, strides, strict=True))
+        dims = _dims_outside_runs(self.shape, chunk.box.sizes)
         return tuple(
             first + sum(index * stride for index, stride in zip(indices, strides[:dims], strict=True))
-            for indices in itertools.product(*(range(size) for size in piece.box.sizes[:dims]))
+            for indices in itertools.product(*(range(size) for size in chunk.box.sizes[:dims]))
         )
 
 
-def file_prefix(save_id: str) -> str:
-    """What the names of all files of a save begin with."""
-    return f"model-{save_id}-"
-
-
-def arrange(
+def lay_out(
     plans: Sequence[SavePlan],
     save_id: str,
     *,
@@ -181,7 +176,7 @@ def arrange(
     max_file_size: int,
     block_size: int,
     joined_block_size: int,
-) -> Arrangement:
+) -> ModelLayout:
     """Lay out the tensors of all ranks.
 
     Args:
@@ -191,58 +186,56 @@ def arrange(
         joined_block_size: largest block of a tensor that is joined.
 
     Raises:
-        CheckpointError: a tensor whose dtype safetensors does not have, or which the ranks do not save whole and once;
-            or a tensor that `mapping` does not have.
+        CheckpointError: safetensors does not have the dtype of a tensor, the ranks do not save every element of it
+            once, or `mapping` lacks it.
     """
-    sizes = (block_size, joined_block_size)
     tensors = _gather(plans)
+    shortest = min(_SHORTEST_RUN, block_size)
     for tensor in tensors.values():
         _check_whole(tensor)
-        shortest = min(_SHORTEST_RUN, block_size)
-        tensor.scattered = any(
-            piece.runs > 1 and (piece.run < shortest or tensor.blocks(*sizes) > _MAX_BLOCKS) for piece in tensor.pieces
+        tensor.blocks = sum(chunk.runs * (-(-chunk.run // block_size) + 1) for chunk in tensor.chunks)
+        tensor.is_joined = any(
+            chunk.runs > 1 and (chunk.run < shortest or tensor.blocks > _MAX_BLOCKS) for chunk in tensor.chunks
         )
-    groups = (
-        _by_size(list(tensors.values()), max_file_size, *sizes)
-        if mapping is None
-        else _by_mapping(tensors, mapping, *sizes)
-    )
-    result = Arrangement([], [{} for _ in plans], {}, [])
+        if tensor.is_joined:
+            tensor.blocks = -(-tensor.length // joined_block_size) + 1
+    groups = _by_size(tensors.values(), max_file_size) if mapping is None else _by_mapping(tensors, mapping)
+    result = ModelLayout([], [{} for _ in plans], {}, [])
     for number, group in enumerate(groups, start=1):
-        file = FileLayout(f"{file_prefix(save_id)}{number:05d}-of-{len(groups):05d}.safetensors")
+        file = FileLayout(file_name(save_id, number, len(groups)))
         for tensor in sorted(group, key=_order):
-            if tensor.scattered:
-                _scatter(tensor, file, save_id, result)
+            if tensor.is_joined:
+                _join(tensor, file, save_id, result)
             else:
-                for piece in tensor.pieces:
-                    starts = tuple(file.length + start for start in tensor.starts(piece))
-                    result.places[piece.rank][piece.index] = Place(file.name, starts, piece.run)
+                for chunk in tensor.chunks:
+                    starts = tuple(file.length + start for start in tensor.starts(chunk))
+                    result.runs[chunk.rank][chunk.index] = ItemRuns(file.name, starts, chunk.run)
             file.tensors[tensor.name] = tensor.dtype, tensor.shape
             file.length += tensor.length
         result.files.append(file)
     return result
 
 
-def _scatter(tensor: _Tensor, file: FileLayout, save_id: str, result: Arrangement) -> None:
+def _join(tensor: _PlannedTensor, file: FileLayout, save_id: str, result: ModelLayout) -> None:
     chunks = []
-    for piece in tensor.pieces:
-        name = f"{file_prefix(save_id)}{piece.rank:06d}.shards"
-        offset = result.shards.setdefault(name, 0) if piece.length else 0
-        result.places[piece.rank][piece.index] = Place(name, (offset,), piece.length)
-        if piece.length:
-            result.shards[name] += piece.length
-            chunks.append(Chunk(piece.box, name, offset, piece.length))
-    result.scattered.append(Scattered(tensor.name, tensor.dtype, tensor.shape, file.name, file.length, chunks))
+    for chunk in tensor.chunks:
+        name = shards_name(save_id, chunk.rank)
+        offset = result.shards.setdefault(name, 0) if chunk.length else 0
+        result.runs[chunk.rank][chunk.index] = ItemRuns(name, (offset,), chunk.length)
+        if chunk.length:
+            result.shards[name] += chunk.length
+            chunks.append(StoredChunk(chunk.box, name, offset, chunk.length))
+    result.joined.append(JoinedTensor(tensor.name, tensor.dtype, tensor.shape, file.name, file.length, chunks))
 
 
-def _order(tensor: _Tensor) -> tuple[int, int, str]:
-    # Wide types first: then every tensor is aligned. What one process writes together: then that is few runs.
-    writer = -1 if len(tensor.pieces) > 1 else tensor.pieces[0].rank
-    return -tensor.dtype.itemsize, -2 if tensor.scattered else writer, tensor.name
+def _order(tensor: _PlannedTensor) -> tuple[int, int, str]:
+    # Wide types first, so that every tensor is aligned. Then by process, so that each writes few runs.
+    writer = -1 if len(tensor.chunks) > 1 else tensor.chunks[0].rank
+    return -tensor.dtype.itemsize, -2 if tensor.is_joined else writer, tensor.name
 
 
-def _gather(plans: Sequence[SavePlan]) -> dict[str, _Tensor]:
-    tensors: dict[str, _Tensor] = {}
+def _gather(plans: Sequence[SavePlan]) -> dict[str, _PlannedTensor]:
+    tensors: dict[str, _PlannedTensor] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
             data = item.tensor_data
@@ -250,40 +243,54 @@ def _gather(plans: Sequence[SavePlan]) -> dict[str, _Tensor]:
             name, dtype = item.index.fqn, data.properties.dtype
             if (reason := why_not(name, dtype, data.size)) is not None:
                 raise CheckpointError(f"{reason}. Cast or rename it first, or save it with AzureBlobWriter")
-            tensor = tensors.setdefault(name, _Tensor(name, dtype, tuple(data.size)))
+            tensor = tensors.setdefault(name, _PlannedTensor(name, dtype, tuple(data.size)))
             if (tensor.dtype, tensor.shape) != (dtype, tuple(data.size)):
                 raise CheckpointError(
-                    f"{name!r} is {tensor.dtype} of shape {tensor.shape} on rank {tensor.pieces[0].rank}, and {dtype} "
+                    f"{name!r} is {tensor.dtype} of shape {tensor.shape} on rank {tensor.chunks[0].rank}, and {dtype} "
                     f"of shape {tuple(data.size)} on rank {rank}"
                 )
-            box = Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+            box = TensorChunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
             outside = box.sizes[: _dims_outside_runs(tensor.shape, box.sizes)]
             run = math.prod(box.sizes[len(outside) :]) * dtype.itemsize
-            tensor.pieces.append(_Piece(rank, item.index, box, math.prod(outside), run))
+            tensor.chunks.append(_RankChunk(rank, item.index, box, math.prod(outside), run))
     return tensors
 
 
 def _dims_outside_runs(shape: Sequence[int], sizes: Sequence[int]) -> int:
-    """How many of the first dimensions of a chunk lead from one run of bytes to the next."""
+    """How many of the first dimensions of a chunk are iterated over from one run of bytes to the next."""
     dim = len(sizes)
     while dim and sizes[dim - 1] == shape[dim - 1]:
         dim -= 1
-    dim = max(dim - 1, 0)  # the dimension in which the chunk is a part ends a run
+    dim = max(dim - 1, 0)  # a run ends in the last dimension that the chunk does not have whole
     while dim and sizes[dim - 1] == 1:
         dim -= 1
     return dim if math.prod(sizes) else 0
 
 
-def _check_whole(tensor: _Tensor) -> None:
-    pieces = [piece for piece in tensor.pieces if piece.length]
-    for piece in pieces:
-        ends = [start + size for start, size in zip(piece.box.offsets, piece.box.sizes, strict=True)]
-        if any(start < 0 for start in piece.box.offsets) or any(map(int.__gt__, ends, tensor.shape)):
+def _check_whole(tensor: _PlannedTensor) -> None:
+    """Check that the ranks save every element of a tensor once.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    filled = [chunk for chunk in tensor.chunks if chunk.length]
+    for chunk in filled:
+        ends = [start + size for start, size in zip(chunk.box.offsets, chunk.box.sizes, strict=True)]
+        if any(start < 0 for start in chunk.box.offsets) or any(map(int.__gt__, ends, tensor.shape)):
             raise CheckpointError(
-                f"Rank {piece.rank} saves {_shown(piece.box)} of {tensor.name!r}, whose shape is {tensor.shape}"
+                f"Rank {chunk.rank} saves {_shown(chunk.box)} of {tensor.name!r}, whose shape is {tensor.shape}"
             )
-    _check_disjoint(tensor, pieces)
-    saved = sum(piece.length for piece in pieces)
+    if not are_disjoint([chunk.box for chunk in filled]):
+        one, other = next(
+            (one, other)
+            for one, other in itertools.combinations(filled, 2)
+            if one.box.overlap(other.box.offsets, other.box.sizes) is not None
+        )
+        raise CheckpointError(
+            f"Ranks {one.rank} and {other.rank} save the same elements of {tensor.name!r}: {_shown(one.box)} and "
+            f"{_shown(other.box)}"
+        )
+    saved = sum(chunk.length for chunk in filled)
     if saved != tensor.length:
         raise CheckpointError(
             f"The ranks save {saved} of the {tensor.length} bytes of {tensor.name!r}. Save it from all ranks that "
@@ -291,58 +298,33 @@ def _check_whole(tensor: _Tensor) -> None:
         )
 
 
-def _check_disjoint(tensor: _Tensor, pieces: list[_Piece]) -> None:
-    if len(pieces) < 2:
-        return
-    # Along the dimension that tells most of them apart, only few are side by side.
-    dim = max(range(len(tensor.shape)), key=lambda dim: len({piece.box.offsets[dim] for piece in pieces}), default=None)
-    beside: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: piece.box.offsets[dim] if dim is not None else 0):
-        if dim is not None:
-            start = piece.box.offsets[dim]
-            beside = [one for one in beside if one.box.offsets[dim] + one.box.sizes[dim] > start]
-        for one in beside:
-            if one.box.overlap(piece.box.offsets, piece.box.sizes) is not None:
-                raise CheckpointError(
-                    f"Ranks {one.rank} and {piece.rank} save the same elements of {tensor.name!r}: "
-                    f"{_shown(one.box)} and {_shown(piece.box)}"
-                )
-        beside.append(piece)
-
-
-def _shown(box: Box) -> str:
+def _shown(box: TensorChunk) -> str:
     return f"the shape {box.sizes} at {box.offsets}"
 
 
-def _by_size(
-    tensors: list[_Tensor], max_file_size: int, block_size: int, joined_block_size: int
-) -> list[list[_Tensor]]:
-    groups: list[list[_Tensor]] = []
+def _by_size(tensors: Iterable[_PlannedTensor], max_file_size: int) -> list[list[_PlannedTensor]]:
+    groups: list[list[_PlannedTensor]] = []
     size = blocks = 0
     for tensor in tensors:
-        more = tensor.blocks(block_size, joined_block_size)
-        _check_blocks(tensor.name, more)
-        if not groups or size + tensor.length > max_file_size or blocks + more > _MAX_BLOCKS:
+        _check_blocks(tensor.name, tensor.blocks)
+        if not groups or size + tensor.length > max_file_size or blocks + tensor.blocks > _MAX_BLOCKS:
             groups.append([])
             size = blocks = 0
         groups[-1].append(tensor)
         size += tensor.length
-        blocks += more
+        blocks += tensor.blocks
     return groups
 
 
-def _by_mapping(
-    tensors: Mapping[str, _Tensor], mapping: Mapping[str, int], block_size: int, joined_block_size: int
-) -> list[list[_Tensor]]:
+def _by_mapping(tensors: Mapping[str, _PlannedTensor], mapping: Mapping[str, int]) -> list[list[_PlannedTensor]]:
     missing = [name for name in tensors if name not in mapping]
     if missing:
         raise CheckpointError(f"fqn_to_index_mapping has no file for {missing[0]!r} ({len(missing)} in all)")
-    groups: dict[int, list[_Tensor]] = {}
+    groups: dict[int, list[_PlannedTensor]] = {}
     for tensor in tensors.values():
         groups.setdefault(mapping[tensor.name], []).append(tensor)
     for number, group in groups.items():
-        blocks = sum(tensor.blocks(block_size, joined_block_size) for tensor in group)
-        _check_blocks(f"file {number} of fqn_to_index_mapping", blocks)
+        _check_blocks(f"file {number} of fqn_to_index_mapping", sum(tensor.blocks for tensor in group))
     return [groups[number] for number in sorted(groups)]
 
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from azure_torch_ckpt.blobs.download import Download, Read
 from azure_torch_ckpt.blobs.store import BlobInfo
-from azure_torch_ckpt.blobs.transfer import Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, storage_info
@@ -35,28 +35,24 @@ from azure_torch_ckpt.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from azure_torch_ckpt.huggingface.format import (
+from azure_torch_ckpt.huggingface.blob_names import INDEX, SINGLE, save_id_of
+from azure_torch_ckpt.huggingface.index import INDEX_LIMIT, ModelIndex, parse_index
+from azure_torch_ckpt.huggingface.safetensors_header import (
     HEADER_LENGTH_BYTES,
-    INDEX,
-    INDEX_LIMIT,
-    SINGLE,
-    Index,
-    Stored,
+    StoredTensor,
     header_length,
     parse_header,
-    parse_index,
 )
-from azure_torch_ckpt.huggingface.layout import SAVED_FILE
 
 __all__ = ["AzureBlobHuggingFaceReader"]
 
-# Holds the header of most files, so that most cost one request.
-_FIRST = 128 * 1024
+# Bytes. Most headers are shorter, so most files cost one request.
+_FIRST_READ = 128 * 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Opened:
-    """Travels in the load plans: the blob that says what the model consists of, as a rank has read it."""
+    """Travels in the load plans: the blob by which a rank has found the model's files, and its ETag."""
 
     name: str
     etag: str
@@ -69,23 +65,23 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         dcp.load(state, storage_reader=AzureBlobHuggingFaceReader(url))
 
     Reads what `AzureBlobHuggingFaceWriter`, transformers' ``save_pretrained`` and the Hub's users write
-    (``model.safetensors``, or several files with ``model.safetensors.index.json``; the first goes before, as in
+    (``model.safetensors``, or several files with ``model.safetensors.index.json``; the first wins, as in
     transformers), and the shards of torch's ``HuggingFaceStorageWriter``. Only the bytes that the state dict asks for
-    are fetched. What our writer saved is checked against its checksums where it is read whole.
+    are fetched. Tensors that our writer saved are compared with their checksums where they are read whole.
 
     Arguments and errors are those of `AzureBlobReader`.
     """
 
     _opened: _Opened | None = None
     _etags: dict[str, str]
-    _odd_dtypes: dict[str, str]  # dtypes of the tensors that this torch cannot hold
+    _odd_dtypes: dict[str, str]  # by the names of tensors: dtypes that this torch does not have
 
     @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """See that this torch can hold what is asked for.
+        """Check that torch has the dtypes of the tensors that are asked for.
 
         Raises:
-            UnsupportedCheckpointError: a tensor has a dtype that it does not have.
+            UnsupportedCheckpointError: it does not.
         """
         for item in plan.items:
             name = item.storage_index.fqn
@@ -98,10 +94,10 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
 
     @step
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """See that all ranks have read the same index.
+        """Check that all ranks have read the same index.
 
         Raises:
-            CheckpointReplacedError: the model was replaced between one rank's look and another's.
+            CheckpointReplacedError: the model was replaced after one rank read the index, and before another did.
         """
         if len({plan.storage_data for plan in plans}) > 1:
             raise self._replaced()
@@ -110,9 +106,9 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
     def _run(self, download: Download, reads: Iterable[Read]) -> None:
         wanted = list(reads)
         super()._run(download, wanted)
-        # Files of others keep their names when they are replaced, and then the header is that of the old one.
+        # Files of other writers keep their names when they are replaced. Then the header that was read is the old one.
         paths = {read.path for read in wanted}
-        foreign = [file for file in self._etags if not SAVED_FILE.fullmatch(file) and self._at(file) in paths]
+        foreign = [file for file in self._etags if save_id_of(file) is None and self._at(file) in paths]
         run_all(
             (functools.partial(self._check_unchanged, file) for file in foreign),
             self._store.options.concurrency,
@@ -148,20 +144,20 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         check_metadata(metadata, f"The headers of the files at {self.checkpoint_id}")
         return metadata
 
-    def _find(self) -> tuple[Index, list[str] | None]:
-        """What the index says, or the files of a model without one."""
+    def _find(self) -> tuple[ModelIndex, list[str] | None]:
+        """Read the index, or list the files of a model without one."""
         try:
             single = self._store.stat(self._location.join(SINGLE).path)
         except BlobNotFoundError:
             pass
         else:
             self._opened = _Opened(SINGLE, single.etag)
-            return Index({}, {}), [SINGLE]
+            return ModelIndex({}, {}), [SINGLE]
         try:
             data, etag = self._store.read(self._location.join(INDEX).path, limit=INDEX_LIMIT)
         except BlobNotFoundError:
             files = self._files_without_index()
-            return Index({}, {}), files
+            return ModelIndex({}, {}), files
         self._opened = _Opened(INDEX, etag)
         return parse_index(data, f"{self.checkpoint_id}/{INDEX}"), None
 
@@ -169,18 +165,18 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         prefix = self._location.prefix
         blobs = [entry for entry in self._store.list_folder(prefix) if isinstance(entry, BlobInfo)]
         named = {blob.path[len(prefix) :]: blob for blob in blobs if blob.path.endswith(".safetensors")}
-        # Files of our writer count only if an index names them: its save may have failed.
-        files = sorted(name for name in named if not SAVED_FILE.fullmatch(name))
+        # Files of our writer count only if an index names them, for their save may have failed.
+        files = sorted(name for name in named if save_id_of(name) is None)
         if not files:
-            hint = "Nothing lies there at all; check the URL" if not blobs else "Nothing there is a model"
+            hint = "There are no blobs at all; check the URL" if not blobs else "None of the blobs there is a model's"
             if named:
-                hint = f"{len(named)} files lie there without it: a save that did not finish. Load an older model"
+                hint = f"There are {len(named)} files without it, of a save that did not finish. Load an older model"
             raise CheckpointNotFoundError(f"No model at {self.checkpoint_id}: {INDEX} is not there. {hint}")
         self._opened = _Opened(files[0], named[files[0]].etag)
         return files
 
-    def _headers(self, files: Iterable[str]) -> dict[str, dict[str, Stored]]:
-        headers: dict[str, dict[str, Stored]] = {}
+    def _headers(self, files: Iterable[str]) -> dict[str, dict[str, StoredTensor]]:
+        headers: dict[str, dict[str, StoredTensor]] = {}
 
         def read(file: str) -> None:
             headers[file] = self._header(file)
@@ -188,36 +184,38 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         run_all((functools.partial(read, file) for file in files), self._store.options.concurrency, "blob-headers")
         return headers
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, StoredTensor]:
         path, where = self._at(file), f"{self.checkpoint_id}/{file}"
         try:
-            data, info = self._store.read_some(path, 0, _FIRST)
+            data, info = self._store.read_some(path, 0, _FIRST_READ)
             end = HEADER_LENGTH_BYTES + header_length(data, info.size, where)
             if end > len(data):
                 data += self._store.read_some(path, len(data), end - len(data), if_etag=info.etag)[0]
         except BlobNotFoundError as error:
             self._raise_if_replaced(error)
             raise CorruptCheckpointError(
-                f"A file of the model is missing: {error}. Somebody deleted it; use another checkpoint"
+                f"A file of the model is missing: {error}. It was deleted; use another checkpoint"
             ) from error
         except BlobChangedError as error:
             raise self._replaced() from error
         self._etags[file] = info.etag
         return parse_header(data[HEADER_LENGTH_BYTES:end], info.size, where)
 
-    def _metadata_of(self, index: Index, headers: dict[str, dict[str, Stored]], is_indexed: bool) -> Metadata:
+    def _metadata_of(
+        self, index: ModelIndex, headers: dict[str, dict[str, StoredTensor]], is_indexed: bool
+    ) -> Metadata:
         wanted = (
             [(name, file) for name, file in index.files.items()]
             if is_indexed
             else [(name, file) for file, tensors in headers.items() for name in tensors]
         )
-        parts: dict[str, list[tuple[str, Stored]]] = {}
+        parts: dict[str, list[tuple[str, StoredTensor]]] = {}
         for name, file in wanted:
             stored = headers[file].get(name)
             if stored is None:
                 raise CorruptCheckpointError(
-                    f"The index of {self.checkpoint_id} has {name[:200]!r} in {file}, but that file does not. It is "
-                    "damaged, or another save's; use another checkpoint"
+                    f"The index of {self.checkpoint_id} has {name[:200]!r} in {file}, but that file does not have it. "
+                    "The file is damaged, or of another save; use another checkpoint"
                 )
             parts.setdefault(name, []).append((file, stored))
         tensors: dict[str, Any] = {}
@@ -234,7 +232,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
                 )
         return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(checkpoint_id=self.checkpoint_id))
 
-    def _tensor(self, name: str, stored: list[Stored]) -> TensorStorageMetadata:
+    def _tensor(self, name: str, stored: list[StoredTensor]) -> TensorStorageMetadata:
         first = stored[0]
         if first.dtype is None:
             self._odd_dtypes[name] = first.dtype_name
@@ -243,13 +241,13 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         ends = [[start + size for start, size in zip(one.at, one.shape, strict=True)] for one in stored]
         shape = torch.Size([max(column) for column in zip(*ends, strict=True)])
         chunks = [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored]
-        # Nobody asks for the dtype of a tensor that cannot be loaded.
+        # The dtype of a tensor that cannot be loaded is not used.
         entry = TensorStorageMetadata(TensorProperties(first.dtype or torch.uint8), shape, chunks)
         if not is_whole(entry):
             count = sum(math.prod(one.shape) for one in stored)
             raise CorruptCheckpointError(
                 f"{self.checkpoint_id} has {count} of the {math.prod(shape)} elements of {name[:200]!r}: files are "
-                "missing, or some elements are there twice. Use another checkpoint"
+                "missing, or some elements are stored twice. Use another checkpoint"
             )
         return entry
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
-from pathlib import Path
 
 import torch
 
+from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
@@ -75,8 +74,6 @@ def export_checkpoint(
     reader = AzureBlobReader(url, credential=credential, options=options, ca_file=ca_file)
     wait_for_pending(reader.checkpoint_id)
     checkpoint = load_object(reader, "cpu", weights_only)
-    target = Path(file)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        part = Path(folder) / target.name
-        torch.save(checkpoint, part)
-        os.replace(part, target)
+    with AtomicFile(file) as new:
+        torch.save(checkpoint, new.file)
+        new.publish()

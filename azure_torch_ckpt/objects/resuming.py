@@ -10,7 +10,7 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.layout import metadata_name
+from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.location import BlobLocation
 

@@ -1,4 +1,5 @@
-"""HTTP for azure-core: the process's connections, bodies in the caller's memory, retries, throttling.
+"""How do bytes reach the socket, and when is a failed request tried again?
 
-`GatherTransport` is what the clients of the Azure SDK are given. Nothing here knows about blobs.
+The clients of the Azure SDK get a `GatherTransport` and a `RetryPolicy`; requests carry the classes of `buffers`.
+Nothing here knows about blobs.
 """

@@ -1,4 +1,4 @@
-"""What a request carries besides its headers: memory to send or to receive into, a way to break it off, a doubt."""
+"""What a request carries besides its headers: memory to send, memory to receive into, `Cancel` and `Doubt`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator, Sequence
 
 __all__ = ["SEND_SLICE", "Cancel", "Doubt", "Gather", "Scatter"]
 
-# Pieces below this are joined before they are sent: a system call each would cost more than the copy.
+# Smaller views are joined before they are sent: a system call for each would cost more than the copy.
 _JOIN_BELOW = 96 * 1024
 _JOINED = 512 * 1024
 SEND_SLICE = 1024 * 1024
-"""``sendall`` applies its time-out to the whole buffer, so a buffer is handed over in slices of this size (bytes)."""
+"""``sendall`` applies its time-out to the whole buffer, so it gets slices of this size (bytes)."""
 
 
 class Gather:
-    """A request body made of views that lie anywhere in memory.
+    """A request body made of views anywhere in memory.
 
-    Sized and iterable again for each attempt, as the SDK's retries need it. Small neighbours are joined on the way.
+    It has a length and can be iterated again for each attempt, as the SDK's retries need. Small neighbours are joined.
 
     Args:
         views: one-dimensional byte views, sent one after the other. They must not change until the request returns.
@@ -54,14 +54,14 @@ class Gather:
 
 
 class Scatter:
-    """Where the body of a successful response goes: views that lie anywhere in memory.
+    """The destination of a successful response's body: views anywhere in memory.
 
     Args:
         views: writable one-dimensional byte views, filled one after the other.
 
     Attributes:
-        received: whether the body is in the views. False after a response of another length, which nothing was
-            written for, and where the SDK did not hand the keyword on.
+        received: whether the body is in the views. False after a response of another length, which leaves the views
+            untouched, and where the SDK did not pass the keyword on.
     """
 
     __slots__ = ("received", "size", "views")
@@ -73,10 +73,10 @@ class Scatter:
 
 
 class Doubt:
-    """Whether an attempt of the requests that carry it (``doubt=``) may have been carried out unheard.
+    """Records whether an attempt of the request that carries it (``doubt=``) may have been carried out without answer.
 
     Attributes:
-        exists: an attempt had no answer, or one that leaves it open (408, 5xx).
+        exists: whether an attempt had no answer, or one that leaves it open (408, 5xx).
     """
 
     __slots__ = ("exists",)
@@ -86,7 +86,7 @@ class Doubt:
 
 
 class Cancel:
-    """Ends the requests that carry it (``cancel=``) at once, from any thread, and for good."""
+    """Ends the requests that carry it (``cancel=``) at once and for good. Any thread may cancel."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -101,17 +101,17 @@ class Cancel:
         self._cancelled.set()
         with self._lock:
             for sock in self._sockets:
-                # Not SSLSocket.shutdown: it would take the TLS state away from the thread that is using it.
+                # Not SSLSocket.shutdown: it would remove the TLS state that another thread is using.
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but not beyond `cancel`."""
+        """Sleep for some seconds, or until `cancel`."""
         self._cancelled.wait(seconds)
 
     @contextlib.contextmanager
     def holding(self, sock: socket.socket) -> Iterator[None]:
-        """Shut `sock` down on `cancel`, as long as the block lasts."""
+        """While the block lasts, `cancel` shuts `sock` down."""
         with self._lock:
             self._sockets.add(sock)
         try:

@@ -1,7 +1,7 @@
-"""The process's HTTP connections: made, through proxies and TLS where needed, kept alive, and shared by all transports.
+"""The process's HTTP connections, over TLS and through proxies where needed. All transports share them.
 
-A job makes a writer for every checkpoint; its connections outlive it, so the next one's handshakes are saved. They
-carry no credentials (each request has its own), which is why any transport may use them.
+A job makes a writer for every checkpoint. The connections outlive the writer, which saves the next one's handshakes.
+They carry no credentials (each request has its own), so any transport may use them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,25 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt.errors import ConfigurationError
 
-__all__ = ["IO_SECONDS", "TIMEVAL", "Proxy", "Route", "close_idle", "connect", "give_back", "readable", "route", "take"]
+__all__ = [
+    "IO_SECONDS",
+    "TIMEVAL",
+    "Proxy",
+    "Route",
+    "close_idle",
+    "connect",
+    "find_route",
+    "give_back",
+    "readable",
+    "take",
+]
 
 CONNECT_SECONDS = 10.0
 IO_SECONDS = 60.0
-"""Seconds without a byte moved after which a connection counts as broken; not for a whole body."""
-# POSIX's struct timeval; Windows wants another form, and goes without.
+"""Seconds without a byte moved after which a connection counts as broken. It does not limit a whole body."""
+# POSIX's struct timeval. Windows needs another form, and does without.
 TIMEVAL = None if sys.platform == "win32" else struct.pack("ll", int(IO_SECONDS), 0)
-# The service closes a connection that lay idle for some minutes, and what lies on the way may forget it without a word.
+# The service closes a connection after some idle minutes, and a router on the way may drop it without notice.
 _IDLE_SECONDS = 60.0
 
 
@@ -51,12 +62,12 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a connection leads and how: what must be equal for two requests to share one.
+    """The target of a connection and how it is reached: two requests with equal routes can share a connection.
 
     Attributes:
-        proxy: the way to the proxy; None without one.
+        proxy: None for a direct connection.
         ca_file: PEM file of certificates to trust besides the platform's.
-        ca_changed: when that file was written (ns), so that a new one is heeded.
+        ca_changed: when that file was written (ns), so that a new one is used.
     """
 
     scheme: str
@@ -80,11 +91,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def route(scheme: str, netloc: str, ca_file: str | None) -> Route:
-    """The way to a host, by the proxies that the environment names now.
+def find_route(scheme: str, netloc: str, ca_file: str | None) -> Route:
+    """Return the route to a host, through the proxy that the environment names now.
 
     Raises:
-        ConfigurationError: the proxy is of a kind that is not spoken here.
+        ConfigurationError: the proxy is of an unsupported kind.
     """
     host = urllib.parse.SplitResult(scheme, netloc, "", "", "").hostname or ""
     proxy = None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
@@ -92,32 +103,32 @@ def route(scheme: str, netloc: str, ca_file: str | None) -> Route:
     return Route(scheme, netloc, _proxy(proxy, scheme) if proxy else None, ca_file, changed)
 
 
-def take(way: Route) -> tuple[http.client.HTTPConnection, bool]:
-    """An idle connection and True, or a new one and False.
+def take(route: Route) -> tuple[http.client.HTTPConnection, bool]:
+    """Return an idle connection and True, or a new one and False.
 
     Raises:
         OSError, http.client.HTTPException: no connection could be made.
     """
     while True:
         with _lock:
-            idle = _idle.get(way)
+            idle = _idle.get(route)
             since, connection = idle.pop() if idle else (0.0, None)
         if connection is None:
-            return connect(way), False
+            return connect(route), False
         # Data or end-of-file before a request was sent: the server has given this connection up.
         if time.monotonic() - since < _IDLE_SECONDS and not readable(connection.sock, 0):
             return connection, True
         connection.close()
 
 
-def give_back(way: Route, connection: http.client.HTTPConnection) -> None:
-    """Keep a connection, whose response was read to its end, for the next request."""
+def give_back(route: Route, connection: http.client.HTTPConnection) -> None:
+    """Keep a connection for the next request. Its response must have been read to its end."""
     now = time.monotonic()
     stale: list[http.client.HTTPConnection] = []
     with _lock:
-        idle = _idle.setdefault(way, deque())
+        idle = _idle.setdefault(route, deque())
         idle.append((now, connection))
-        # The last one given back is the first one taken, so what lay longest is at the other end.
+        # The connection given back last is taken first, so the oldest one is at the other end.
         for kept in _idle.values():
             while kept and now - kept[0][0] > _IDLE_SECONDS:
                 stale.append(kept.popleft()[1])
@@ -126,7 +137,7 @@ def give_back(way: Route, connection: http.client.HTTPConnection) -> None:
 
 
 def close_idle() -> None:
-    """Close the connections that no request uses now."""
+    """Close the connections that no request is using."""
     global _idle
     with _lock:
         idle, _idle = _idle, {}
@@ -138,19 +149,19 @@ def close_idle() -> None:
 atexit.register(close_idle)
 
 
-def connect(way: Route) -> http.client.HTTPConnection:
-    """A new connection, with its time limits set.
+def connect(route: Route) -> http.client.HTTPConnection:
+    """Make a connection and set its time limits.
 
     Raises:
         OSError, http.client.HTTPException: it could not be made.
     """
-    target = urllib.parse.SplitResult(way.scheme, way.netloc, "", "", "")
+    target = urllib.parse.SplitResult(route.scheme, route.netloc, "", "", "")
     host, port = target.hostname or "", target.port
     connection: http.client.HTTPConnection
-    if way.proxy is not None:
-        connection = _through_proxy(way, target, way.proxy)
-    elif way.scheme == "https":
-        connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_context(way))
+    if route.proxy is not None:
+        connection = _through_proxy(route, target, route.proxy)
+    elif route.scheme == "https":
+        connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_context(route))
     else:
         connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
     connection.connect()
@@ -162,20 +173,20 @@ def connect(way: Route) -> http.client.HTTPConnection:
     return connection
 
 
-def _through_proxy(way: Route, target: urllib.parse.SplitResult, proxy: Proxy) -> http.client.HTTPConnection:
-    if way.scheme == "https":
-        tunnel = http.client.HTTPSConnection(proxy.host, proxy.port, timeout=CONNECT_SECONDS, context=_context(way))
+def _through_proxy(route: Route, target: urllib.parse.SplitResult, proxy: Proxy) -> http.client.HTTPConnection:
+    if route.scheme == "https":
+        tunnel = http.client.HTTPSConnection(proxy.host, proxy.port, timeout=CONNECT_SECONDS, context=_context(route))
         headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
         tunnel.set_tunnel(target.hostname or "", target.port or 443, headers=headers)
         return tunnel
     connection = http.client.HTTPConnection(proxy.host, proxy.port, timeout=CONNECT_SECONDS)
-    connection.absolute_target = f"http://{way.netloc}"  # type: ignore[attr-defined]
+    connection.absolute_target = f"http://{route.netloc}"  # type: ignore[attr-defined]
     connection.proxy_authorization = proxy.authorization  # type: ignore[attr-defined]
     return connection
 
 
 def _proxy(url: str, scheme: str) -> Proxy:
-    """Taken apart; without a port it is that of HTTP, as in requests."""
+    """Parse a proxy's URL. The default port is that of HTTP, as in the library requests."""
     parsed = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
     named = f"The proxy for {scheme}:// (environment variable {scheme.upper()}_PROXY)"
     try:
@@ -184,8 +195,8 @@ def _proxy(url: str, scheme: str) -> Proxy:
         host = port = None
     if parsed.scheme != "http":
         raise ConfigurationError(
-            f"{named} is of the kind {parsed.scheme}://, and only http:// is supported. What goes to Blob Storage "
-            "through an http:// proxy is encrypted all the same. Give the proxy as http://HOST:PORT, or name the "
+            f"{named} is of the kind {parsed.scheme}://, and only http:// is supported. Requests to Blob Storage "
+            "are encrypted through an http:// proxy, too. Give the proxy as http://HOST:PORT, or name the "
             "storage endpoint in NO_PROXY"
         )
     if not host:
@@ -200,10 +211,10 @@ def _proxy(url: str, scheme: str) -> Proxy:
 _contexts_lock = threading.Lock()
 
 
-def _context(way: Route) -> ssl.SSLContext:
-    # Reading the platform's certificates takes some 50 ms of CPU: not once per thread, nor once per writer.
+def _context(route: Route) -> ssl.SSLContext:
+    # Reading the platform's certificates takes some 50 ms of CPU, so neither each thread nor each writer does it.
     with _contexts_lock:
-        return _make_context(way.ca_file, way.ca_changed)
+        return _make_context(route.ca_file, route.ca_changed)
 
 
 @functools.lru_cache(maxsize=8)
@@ -215,7 +226,7 @@ def _make_context(ca_file: str | None, changed: int) -> ssl.SSLContext:
 
 
 def readable(sock: socket.socket, seconds: float) -> bool:
-    """Whether there is something to receive, an end of file too, within so many seconds."""
+    """Wait at most some seconds; return whether there is something to receive (or an end of file)."""
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(sock, select.POLLIN)

@@ -1,9 +1,9 @@
-"""The HTTP transport: request bodies are sent, and response bodies received, straight from and into caller memory.
+"""`GatherTransport`: sends request bodies from the caller's memory, and receives response bodies into it.
 
-An ``azure-core`` transport over ``http.client``. A body may be a `Gather`: its views go to the socket as they are. A
+An ``azure-core`` transport over ``http.client``. A body may be a `Gather`: its views go to the socket unchanged. A
 download may carry ``dest=Scatter(views)``: the body is received into them, and the response that the SDK sees is
-empty. The SDK hands keyword arguments that it does not know on to ``HttpTransport.send``, which is how ``dest`` gets
-here (``azure.core.pipeline.Pipeline.run``: "**kwargs: transport or context specific options").
+empty. The SDK passes unknown keyword arguments on to ``HttpTransport.send``, which is how ``dest`` arrives here
+(``azure.core.pipeline.Pipeline.run``: "**kwargs: transport or context specific options").
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, cast
 
 from azure.core.exceptions import (
+    AzureError,
     HttpResponseError,
     IncompleteReadError,
     ServiceRequestError,
@@ -34,8 +35,8 @@ from azure_torch_ckpt.transport.buffers import SEND_SLICE, Cancel, Doubt, Gather
 __all__ = ["GatherTransport"]
 
 
-class _Response(HttpResponse):
-    """A response whose body has arrived in full: in the caller's views, or here as `content`."""
+class _ReceivedResponse(HttpResponse):
+    """A response whose body has arrived completely: in the caller's views, or here as `content`."""
 
     def __init__(self, request: HttpRequest, response: http.client.HTTPResponse, body: bytes) -> None:
         self._request = request
@@ -44,7 +45,7 @@ class _Response(HttpResponse):
         self._headers = case_insensitive_dict(response.headers.items())
         self._body = body
         self._encoding: str | None = None
-        # The SDK's own retry policy notes here which of two endpoints answered; its download reads it.
+        # The SDK's own retry policy sets this to the endpoint that answered; the SDK's download reads it.
         self.location_mode = "primary"
 
     @property
@@ -104,7 +105,7 @@ class _Response(HttpResponse):
         if self._status >= 400:
             raise HttpResponseError(response=self)
 
-    def __enter__(self) -> _Response:
+    def __enter__(self) -> _ReceivedResponse:
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -117,7 +118,7 @@ class _Response(HttpResponse):
         return self._body
 
     def iter_raw(self, **kwargs: Any) -> Iterator[bytes]:
-        return _Stream(self)
+        return _BodyStream(self)
 
     def iter_bytes(self, **kwargs: Any) -> Iterator[bytes]:
         return self.iter_raw()
@@ -126,24 +127,24 @@ class _Response(HttpResponse):
         return self.iter_raw()
 
 
-class _Stream(Iterator[bytes]):
-    """What the SDK iterates a body with: it wants to know the response and its length, and hangs properties on it.
+class _BodyStream(Iterator[bytes]):
+    """The iterator by which the SDK reads a body. The SDK reads the response and its length, and sets attributes.
 
-    No ``__len__``: the SDK makes a list of the pieces, and `list` would make room for one per byte.
+    No ``__len__``: the SDK makes a list of the chunks, and `list` would reserve one item per byte.
     """
 
-    def __init__(self, response: _Response) -> None:
+    def __init__(self, response: _ReceivedResponse) -> None:
         self.request = response.request
         self.response = response
         self.content_length = int(response.headers.get("content-length", 0))
-        self._pieces = iter([response.content] if response.content else [])
+        self._chunks = iter([response.content] if response.content else [])
 
     def __next__(self) -> bytes:
-        return next(self._pieces)
+        return next(self._chunks)
 
 
 class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
-    """Sends requests over the process's connections (see `pool`); used by any number of threads.
+    """Sends requests over the process's connections (see `connections`). Any number of threads may use it.
 
     Args:
         ca_file: a PEM file of certificates to trust besides the platform's, for endpoints with a private CA.
@@ -157,7 +158,7 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         pass  # connections are made when a request needs one
 
     def close(self) -> None:
-        pass  # the connections are the process's
+        pass  # all transports share the connections
 
     def __exit__(self, *args: Any) -> None:
         pass
@@ -175,12 +176,12 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
         """Send `request` and receive the whole response.
 
         Args:
-            dest: where the body of a successful response goes if its Content-Length is the views' size. Otherwise
-                the body is kept in the response, and the views are untouched.
-            cancel: breaks the request off.
-            doubt: learns whether the service may have carried the request out although no answer says so.
-            answers: gets the response, the last one being what the client's method had. The client's own hook for it
-                (``raw_response_hook``) is forgotten once the connection broke and the request was made again.
+            dest: receives the body of a successful response if its Content-Length is the views' size. Otherwise the
+                response keeps the body, and the views are untouched.
+            cancel: ends the request early.
+            doubt: records whether the service may have carried the request out although no answer says so.
+            answers: gets each response; the last one is the response that the client's method used. The client forgets
+                its own hook for it (``raw_response_hook``) when the connection breaks and the request is sent again.
 
         Raises:
             ServiceRequestError: no connection.
@@ -188,39 +189,31 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
                 service may have carried the request out.
         """
         target = urllib.parse.urlsplit(request.url)
-        way, connection, reused = self._connection(target)
+        route, connection, reused = self._connection(target)
         response = None
         while True:
             try:
                 with contextlib.nullcontext() if cancel is None else cancel.holding(connection.sock):
                     response = self._exchange(connection, target, request)
-                    body = responses.body(connection, response, dest)
+                    body = responses.receive_body(connection, response, dest)
                 if doubt is not None and (response.status >= 500 or response.status == 408):
                     doubt.exists = True
                 break
-            except TimeoutError as error:
-                connection.close()
-                if doubt is not None:
-                    doubt.exists = True
-                raise ServiceResponseTimeoutError(_describe(error, target), error=error) from error
-            except http.client.IncompleteRead as error:
-                connection.close()
-                if doubt is not None:
-                    doubt.exists = True
-                raise IncompleteReadError(_describe(error, target), error=error) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 if doubt is not None:
                     doubt.exists = True
-                if not reused or response is not None or (cancel is not None and cancel.cancelled):
-                    raise ServiceResponseError(_describe(error, target), error=error) from error
-                # The server closed a connection that lay idle. That is no fault, so it does not count as an attempt.
-                way, connection, reused = self._connection(target, fresh=True)
+                kind = _kind_of(error)
+                cancelled = cancel is not None and cancel.cancelled
+                if not reused or response is not None or cancelled or kind is not ServiceResponseError:
+                    raise kind(_describe(error, target), error=error) from error
+                # The server closed an idle connection. That is not a fault, so it does not count as an attempt.
+                route, connection, reused = self._connection(target, fresh=True)
         if response.will_close or getattr(connection, "body_cut_short", False):
             connection.close()
         else:
-            connections.give_back(way, connection)
-        answer = _Response(request, response, body)
+            connections.give_back(route, connection)
+        answer = _ReceivedResponse(request, response, body)
         if answers is not None:
             answers.append(answer)
         return answer
@@ -228,15 +221,15 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
     def _exchange(
         self, connection: http.client.HTTPConnection, target: urllib.parse.SplitResult, request: HttpRequest
     ) -> http.client.HTTPResponse:
-        """Send the request; return once the response's head has arrived."""
-        connection.response_class = responses.Response
+        """Send the request, and return when the response's head has arrived."""
+        connection.response_class = responses.CompleteHeadResponse
         path = urllib.parse.urlunsplit(("", "", target.path or "/", target.query, ""))
         absolute = getattr(connection, "absolute_target", None)
         connection.putrequest(
             request.method, f"{absolute}{path}" if absolute else path, skip_host=True, skip_accept_encoding=True
         )
         connection.putheader("Host", target.netloc)
-        # azure-storage-blob before 12.23 sends requests of azure-core's older class.
+        # azure-storage-blob before 12.23 sends requests of azure-core's older class, which has no `content`.
         content = request.content if isinstance(request, HttpRequest) else request.data
         headers = request.headers
         for name, value in headers.items():
@@ -247,10 +240,10 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
             connection.putheader("Proxy-Authorization", authorization)
         try:
             connection.endheaders()
-            for piece in _pieces(content):
-                connection.send(piece)
+            for view in _views(content):
+                connection.send(view)
         except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
-            # A server that refuses a request may answer and hang up before it has read the body: its answer says why.
+            # A server that refuses a request may answer and close before it has read the body. Its answer says why.
             with contextlib.suppress(OSError, http.client.HTTPException):
                 response = connection.getresponse()
                 if response.status >= 400:
@@ -262,20 +255,20 @@ class GatherTransport(HttpTransport[HttpRequest, HttpResponse]):
     def _connection(
         self, target: urllib.parse.SplitResult, *, fresh: bool = False
     ) -> tuple[connections.Route, http.client.HTTPConnection, bool]:
-        """A connection, the route that it takes, and whether it was used before."""
+        """Return the route, a connection, and whether the connection was used before."""
         try:
-            way = self._routes.get((target.scheme, target.netloc))
-            if way is None:
-                way = connections.route(target.scheme, target.netloc, self._ca_file)
-                self._routes[target.scheme, target.netloc] = way
-            return (way, connections.connect(way), False) if fresh else (way, *connections.take(way))
+            route = self._routes.get((target.scheme, target.netloc))
+            if route is None:
+                route = connections.find_route(target.scheme, target.netloc, self._ca_file)
+                self._routes[target.scheme, target.netloc] = route
+            return (route, connections.connect(route), False) if fresh else (route, *connections.take(route))
         except TimeoutError as error:
             raise ServiceRequestTimeoutError(_describe(error, target), error=error) from error
         except (OSError, http.client.HTTPException) as error:
             raise ServiceRequestError(_describe(error, target), error=error) from error
 
 
-def _pieces(content: Any) -> Iterator[memoryview | bytes]:
+def _views(content: Any) -> Iterator[memoryview | bytes]:
     if content is None:
         return
     if isinstance(content, str):
@@ -285,6 +278,12 @@ def _pieces(content: Any) -> Iterator[memoryview | bytes]:
     elif hasattr(content, "read"):
         content = iter(lambda: content.read(SEND_SLICE), b"")
     yield from cast("Iterator[memoryview | bytes]", content)
+
+
+def _kind_of(error: BaseException) -> type[AzureError]:
+    if isinstance(error, TimeoutError):
+        return ServiceResponseTimeoutError
+    return IncompleteReadError if isinstance(error, http.client.IncompleteRead) else ServiceResponseError
 
 
 def _describe(error: BaseException, target: urllib.parse.SplitResult) -> str:

@@ -1,4 +1,4 @@
-"""Responses: a head that is whole or an error, a body received straight into the caller's memory."""
+"""Responses: a head that is complete or an error, a body that is received directly into the caller's memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 from azure_torch_ckpt.transport import connections
 from azure_torch_ckpt.transport.buffers import Scatter
 
-__all__ = ["Response", "body"]
+__all__ = ["CompleteHeadResponse", "receive_body"]
 
-# A TLS read gives the GIL away once per record of 16 KiB. Waiting for this much before reading keeps many reading
-# threads from fighting over it.
+# A TLS read releases the GIL once per record of 16 KiB. Waiting for this much before reading keeps many reading threads
+# from competing for it.
 _READ_AHEAD = 256 * 1024
 _TLS_RECORD = 18 * 1024  # a full record and its overhead
-_LOW_WATER_SECONDS = 0.5  # no longer wait for that much; far more than a live connection takes
+_LOW_WATER_SECONDS = 0.5  # the longest wait for that much; a live connection takes far less
 _WAIT_ALL = 0 if connections.TIMEVAL is None else socket.MSG_WAITALL
-# Elsewhere poll() does not heed the low-water mark of a TCP socket.
+# On other systems poll() ignores the low-water mark of a TCP socket.
 _LOW_WATER = socket.SO_RCVLOWAT if sys.platform == "linux" else None
 
 _tls_reads = threading.Lock()
@@ -39,17 +39,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class Response(http.client.HTTPResponse):
-    """For ``response_class``: `http.client` takes the end of the connection for the end of the headers.
+class CompleteHeadResponse(http.client.HTTPResponse):
+    """A ``response_class`` for `http.client`, which would treat the end of the connection as the end of the headers.
 
-    What was left of them, even "HTTP/1.1 20", would be a success.
+    A head that was cut off, even "HTTP/1.1 20", would count as a success.
     """
 
     def begin(self) -> None:
         """Receive the head.
 
         Raises:
-            http.client.IncompleteRead: the connection ended in it.
+            http.client.IncompleteRead: the connection ended within it.
         """
         received = self.fp
         head: Any = _Head(received)
@@ -62,7 +62,7 @@ class Response(http.client.HTTPResponse):
 
 
 class _Head:
-    """The lines of a response's head, which ends with an empty one."""
+    """The lines of a response's head, which ends with an empty line."""
 
     def __init__(self, received: io.BufferedReader) -> None:
         self._received = received
@@ -76,8 +76,10 @@ class _Head:
         return line
 
 
-def body(connection: http.client.HTTPConnection, response: http.client.HTTPResponse, dest: Scatter | None) -> bytes:
-    """Receive a response's body: into `dest` if it is a success of that length, else it is returned.
+def receive_body(
+    connection: http.client.HTTPConnection, response: http.client.HTTPResponse, dest: Scatter | None
+) -> bytes:
+    """Receive the body of a successful response into `dest` if the lengths agree; return the body otherwise.
 
     Raises:
         TimeoutError, OSError, http.client.HTTPException: the connection broke before the body was complete.
@@ -95,7 +97,7 @@ def _receive(sock: socket.socket | None, response: http.client.HTTPResponse, vie
         while views:
             _advance(views, response.readinto(views[0]))
         return
-    # http.client's buffer took in the first bytes together with the head (at most 8 KiB).
+    # http.client's buffer received the first bytes together with the head (at most 8 KiB).
     buffered = len(response.fp.peek()) if views else 0
     while views and buffered:
         got = response.fp.readinto(views[0][:buffered])
@@ -141,7 +143,7 @@ def _receive_tls(sock: ssl.SSLSocket, views: deque[memoryview]) -> None:
             view = views.popleft()
             got, size = 0, view.nbytes
             while True:
-                # The inner loop runs once per 16 KiB of everything that is loaded; nothing else may happen in it.
+                # The inner loop runs once per 16 KiB of all loaded bytes, so it does nothing else.
                 with _tls_reads:
                     try:
                         while got < size:
@@ -170,12 +172,12 @@ class _Arrivals:
             self._poll.register(sock, select.POLLIN)
 
     def for_data(self, left: int) -> None:
-        """Return when data is there: much of it, or all that came for a while. `left` bytes are still to come."""
-        # More than what is still to come would never arrive.
+        """Return when much data has arrived, or any after a while. `left` bytes are still missing."""
+        # A mark beyond the bytes that are still missing would never be reached.
         self._set_low_water(max(1, min(_READ_AHEAD, left - _TLS_RECORD)))
         if self._readable(min(_LOW_WATER_SECONDS, connections.IO_SECONDS)):
             return
-        # Less may be all that comes: a server that ends the connection with a TLS alert waits for our answer to it.
+        # Fewer bytes may be the last: a server that ends the connection with a TLS alert waits for our answer to it.
         self._set_low_water(1)
         if not self._readable(connections.IO_SECONDS):
             raise TimeoutError(f"no data for {connections.IO_SECONDS:.0f} s")

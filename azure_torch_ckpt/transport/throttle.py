@@ -1,4 +1,4 @@
-"""How many requests may be in flight: as many as ask, until the service says that it is busy; how many there were."""
+"""`Throttle`: how many requests may be in flight, which is fewer while the service is busy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Pressure", "RequestCounts"]
+__all__ = ["RequestCounts", "Throttle"]
 
 
-_WAIT_SECONDS = 0.5  # so that signals come through: see workers.py
+_WAIT_SECONDS = 0.5  # so that signals come through: see blobs/workers.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class RequestCounts:
     retries: int = 0
 
 
-class Pressure:
+class Throttle:
     """Halves the requests in flight when the service is busy, and lets one more in per round of good answers.
 
     All threads of a store share one. Without a busy answer it costs two lock operations a request.
@@ -37,7 +37,7 @@ class Pressure:
         """In the child of a fork: the parent's requests are not ours, and its lock may have been held."""
         self._changed = threading.Condition()
         self._in_flight = 0
-        self._most = 0  # that were ever in flight while nothing held them back
+        self._most = 0  # ever in flight while nothing held them back
         self._limit: float | None = None
         self._cuts = 0
         self._requests = 0
@@ -48,33 +48,33 @@ class Pressure:
         """Of this process, since the store was made."""
         return RequestCounts(self._requests, self._retries)
 
-    def try_again(self) -> None:
+    @property
+    def limit(self) -> float | None:
+        """Requests that may be in flight now; None while nothing holds them back."""
+        return self._limit
+
+    def count_retry(self) -> None:
         """Count a request that is about to be sent once more."""
         with self._changed:
             self._retries += 1
 
-    @property
-    def limit(self) -> float | None:
-        """Requests that may be in flight now; None where nothing holds them back."""
-        return self._limit
-
     @contextlib.contextmanager
-    def slot(self) -> Iterator[Slot]:
-        """Wait for a place for one request; tell the slot that this yields how it went."""
+    def permit(self) -> Iterator[Permit]:
+        """Wait until one more request may be sent. The caller notes the result on the permit that this yields."""
         with self._changed:
             while self._limit is not None and self._in_flight >= max(1, int(self._limit)):
                 self._changed.wait(_WAIT_SECONDS)
             self._in_flight += 1
             if self._limit is None:
                 self._most = max(self._most, self._in_flight)
-            slot = Slot(self._cuts)
+            permit = Permit(self._cuts)
         try:
-            yield slot
+            yield permit
         finally:
             with self._changed:
-                if slot.busy:
-                    self._cut(slot.cuts)
-                elif slot.good and self._limit is not None:
+                if permit.busy:
+                    self._cut(permit.cuts)
+                elif permit.good and self._limit is not None:
                     self._limit += 1 / self._limit
                     if self._limit > self._most:
                         self._limit = None
@@ -83,27 +83,27 @@ class Pressure:
                 self._changed.notify_all()
 
     def _cut(self, cuts_at_start: int) -> None:
-        # Requests that were in flight together complain together. That is one reason to halve, not many.
+        # Requests that were in flight together get the busy answer together. That is one reason to halve, not many.
         if cuts_at_start == self._cuts:
             self._cuts += 1
             self._limit = max(1.0, self._in_flight / 2)
 
 
-_all: weakref.WeakSet[Pressure] = weakref.WeakSet()
+_all: weakref.WeakSet[Throttle] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
     # Before the child has threads: two of them that found the change of process by themselves would not agree.
-    for pressure in list(_all):
-        pressure.start_over()
+    for throttle in list(_all):
+        throttle.start_over()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class Slot:
-    """One request's place. Set `busy` or `good` before leaving it; neither is for failures that say nothing."""
+class Permit:
+    """Allows one request. Set `busy` or `good` before leaving it; leave both False after a failure without answer."""
 
     __slots__ = ("busy", "cuts", "good")
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import azure_torch_ckpt.datasets
 from azure_torch_ckpt.emulator import Azurite
-from tests.datasets.datasets_support import fill
+from tests.datasets.sample_blobs import fill
 from tests.support.faults import Hold
 from tests.support.proxy import FaultProxy
 

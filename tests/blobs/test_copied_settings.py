@@ -14,7 +14,7 @@ from azure_torch_ckpt.catalog import copy, verify
 from azure_torch_ckpt.catalog.copying import file_copy as filecopy
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from tests.filesystem.fs_support import azblob, filesystem
+from tests.filesystem.emulated_filesystem import azblob, filesystem
 from tests.support.faults import Answer, Exchange
 from tests.support.mixed_checkpoint import KEY, SMALL, item_of, save
 from tests.support.proxy import FaultProxy

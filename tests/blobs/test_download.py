@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.download import GAP, Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import GAP, Check, Download, Read, Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobNotFoundError,
@@ -18,11 +19,11 @@ from azure_torch_ckpt.errors import (
     ServiceUnavailableError,
 )
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.transfer_support import MIB, some_bytes
+from tests.blobs.stores import MIB, some_bytes
 from tests.support.faults import Answer, Call, Cut, Flip, Gate, Hold
 from tests.support.proxy import FaultProxy, meet
 
-pytest_plugins = ("tests.blobs.transfer_support",)
+pytest_plugins = ("tests.blobs.stores",)
 
 
 def ranges(proxy: FaultProxy) -> list[str]:

@@ -29,11 +29,11 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
-from tests.blobs.store_support import KEY, MIB, ODD_NAMES, read, sas_for
+from tests.blobs.stores import KEY, MIB, ODD_NAMES, read, sas_for
 from tests.support.faults import Answer, Reframe
 from tests.support.proxy import FaultProxy
 
-pytest_plugins = ("tests.blobs.store_support",)
+pytest_plugins = ("tests.blobs.stores",)
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Gather
-from tests.blobs.store_support import KEY, MIB, read, sas_for, texts_of
+from tests.blobs.stores import KEY, MIB, read, sas_for, texts_of
 
-pytest_plugins = ("tests.blobs.store_support",)
+pytest_plugins = ("tests.blobs.stores",)
 
 
 @pytest.mark.parametrize("form", ["default", "key", "named key", "connection string", "sas", "sas credential"])

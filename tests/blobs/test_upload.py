@@ -12,15 +12,15 @@ import pytest
 from azure_torch_ckpt import options as options_module
 from azure_torch_ckpt._internal.checksums import crc64, header_value
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
 )
-from tests.blobs.transfer_support import some_bytes, stored, views_of
+from tests.blobs.stores import read, some_bytes, views_of
 from tests.support.faults import Answer, Call, Cut, Gate, Hold
 from tests.support.proxy import FaultProxy, meet
 
-pytest_plugins = ("tests.blobs.transfer_support",)
+pytest_plugins = ("tests.blobs.stores",)
 
 
 @pytest.mark.parametrize("checksums", [True, False])
@@ -34,7 +34,7 @@ def test_items_follow_one_another_across_blocks(
         items = [upload.add(views_of(content, 1 + number % 4)) for number, content in enumerate(contents)]
         upload.finish()
     whole = b"".join(contents)
-    assert stored(store) == whole
+    assert read(store) == whole
     assert [item.length for item in items] == sizes
     assert [whole[item.offset : item.offset + item.length] for item in items] == contents
     if checksums:
@@ -57,7 +57,7 @@ def test_a_blob_that_ends_with_its_block_has_no_empty_one(
         upload.finish()
     assert item.crc64() == crc64(some_bytes(size))
     assert proxy.count("Put Block") == -(-size // 1000)
-    assert stored(make_store()) == some_bytes(size)
+    assert read(make_store()) == some_bytes(size)
 
 
 @pytest.mark.parametrize("items", [[], [[]], [[memoryview(b"")], [], [memoryview(b""), memoryview(b"")]]])
@@ -80,7 +80,7 @@ def test_blocks_grow_where_nobody_knows_the_length(
     with Upload(store, "blob", None) as upload:
         items = [upload.add([view]) for view in views_of(data, 9)]
         upload.finish()
-    assert stored(store) == data
+    assert read(store) == data
     assert [item.crc64() for item in items] == [crc64(view) for view in views_of(data, 9)]
     blocks = sorted(proxy.requests("Put Block"), key=lambda seen: base64.b64decode(seen.query["blockid"]))
     sizes = [seen.body_length for seen in blocks[:-1]]
@@ -99,7 +99,7 @@ def test_memory_can_be_taken_back_and_more_be_added(make_store: Callable[..., Bl
         memory[:] = b"c" * 1500
         upload.add([memoryview(b"end")])
         upload.finish()
-    assert stored(store) == b"a" * 1500 + b"b" * 1500 + b"end"
+    assert read(store) == b"a" * 1500 + b"b" * 1500 + b"end"
     assert (first.crc64(), second.crc64()) == (crc64(b"a" * 1500), crc64(b"b" * 1500))
     assert len(ids) == 3 and store.committed_blocks("blob")[:3] == ids
 
@@ -109,7 +109,7 @@ def test_views_that_are_copies_are_not_divided(make_store: Callable[..., BlobSto
     with Upload(make_store(block_size=1000), "blob", len(data)) as upload:
         item = upload.add([memoryview(data[:600]), memoryview(data[600:1200]), memoryview(data[1200:])], copies=True)
         upload.finish()
-    assert stored(make_store()) == data and item.crc64() == crc64(data)
+    assert read(make_store()) == data and item.crc64() == crc64(data)
     # The third one is longer than a block: there is no sparing it.
     assert sorted(seen.body_length for seen in proxy.requests("Put Block")) == [100, 600, 1000, 1000, 1000, 1000]
 
@@ -138,7 +138,7 @@ def test_an_error_of_a_block_stops_the_upload(make_store: Callable[..., BlobStor
         upload.finish()
     assert proxy.count("Put Block") <= 2 + store.options.concurrency  # those that were under way, and no later one
     assert proxy.count("Put Block List") == 0
-    assert stored(store) == b"old"
+    assert read(store) == b"old"
 
 
 def test_an_error_of_the_last_block_is_raised_by_finish(
@@ -173,7 +173,7 @@ def test_an_error_of_the_caller_commits_nothing(make_store: Callable[..., BlobSt
         gate.wait_for(3)
         raise KeyError("mine")  # the three that hang must not hold it up
     assert proxy.count("Put Block List") == 0
-    assert stored(store) == b"old"
+    assert read(store) == b"old"
 
 
 def test_add_waits_while_enough_blocks_are_under_way(make_store: Callable[..., BlobStore], proxy: FaultProxy) -> None:
@@ -204,7 +204,7 @@ def test_add_waits_while_enough_blocks_are_under_way(make_store: Callable[..., B
     gate.open()
     thread.join(60)
     assert added == 20 and proxy.most_in_flight == 3
-    assert stored(store) == b"".join(bytes([number]) * 1000 for number in range(20))
+    assert read(store) == b"".join(bytes([number]) * 1000 for number in range(20))
 
 
 @pytest.mark.parametrize("fault", [Cut("answer"), Cut("request"), Answer(500, "InternalError")])
@@ -217,7 +217,7 @@ def test_an_upload_survives_faults(make_store: Callable[..., BlobStore], proxy: 
     with Upload(store, "blob", len(data)) as upload:
         item = upload.add(views_of(data, 7))
         upload.finish()
-    assert stored(store) == data and item.crc64() == crc64(data)
+    assert read(store) == data and item.crc64() == crc64(data)
 
 
 def test_a_busy_service_gets_fewer_requests_and_everything(
@@ -230,6 +230,6 @@ def test_a_busy_service_gets_fewer_requests_and_everything(
     with Upload(store, "blob", len(data)) as upload:
         upload.add([memoryview(data)])
         upload.finish()
-    assert stored(store) == data
+    assert read(store) == data
     refused = sum(seen.status == 503 for seen in proxy.log)
     assert 0 < refused < 60

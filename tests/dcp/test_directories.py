@@ -34,7 +34,7 @@ from azure_torch_ckpt.errors import CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Gather
-from tests.blobs.store_support import KEY
+from tests.blobs.stores import KEY
 from tests.faults.tally import Tally
 from tests.support.faults import Cut
 from tests.support.hierarchical import HierarchicalAccount

@@ -11,9 +11,9 @@ import sys
 from azure_torch_ckpt import BlobLocation, TransferOptions
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.huggingface.joining import Joined, join, joined_block_size
-from tests.dcp.memory_child import measured, settle
-from tests.huggingface.hf_plans import arranged, columns
+from azure_torch_ckpt.huggingface.joining import JoinResult, join, joined_block_size
+from tests.dcp.memory_growth import measured, settle
+from tests.huggingface.plans import columns, laid_out
 
 COLUMNS = 4_096
 
@@ -24,8 +24,8 @@ def main(url: str, key: str, budget: int, rows: int) -> None:
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(key, options=options))
 
-    def joined(rows: int) -> Joined:
-        tensors = arranged(columns(of=COLUMNS, rows=rows, ranks=2)).scattered
+    def joined(rows: int) -> JoinResult:
+        tensors = laid_out(columns(of=COLUMNS, rows=rows, ranks=2)).joined
         sums = {(chunk.file, chunk.offset): None for chunk in tensors[0].chunks}
         size = joined_block_size(options, tensors[0].length)
         return join(store, location, tensors, sums, "0" * 16, size, lambda _: None)

@@ -25,10 +25,10 @@ from azure_torch_ckpt import (
     LocationError,
 )
 from azure_torch_ckpt.emulator import Azurite
-from tests.io.blob_io_support import LINES, MIB, client, content, put
+from tests.io.blobs import LINES, MIB, client, content, put
 from tests.support.proxy import FaultProxy
 
-pytest_plugins = ("tests.io.blob_io_support",)
+pytest_plugins = ("tests.io.blobs",)
 
 # Arguments
 
@@ -52,7 +52,7 @@ def test_refuses_arguments_that_are_not_for_the_mode(url: str, container: str):
         BlobIO(url, "xb", if_etag='"0x1"')
     with pytest.raises(LocationError, match="is a container"):
         BlobIO(container, "rb")
-    with pytest.raises(ValueError, match="no URL"):
+    with pytest.raises(ValueError, match="not a URL"):
         BlobIO("blob.bin", "rb")
     with pytest.raises(TypeError, match="positional"):
         BlobIO(url, "rb", None)  # type: ignore[call-arg]
@@ -233,7 +233,7 @@ def test_takes_every_kind_of_credential(url: str, credential: Any):
 )
 def test_refuses_what_is_no_credential(url: str, wrong: Any):
     for mode in ("rb", "wb"):
-        with pytest.raises(TypeError, match="no credential") as caught:
+        with pytest.raises(TypeError, match="not a credential") as caught:
             BlobIO(url, mode, credential=wrong)
         assert isinstance(caught.value, CredentialError)
 

@@ -12,7 +12,7 @@ from azure.storage.blob import BlobPrefix, ContainerClient
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.store_support import KEY
+from tests.blobs.stores import KEY
 from tests.support.hierarchical import HierarchicalAccount
 
 
