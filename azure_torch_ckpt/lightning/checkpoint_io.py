@@ -72,8 +72,8 @@ def required_checkpoint_io(plugin: CheckpointIO | None, path: str | Path | None)
         plugin = plugin.checkpoint_io
     if not isinstance(plugin, AzureBlobCheckpointIO):
         raise ConfigurationError(
-            f"{type(plugin).__name__} cannot save checkpoints to {blob_location(path or '') or 'Blob Storage'}. Give the "
-            "Trainer or Fabric plugins=[AzureBlobCheckpointIO(...)] of azure_torch_ckpt.lightning"
+            f"{type(plugin).__name__} cannot save checkpoints to {blob_location(path or '') or 'Blob Storage'}. Give "
+            "the Trainer or Fabric plugins=[AzureBlobCheckpointIO(...)] of azure_torch_ckpt.lightning"
         )
     return plugin
 

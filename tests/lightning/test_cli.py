@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 
 from azure_torch_ckpt import CheckpointNotFoundError
-from tests.support.trainers import KEY, Namespace, model_class, names
+from tests.support.containers import KEY
+from tests.support.trainers import Namespace, model_class, names
 
 
 def run(space: Namespace, *args: str, **arguments: Any) -> Any:

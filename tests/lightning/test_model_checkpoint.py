@@ -16,13 +16,13 @@ import torch
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AccessDeniedError
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY
 from azure_torch_ckpt.dcp.verification import verify
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import ConfigurationError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 from tests.support.alike import assert_alike
+from tests.support.containers import store_of
 from tests.support.trainers import NAMESPACES, Namespace, etags, names
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -245,7 +245,7 @@ def test_last_is_the_newest_that_is_complete(space: Namespace, container: str, f
         checkpoint = space.checkpoint(url, save_last=True, save_top_k=0)
         space.trainer(folder, checkpoint, max_epochs=epochs).fit(space.model())
     assert names(url) == {"last.ckpt", "last-v1.ckpt", "last-v2.ckpt"}
-    store = BlobStore(BlobLocation.parse(url))
+    store = store_of(url)
     store.put("run/last-v3.ckpt/0123456789abcdef0123456789abcdef/__0_0.distcp", b"of a save that died")
     store.put("run/at-last.ckpt/.metadata", b"of something else")
     model = space.model()
@@ -360,7 +360,7 @@ def test_a_sas_opens_the_folder_and_is_nowhere_to_be_seen(
         assert repr(checkpoint.state_dict()).count(url) >= 5
         seen = [repr(checkpoint.state_dict()), repr(trainer.ckpt_path), caplog.text, *capfd.readouterr()]
         assert signature not in unquote("".join(seen))
-    blobs = BlobStore(BlobLocation.parse(url))
+    blobs = store_of(url)
     for path in etags(url):
         assert signature.encode() not in blobs.read(path, limit=1 << 30)[0]
 
@@ -466,7 +466,7 @@ def test_to_yaml_goes_to_the_folder_or_where_it_is_told(space: Namespace, contai
     checkpoint.to_yaml()
     checkpoint.to_yaml(f"{container}/other.yaml")
     checkpoint.to_yaml(folder / "local.yaml")
-    store = BlobStore(BlobLocation.parse(url))
+    store = store_of(url)
     wanted = f"{url}/epoch=0-step=4.ckpt: 5.0\n{url}/epoch=1-step=8.ckpt: 3.0\n"
     for text in (
         store.read("run/best_k_models.yaml", limit=1000)[0].decode(),

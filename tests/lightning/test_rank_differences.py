@@ -26,8 +26,8 @@ from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning import strategy_jobs
 from tests.lightning.strategy_jobs import cloned
 from tests.support.alike import assert_alike
+from tests.support.containers import KEY
 from tests.support.ranks import Ranks
-from tests.support.trainers import KEY
 
 pytest_plugins = ("tests.support.ranks",)
 
