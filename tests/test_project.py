@@ -28,12 +28,12 @@ PACKAGE = "azure_torch_ckpt"
 # The folders and modules that may import azure.*.
 SDK_USERS = {"_internal.shared_tokens", "blobs", "credentials", "transport"}
 
-# Packages whose private names are used, and the one module that may import them.
+# Packages of which private names are used (and Lightning's modules at all), and the one module that may import them.
 PRIVATE_NAMES = {
     "torch": f"{PACKAGE}._internal.torch_private",
-    "lightning": f"{PACKAGE}.lightning.stock",
-    "lightning_fabric": f"{PACKAGE}.pytorch_lightning.stock",
-    "pytorch_lightning": f"{PACKAGE}.pytorch_lightning.stock",
+    "lightning": f"{PACKAGE}.lightning.namespace",
+    "lightning_fabric": f"{PACKAGE}.pytorch_lightning.namespace",
+    "pytorch_lightning": f"{PACKAGE}.pytorch_lightning.namespace",
 }
 
 TOP_LEVEL = {
