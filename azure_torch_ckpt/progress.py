@@ -1,8 +1,9 @@
-"""How far a save, a load or a copy has got: tqdm bars and callbacks.
+"""``progress=``: how far a save, a load or a copy is, as a tqdm bar or by a callback.
 
 AzureBlobWriter(url, progress=True)                  # a tqdm bar on rank 0
 AzureBlobWriter(url, progress=lambda p: print(p.done, p.total))
 AzureBlobWriter(url, progress=AllRanks(callback))    # called on every rank
+catalog.copy(source, destination, progress=True)     # the catalog's functions take the same
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ __all__ = ["AllRanks", "Meter", "Progress", "ProgressOption", "TqdmBar", "check_
 
 _log = logging.getLogger(__name__)
 
-# Ten reports a second look smooth; the callback's time is a worker's.
+# Ten reports a second look smooth. The callback runs on a worker thread, which moves no bytes meanwhile.
 _SECONDS_BETWEEN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one rank has got.
+    """The progress of one rank's transfer.
 
     Attributes:
-        operation: ``"save"`` or ``"load"``.
-        url: the checkpoint's, without a SAS.
-        rank: of ``torch.distributed`` (the whole job's); 0 without it.
+        operation: ``"save"`` or ``"load"``; of the catalog ``"copy"``, ``"consolidate"``, ``"diff"`` or ``"verify"``.
+        url: URL of the checkpoint without a SAS. For a copy the source, which may be a local path.
+        rank: rank in ``torch.distributed`` (in the whole job); 0 without it.
         done: bytes that have arrived.
-        total: bytes there will be, as far as is known (pickled objects are not counted before they are there); never
-            less than `done`. None where nobody knows. In the last report of a success, equal to `done`.
-        seconds: since the transfer began.
+        total: bytes expected so far, never less than `done`. A pickled object counts once it is pickled. None while
+            the total is unknown. In the last report of a success, `total` equals `done`.
+        seconds: time since the transfer began.
     """
 
     operation: str
@@ -51,21 +52,21 @@ Callback: TypeAlias = Callable[[Progress], object]
 
 @dataclass(frozen=True, slots=True)
 class AllRanks:
-    """``progress=AllRanks(callback)``: call it on every rank, not on rank 0 alone."""
+    """``progress=AllRanks(callback)`` calls `callback` on every rank instead of rank 0 alone."""
 
     callback: Callback
 
 
 ProgressOption: TypeAlias = "bool | Callback | AllRanks | None"
-"""What a user may pass as ``progress=``: None or False for nothing, True for a tqdm bar, or a callback."""
+"""Values of every ``progress=``: None or False for nothing, True for a tqdm bar, or a callback."""
 
 
 def check_progress(option: ProgressOption) -> None:
-    """Refuse now what could not be used later.
+    """Raise early if `option` cannot be used.
 
     Raises:
-        MissingDependencyError: True, and tqdm is not installed.
-        TypeError: `option` is none of what ``progress=`` takes.
+        MissingDependencyError: `option` is True, and tqdm is not installed.
+        TypeError: `option` is not a `ProgressOption`.
     """
     if option is True:
         _tqdm()
@@ -76,12 +77,13 @@ def check_progress(option: ProgressOption) -> None:
 class Meter:
     """Counts the bytes of one transfer and reports them, ten times a second at most and one report at a time.
 
-    A context manager: entering reports 0 bytes; leaving reports the end, unless there was an error, or `pause` was
-    called and it is entered again later. A callback that raises is logged, once, and not called again: a broken display
-    must not cost a checkpoint.
+    A context manager: entering reports the bytes so far, leaving reports the end. After an error, and after `pause`,
+    leaving reports nothing. If a callback raises, the error is logged once and the callback is not called again: a
+    broken display must not cost a checkpoint.
 
     Args:
-        zero: what is reported first; its `total` is what is expected.
+        option: ``progress=`` as the user gave it.
+        zero: the first report; its `total` is the number of bytes expected.
     """
 
     def __init__(self, option: ProgressOption, zero: Progress) -> None:
@@ -104,32 +106,32 @@ class Meter:
         if error is None and goes_on:
             return
         if error is None:
-            self._total = self._done  # what was expected may have been a little off
+            self._total = self._done  # the expected total may have been a little off
             self._report(self._done)
         if self._bar is not None:
             self._bar.close()
 
     @property
     def done(self) -> int:
-        """Bytes so far."""
+        """Bytes that have arrived."""
         return self._done
 
     @property
     def reports(self) -> bool:
-        """Whether anybody wants to know."""
+        """Whether this meter has a callback or a bar on this rank."""
         return self._callback is not None
 
     def pause(self) -> None:
-        """When this is left for the next time, more will come: it is entered again."""
+        """Let the next exit report no end, because the meter will be entered again."""
         self._goes_on = True
 
     def expect(self, nbytes: int) -> None:
-        """Count on `nbytes` more."""
+        """Add `nbytes` to the expected total."""
         with self._lock:
             self._total = (self._total or 0) + nbytes
 
     def moved(self, nbytes: int) -> None:
-        """Count `nbytes` that have arrived. From any thread; at most one of them runs the callback."""
+        """Count `nbytes` that have arrived. Thread-safe; one thread at a time runs the callback."""
         with self._lock:
             self._done += nbytes
             done = self._done
@@ -152,7 +154,7 @@ class Meter:
             self._callback(Progress(zero.operation, zero.url, zero.rank, done, total, seconds))
         except Exception:
             self._callback = None
-            _log.exception("the progress callback failed and is not called again; the %s goes on", zero.operation)
+            _log.exception("the progress callback failed and is not called again; the %s continues", zero.operation)
 
     def _callback_of(self, option: ProgressOption) -> Callback | None:
         if isinstance(option, AllRanks):
@@ -162,15 +164,15 @@ class Meter:
         if option is not True:
             return option
         name = self._zero.url.rstrip("/").rpartition("/")[2]
-        bar = self._bar = TqdmBar(f"{self._zero.operation} {name}")
-        return lambda progress: bar(progress.done, progress.total)
+        self._bar = TqdmBar(f"{self._zero.operation} {name}")
+        return self._bar
 
 
 class TqdmBar:
-    """A tqdm bar of bytes, with rate and time left, that is called with the bytes done and the bytes in all.
+    """A tqdm bar of bytes, with rate and time left: a callback for ``progress=`` with a description of its own.
 
-        with TqdmBar("copy step-1000") as bar:
-            copy(source, target, progress=bar)
+        with TqdmBar("nightly copy") as bar:
+            copy(source, destination, progress=bar)
 
     Raises:
         MissingDependencyError: tqdm is not installed.
@@ -185,13 +187,16 @@ class TqdmBar:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __call__(self, done: int, total: int | None) -> None:
+    def __call__(self, done: int | Progress, total: int | None = None) -> None:
+        """Show a `Progress`, or a number of bytes done and a total."""
+        if isinstance(done, Progress):
+            total, done = done.total, done.done
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         self._bar.refresh()
 
     def close(self) -> None:
-        """Leave the bar as it is and end its line."""
+        """End the bar's line; what it shows stays."""
         self._bar.close()
 
 

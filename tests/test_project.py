@@ -1,4 +1,4 @@
-"""The project keeps the shape that its documents promise: commands, dependencies, folders, import arrows."""
+"""The project has the shape that its documents promise: commands, dependencies, folders, imports, names, links."""
 
 from __future__ import annotations
 
@@ -25,8 +25,16 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "azure_torch_ckpt"
 
-# Who may import azure.*: folders and modules.
-SDK_USERS = ("_internal.shared_tokens", "blobs", "credentials", "transport")
+# The folders and modules that may import azure.*.
+SDK_USERS = {"_internal.shared_tokens", "blobs", "credentials", "transport"}
+
+# Packages whose private names are used, and the one module that may import them.
+PRIVATE_NAMES = {
+    "torch": f"{PACKAGE}._internal.torch_private",
+    "lightning": f"{PACKAGE}.lightning.stock",
+    "lightning_fabric": f"{PACKAGE}.pytorch_lightning.stock",
+    "pytorch_lightning": f"{PACKAGE}.pytorch_lightning.stock",
+}
 
 TOP_LEVEL = {
     "CHANGELOG.md",
@@ -52,8 +60,8 @@ def dotted_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_names(path: Path, modules: set[str]) -> set[str]:
-    """Dotted names of the modules that a file imports, wherever in the file it does so."""
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, anywhere in it: ``a.b`` for ``import a.b`` and ``from a import b``."""
     package = dotted_name(path) if path.name == "__init__.py" else dotted_name(path).rpartition(".")[0]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -64,19 +72,22 @@ def imported_names(path: Path, modules: set[str]) -> set[str]:
             if node.level:
                 anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*anchor, base] if base else anchor)
-            for alias in node.names:
-                submodule = f"{base}.{alias.name}"
-                found.add(submodule if submodule in modules else base)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
     return found
 
 
 def import_graph() -> dict[str, set[str]]:
+    """The modules of the package that each of them imports; of a name, the module that it is taken from."""
     modules = {dotted_name(path) for path in module_paths()}
-    return {dotted_name(path): imported_names(path, modules) for path in module_paths()}
+    return {
+        dotted_name(path): {name if name in modules else name.rpartition(".")[0] for name in imported_names(path)}
+        & modules
+        for path in module_paths()
+    }
 
 
 def rows_of_the_table() -> list[list[str]]:
-    """The folders and modules that the first cells of the architecture's table name, from the top down, as modules."""
+    """The folders and modules in the first cells of the architecture's table, as dotted names, top row first."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = re.search(r"^\| where \|.*\n\|[-| ]*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
     assert table, "docs/architecture.md has no table whose first column is called where"
@@ -85,7 +96,7 @@ def rows_of_the_table() -> list[list[str]]:
 
 
 def rows_of_modules() -> dict[str, int]:
-    """The row of each module: that of the innermost folder which the table names."""
+    """Each module's row in the table: that of the innermost folder with a row."""
     rows = {name: row for row, names in enumerate(rows_of_the_table()) for name in names}
     found: dict[str, int] = {PACKAGE: rows.pop(PACKAGE)}
     for path in module_paths():
@@ -109,46 +120,79 @@ def test_imports_point_down_the_table() -> None:
     upwards = [
         f"{module} imports {target}"
         for module, targets in import_graph().items()
-        for target in targets & rows.keys()
+        for target in targets
         if rows[target] < rows[module]
     ]
     assert not upwards
 
 
 def test_imports_have_no_circles() -> None:
-    """A folder's `__init__` gathers names of its modules, which do not import it."""
-    graph = import_graph()
-    order = graphlib.TopologicalSorter({name: targets & graph.keys() for name, targets in graph.items()})
-    order.prepare()  # raises CycleError
+    """A folder's `__init__` imports from its modules, so they must not import it."""
+    graphlib.TopologicalSorter(import_graph()).prepare()  # raises CycleError
 
 
-def test_only_blobs_transport_credentials_and_tokens_know_the_azure_sdk() -> None:
+def test_only_blobs_transport_credentials_and_tokens_import_the_azure_sdk() -> None:
     users = {
-        module.removeprefix(f"{PACKAGE}.")
-        for module, targets in import_graph().items()
-        if any(target.split(".")[0] == "azure" for target in targets)
+        dotted_name(path).removeprefix(f"{PACKAGE}.")
+        for path in module_paths()
+        if any(name.split(".")[0] == "azure" for name in imported_names(path))
     }
-    assert {user if user in SDK_USERS else user.split(".")[0] for user in users} == set(SDK_USERS)
+    assert {user if user in SDK_USERS else user.split(".")[0] for user in users} == SDK_USERS
 
 
-def test_private_modules_and_names_of_others_are_left_alone() -> None:
-    """`_internal/torch_private.py` is the one place for those of torch; of the SDK there is none."""
-    private: list[str] = []
+def test_private_names_of_other_packages_are_imported_in_one_module_each() -> None:
+    """Those of Lightning together with its public ones, because it comes under two names; of the SDK none."""
+    elsewhere = {
+        f"{dotted_name(path)} imports {name}"
+        for path in module_paths()
+        for name in imported_names(path)
+        if (top := name.split(".")[0]) in (*PRIVATE_NAMES, "azure") and dotted_name(path) != PRIVATE_NAMES.get(top)
+        if re.search(r"\._(?!_)", name) or "lightning" in top
+    }
+    assert not elsewhere
+
+
+def test_a_class_name_occurs_once() -> None:
+    modules: dict[str, list[str]] = {}
     for path in module_paths():
-        if path.name == "torch_private.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            private += [
-                f"{path.relative_to(ROOT)}: {name}"
-                for name in names
-                if name.split(".")[0] in ("azure", "torch") and re.search(r"\._(?!_)", name)
-            ]
-    assert not private
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                modules.setdefault(node.name, []).append(dotted_name(path))
+    assert {name: where for name, where in modules.items() if len(where) > 1} == {}
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """GitHub's names of a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    broken: list[str] = []
+    for document in documents():
+        text = document.read_text(encoding="utf-8")
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            target = (document.parent / file).resolve() if file else document
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{document.relative_to(ROOT)}: {file}#{anchor}")
+    assert not broken
+
+
+def test_files_that_the_project_names_are_there() -> None:
+    """In documents, docstrings and comments; of another project's files, the URL is named."""
+    named = re.compile(r"(?<![\w/.-])(?:azure_torch_ckpt|docs|examples|tests)/[a-z0-9_/]+\.(?:json|md|py)\b")
+    sources = [path for folder in (PACKAGE, "examples", "tests") for path in (ROOT / folder).rglob("*.py")]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*documents(), *sources, ROOT / "pyproject.toml", ROOT / "tox.ini"]
+        for name in named.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert not missing
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -188,7 +232,7 @@ def test_every_dependency_is_pinned_for_the_tests() -> None:
 
 
 def test_the_floors_are_tested() -> None:
-    """``tox -e floors`` runs with the lower bounds of what users install; other bounds are guesses."""
+    """``tox -e floors`` runs with the lower bounds of what users install: a bound that no test runs with is a guess."""
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
     bounds = [Requirement(line) for line in [*project["dependencies"], *extras["cli"], *extras["lightning"]]]
@@ -215,9 +259,9 @@ def test_the_workflows_run_environments_that_exist() -> None:
     assert {"floors", "newest", "lint"} <= used <= known
 
 
-def test_nothing_else_lies_at_the_top() -> None:
+def test_the_top_folder_has_no_other_files() -> None:
     listing = subprocess.run(
-        # The checkout of a CI service may belong to another user, which git refuses unless told.
+        # Without safe.directory, git refuses a checkout of another user, as CI services may have it.
         ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
         check=True,
@@ -229,8 +273,8 @@ def test_nothing_else_lies_at_the_top() -> None:
     assert {entry for entry in entries if not entry.startswith(".")} <= TOP_LEVEL
 
 
-def test_public_names_are_there_and_torch_waits_for_the_first_that_needs_it() -> None:
-    """`azure-torch-ckpt --help` and its completion would take seconds otherwise."""
+def test_public_names_exist_and_torch_is_imported_with_the_first_that_needs_it() -> None:
+    """Otherwise `azure-torch-ckpt --help` and its completion would take seconds."""
     code = (
         "import sys, azure_torch_ckpt as package\n"
         "assert 'torch' not in sys.modules, 'too early'\n"

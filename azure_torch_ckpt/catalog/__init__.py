@@ -1,4 +1,7 @@
-"""Find, inspect, compare, verify, copy, consolidate and prune checkpoints."""
+"""Which checkpoints are there, are they sound, and which can go?
+
+The functions find, inspect, compare, verify, copy, consolidate and remove checkpoints. `__all__` is for others.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`consolidate`: a sharded checkpoint as one `.pt` or safetensors file, streamed."""
+"""`consolidate`: writes a sharded checkpoint as one `.pt` or safetensors file while reading it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,13 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
-from azure_torch_ckpt.catalog.copying.folders import BlobEnd, FileSink, FolderEnd, open_end
-from azure_torch_ckpt.catalog.copying.report import CopyFigures
+from azure_torch_ckpt.catalog.copying.local_file import LocalFile
+from azure_torch_ckpt.catalog.copying.metrics import CopyMetrics
+from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, open_tree
 from azure_torch_ckpt.catalog.torch_file import Placeholders, outline
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, stand_at
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, objects_of, parts_of, tensors_of
 from azure_torch_ckpt.dcp.tensors.memory import readable
 from azure_torch_ckpt.errors import (
@@ -40,7 +41,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.huggingface.safetensors_header import as_text, dump_ordered_header
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.transport.buffers import Cancel
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 
 __all__ = ["ConsolidateReport", "Format", "consolidate"]
 
@@ -53,14 +54,23 @@ _SUFFIXES: dict[str, Format] = {
     ".ckpt": "torch",
     ".safetensors": "safetensors",
 }
-# A list in a state dict has some parameter groups or layers; an index beyond this is damage that would take the memory.
+# Lists in a state dict hold parameter groups or layers. A larger index is damage, and would exhaust the memory.
 _LONGEST_LIST = 1_000_000
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ConsolidateReport:
-    """What `consolidate` wrote: where, in which format, how many tensors and objects, the file's bytes, the time."""
+    """The result of `consolidate`.
+
+    Attributes:
+        dst: URL without a SAS, or local path of the file.
+        format: ``"torch"`` or ``"safetensors"``.
+        tensors: number of tensors in the file.
+        objects: number of objects in the file.
+        bytes: size of the file.
+        seconds: duration of the call.
+    """
 
     dst: str
     format: Format
@@ -77,7 +87,7 @@ def consolidate(
     format: Format | None = None,
     keys: Callable[[str], bool] | None = None,
     overwrite: bool = False,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     credential: Credential = None,
     dst_credential: Credential = None,
     options: TransferOptions | None = None,
@@ -85,79 +95,85 @@ def consolidate(
 ) -> ConsolidateReport:
     """Write the checkpoint at a URL as one file: a local path, or the URL of a blob.
 
-    The file is written while the tensors are read, within ``options.memory_budget`` of memory. What is held whole are
-    objects, and of a checkpoint that torch's own writer made one stored chunk at a time.
+    The file is written while the tensors are read, within ``options.memory_budget``. Objects are held whole, and so is
+    one stored chunk at a time of a checkpoint by torch's own writer.
 
-    ``"torch"`` is what ``torch.load(file, weights_only=True)`` reads: the nested state dict that
-    ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` would write. (Zip tools other than torch's
-    complain about checksums of 0; `dcp.tensors.envelope` has the reason.) ``"safetensors"`` has the tensors under their
-    flattened names (``model.layers.0.weight``), and in its ``__metadata__`` the values that are numbers, strings,
-    booleans, None or lists and dicts of them, as JSON; anything else is refused by name.
+    ``"torch"`` is a file for ``torch.load(file, weights_only=True)``: the nested state dict that
+    ``torch.distributed.checkpoint.format_utils.dcp_to_torch_save`` would write. (Zip tools other than torch's complain
+    about checksums of 0; `dcp.tensors` has the reason.)
 
-    The file is visible when it is complete, and never half.
+    ``"safetensors"`` holds the tensors under their flattened names (``model.layers.0.weight``). Its ``__metadata__``
+    holds, as JSON, the values that are numbers, strings, booleans, None or lists and dicts of them; other values raise
+    an error that names them.
+
+    The file becomes visible when it is complete.
 
     Args:
-        format: None tells by the suffix: ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` are torch's.
-        keys: only what it accepts is written; it is called with flattened names.
-        overwrite: replace a file that is there. False refuses before anything is read.
-        progress: called with the bytes written, and those of the whole file.
-        credential: for both ends.
-        dst_credential: for the target, if it needs another one. It has to allow writing and nothing else.
+        url: the checkpoint.
+        dst: local path or URL of the file.
+        format: None derives it from the suffix: ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` mean ``"torch"``.
+        keys: write only the flattened names that it accepts.
+        overwrite: replace a file that exists. False raises before anything is read.
+        progress: as for `AzureBlobReader`; counts the bytes written.
+        credential: for the checkpoint and the file.
+        dst_credential: for the file, if it needs another one. Write permission is enough.
 
     Raises:
-        ValueError: no format was given, and the suffix tells none.
+        ValueError: `format` is None, and the suffix is unknown.
         CheckpointNotFoundError: there is no complete checkpoint.
         CheckpointExistsError: the file exists.
-        ConfigurationError: `keys` accepts nothing of the checkpoint.
-        UnsupportedCheckpointError: the format has no place for something in the checkpoint, or ``torch.load`` takes the
-            class of an object for unsafe. ``keys=`` leaves it out.
-        CorruptCheckpointError: data is missing, short or damaged. Nothing was written.
+        ConfigurationError: `keys` accepts nothing in the checkpoint.
+        UnsupportedCheckpointError: the format cannot hold something in the checkpoint, or ``torch.load`` does not trust
+            the class of an object. ``keys=`` can leave it out.
+        CorruptCheckpointError: data is missing, short or damaged. No file was written.
         LocalFileError: the file could not be written.
-        StoreError: the service could not be asked.
+        StoreError: a request failed.
     """
-    kind = _format(format, dst)
+    check_progress(progress)
+    file_format = _format(format, dst)
     if str(dst).endswith("/"):
-        raise LocationError("The target ends with a slash, which says that it is a folder; append the name of the file")
-    whole = options or TransferOptions()
-    # A quarter for what is read, one for what is sent, and the rest for up to three windows between the two.
-    quarter = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 4, _MIB))
+        raise LocationError("The target ends with a slash, so it is a folder; append the name of the file")
+    options = options or TransferOptions()
+    # A quarter for reading, a quarter for writing, and the rest for up to three windows in between.
+    quarter = dataclasses.replace(options, memory_budget=max(options.memory_budget // 4, _MIB))
     window = quarter.memory_budget // 2
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(credential, quarter, ca_file))
-    end = open_end(dst, Access(credential if dst_credential is None else dst_credential, quarter, ca_file))
-    stores = [store, end.store] if isinstance(end, BlobEnd) else [store]
-    with CopyFigures("consolidate", str(location), end.where, stores) as figures:
+    tree = open_tree(dst, Access(credential if dst_credential is None else dst_credential, quarter, ca_file))
+    stores = [store, tree.store] if isinstance(tree, BlobTree) else [store]
+    with CopyMetrics("consolidate", str(location), str(tree), stores) as metrics:
         checkpoint = stand_at(store, location)
-        output = _output(end, overwrite)
+        output = _open_output(tree, overwrite)
         tensors, object_keys = tensors_of(checkpoint, keys), objects_of(checkpoint, keys)
         if keys is not None and not tensors and not object_keys:
-            raise _none_accepted(checkpoint)
-        objects = dict(_objects(checkpoint, object_keys, quarter.memory_budget))
-        if kind == "torch":
+            raise _no_key_error(checkpoint)
+        objects = dict(_load_objects(checkpoint, object_keys, quarter.memory_budget))
+        if file_format == "torch":
             size, data = _torch_file(checkpoint, tensors, objects, window)
         else:
             size, data = _safetensors_file(checkpoint, tensors, objects, window)
         try:
-            with byte_meter("consolidate", checkpoint.url, size, progress) as meter, contextlib.closing(data):
+            zero = Progress("consolidate", checkpoint.url, job_rank(), 0, size, 0.0)
+            with Meter(progress, zero) as meter, contextlib.closing(data):
                 for view in data:
                     output.write(view)
                     meter.moved(view.nbytes)
-                    figures.bytes += view.nbytes
+                    metrics.bytes += view.nbytes
             output.commit()
         finally:
             output.abandon()
-        figures.items = len(tensors) + len(objects)
-    return ConsolidateReport(output.where, kind, len(tensors), len(objects), size, figures.seconds)
+        metrics.items = len(tensors) + len(objects)
+    return ConsolidateReport(str(tree), file_format, len(tensors), len(objects), size, metrics.seconds)
 
 
-def _none_accepted(checkpoint: StandingCheckpoint) -> ConfigurationError:
-    there = list(checkpoint.metadata.state_dict_metadata)
-    if not there:
-        return ConfigurationError(f"{checkpoint.url} holds nothing that keys= could accept: it was saved empty")
-    named = ", ".join(repr(key[:200]) for key in there[:5])
+def _no_key_error(checkpoint: StandingCheckpoint) -> ConfigurationError:
+    keys = list(checkpoint.metadata.state_dict_metadata)
+    if not keys:
+        return ConfigurationError(f"{checkpoint.url} is empty, so keys= accepts nothing")
+    some = ", ".join(repr(key[:200]) for key in keys[:5])
     return ConfigurationError(
-        f"keys= accepts none of the {len(there)} keys of {checkpoint.url}, so nothing was written. There are "
-        f"{named}{', ...' if len(there) > 5 else ''}. It is called with flattened names; inspect() lists them all"
+        f"keys= accepts none of the {len(keys)} keys of {checkpoint.url}, so nothing was written. The keys are "
+        f"{some}{', ...' if len(keys) > 5 else ''}. keys= is called with flattened names; inspect() lists them all"
     )
 
 
@@ -169,7 +185,7 @@ def _format(format: Format | None, dst: str | os.PathLike[str] | BlobLocation) -
     name = dst.name if isinstance(dst, BlobLocation) else os.fspath(dst).partition("?")[0]
     suffix = os.path.splitext(name)[1].lower()
     if suffix not in _SUFFIXES:
-        raise ValueError(f"the suffix {suffix!r} tells no format; it is one of {', '.join(_SUFFIXES)}, or pass format=")
+        raise ValueError(f"the suffix {suffix!r} implies no format; use one of {', '.join(_SUFFIXES)}, or pass format=")
     return _SUFFIXES[suffix]
 
 
@@ -185,7 +201,7 @@ def _torch_file(
     placeholders = Placeholders(len(tensors))
     state: dict[Any, Any] = {}
     paths = checkpoint.metadata.planner_data
-    # In the order of the metadata, which is that of the state dict.
+    # The metadata has the order of the state dict.
     for key in checkpoint.metadata.state_dict_metadata:
         if key in tensors:
             entry = tensors[key]
@@ -196,24 +212,24 @@ def _torch_file(
             continue
         path = paths.get(key) if isinstance(paths, dict) else None
         _put(state, (key,) if path is None else path, value, f"{key!r} of {checkpoint.url}")
-    drawn = outline(state, placeholders)
+    file = outline(state, placeholders)
 
     def data() -> Generator[memoryview, None, None]:
-        wanted = [(key, tensors[key]) for key in drawn.pieces if isinstance(key, str)]
-        with contextlib.closing(_tensor_bytes(checkpoint, wanted, window)) as stream:
-            for piece in drawn.pieces:
+        in_order = [(key, tensors[key]) for key in file.pieces if isinstance(key, str)]
+        with contextlib.closing(_tensor_views(checkpoint, in_order, window)) as stream:
+            for piece in file.pieces:
                 if isinstance(piece, bytes):
                     yield memoryview(piece)
                 elif isinstance(piece, torch.Tensor):
                     yield readable(piece)
                 else:
-                    left = _nbytes(tensors[piece])
-                    while left:
+                    nbytes_left = _nbytes(tensors[piece])
+                    while nbytes_left:
                         view = next(stream)
-                        left -= view.nbytes
+                        nbytes_left -= view.nbytes
                         yield view
 
-    return drawn.size, data()
+    return file.size, data()
 
 
 def _safetensors_file(
@@ -234,12 +250,12 @@ def _safetensors_file(
 
     def data() -> Generator[memoryview, None, None]:
         yield memoryview(head)
-        yield from _tensor_bytes(checkpoint, ordered, window)
+        yield from _tensor_views(checkpoint, ordered, window)
 
     return len(head) + sum(map(_nbytes, tensors.values())), data()
 
 
-def _tensor_bytes(
+def _tensor_views(
     checkpoint: StandingCheckpoint, tensors: list[tuple[str, TensorStorageMetadata]], window: int
 ) -> Generator[memoryview, None, None]:
     with contextlib.closing(ahead(parts_of(checkpoint, tensors, window))) as windows:
@@ -252,25 +268,26 @@ def _nbytes(entry: TensorStorageMetadata) -> int:
     return math.prod(entry.size) * entry.properties.dtype.itemsize
 
 
-def _objects(checkpoint: StandingCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
+def _load_objects(checkpoint: StandingCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
     for key, stream in object_bytes(checkpoint, keys, budget):
         what = f"{key!r} of {checkpoint.url}"
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # whoever saved it was told
-                yield key, torch.load(stream, map_location="cpu", weights_only=True)
+                warnings.simplefilter("ignore")  # the save has warned already
+                value = torch.load(stream, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # torch raises it for classes and functions that it does not trust
+            raise UnsupportedCheckpointError(
+                f"{what} is of a class that torch.load does not trust. If you trust the checkpoint, name the class "
+                "with torch.serialization.add_safe_globals first, or leave the object out with keys= "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         except Exception as error:
-            if "weights_only" in str(error).lower() or "Unsupported global" in str(error):
-                raise UnsupportedCheckpointError(
-                    f"{what} is of a class that torch.load takes for unsafe. If you trust the checkpoint, name the "
-                    "class with torch.serialization.add_safe_globals first, or leave the object out with keys= "
-                    f"({str(error).splitlines()[0]})"
-                ) from error
-            raise CorruptCheckpointError(f"{what} is nothing that torch.load can read: {error}") from error
+            raise CorruptCheckpointError(f"torch.load cannot read {what}: {error}") from error
+        yield key, value
 
 
 def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str) -> None:
-    """Set a value at its path in nested dicts and lists, making them as DCP's planner does: a list for a number."""
+    """Set a value at its path in nested dicts and lists, creating them as DCP's planner does: a list for a number."""
     try:
         if not path or not all(isinstance(step, str) or type(step) is int for step in path):
             raise TypeError(f"path {path!r}")
@@ -294,14 +311,15 @@ def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str)
         ) from error
 
 
-# Where it goes
+# The output
 
 
 class _BlobOutput:
-    def __init__(self, end: BlobEnd, overwrite: bool) -> None:
-        self.where = end.where
-        self._end = end
-        self._writer = BlockWriter(end.store, end.location.path, BlobSettings(), if_missing=not overwrite)
+    """Writes the file as a blob."""
+
+    def __init__(self, tree: BlobTree, overwrite: bool) -> None:
+        self._tree = tree
+        self._writer = BlockWriter(tree.store, tree.location.path, BlobSettings(), if_missing=not overwrite)
 
     def write(self, view: memoryview) -> None:
         self._writer.write(view)
@@ -310,54 +328,55 @@ class _BlobOutput:
         try:
             self._writer.commit()
         except BlobExistsError as error:
-            if self._end.may_look:  # somebody wrote it meanwhile
+            if self._tree.readable:  # another process wrote the blob meanwhile
                 raise
-            raise _exists(self.where) from error
+            raise _exists_error(self._tree) from error
 
     def abandon(self) -> None:
         self._writer.abort()
 
 
 class _FileOutput:
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        self.where = str(path)
-        self._sink = FileSink(path)
+    """Writes the file to a disk."""
+
+    def __init__(self, tree: FolderTree, overwrite: bool) -> None:
+        self._tree = tree
+        self._file = LocalFile(tree.root)
         self._overwrite = overwrite
         self._position = 0
 
     def write(self, view: memoryview) -> None:
-        self._sink.write(self._position, view, 0, Cancel())
+        self._file.write(self._position, view)
         self._position += view.nbytes
 
     def commit(self) -> None:
-        try:
-            self._sink.publish(only_new=not self._overwrite)
-        except FileExistsError as error:
-            raise _exists(self.where) from error
+        if not self._file.publish(only_new=not self._overwrite):
+            raise _exists_error(self._tree)
 
     def abandon(self) -> None:
-        self._sink.abandon()
+        self._file.abandon()
 
 
-def _output(end: BlobEnd | FolderEnd, overwrite: bool) -> _BlobOutput | _FileOutput:
-    if isinstance(end, FolderEnd):
-        if end.root.is_dir():
-            raise LocationError(f"{end.where} is a folder; append the name of the file")
-        if not overwrite and end.root.exists():
-            raise _exists(end.where)
-        return _FileOutput(end.root, overwrite)
-    if not end.location.path:
-        raise LocationError(f"{end.where} is a container; the file needs a name in it")
+def _open_output(tree: BlobTree | FolderTree, overwrite: bool) -> _BlobOutput | _FileOutput:
+    """Open the file, whose URL or path is the root of `tree`."""
+    if isinstance(tree, FolderTree):
+        if tree.root.is_dir():
+            raise LocationError(f"{tree} is a folder; append the name of the file")
+        if not overwrite and tree.root.exists():
+            raise _exists_error(tree)
+        return _FileOutput(tree, overwrite)
+    if not tree.location.path:
+        raise LocationError(f"{tree} is a container; append the name of the file")
     if not overwrite:
         try:
-            end.store.stat(end.location.path)
-            raise _exists(end.where)
+            tree.store.stat(tree.location.path)
+            raise _exists_error(tree)
         except BlobNotFoundError:
             pass
-        except AccessDeniedError:  # the credential is for writing only; the commit is conditional all the same
-            end.may_look = False
-    return _BlobOutput(end, overwrite)
+        except AccessDeniedError:  # a write-only credential; the commit has the same condition
+            tree.readable = False
+    return _BlobOutput(tree, overwrite)
 
 
-def _exists(where: str) -> CheckpointExistsError:
-    return CheckpointExistsError(f"{where} exists already; choose another name, or replace it with overwrite=True")
+def _exists_error(tree: BlobTree | FolderTree) -> CheckpointExistsError:
+    return CheckpointExistsError(f"{tree} exists already; choose another name, or replace it with overwrite=True")

@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint holds, from its metadata alone."""
+"""`inspect`: the tensors and objects of a checkpoint, as its metadata describes them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class ShardEntry:
     """One stored chunk of a tensor.
 
     Attributes:
-        offsets: its first element in the tensor, one number per dimension.
-        sizes: its extent, one number per dimension.
-        blob: where it lies, below the checkpoint's URL.
-        rank: the rank that wrote it, or None where the blob's name does not tell.
-        offset: of its first byte in the blob.
-        length: bytes in the blob, with what ``torch.save`` puts around the elements.
-        crc64: CRC64-NVME of those bytes, or None.
+        offsets: index of its first element in the tensor, one number per dimension.
+        sizes: its shape.
+        blob: name of its blob, relative to the checkpoint's URL.
+        rank: rank that wrote it, or None if the blob's name does not contain one.
+        offset: offset of its first byte in the blob.
+        length: bytes in the blob, including what ``torch.save`` puts around the elements.
+        crc64: CRC64-NVME of these bytes, or None.
     """
 
     offsets: tuple[int, ...]
@@ -45,7 +45,15 @@ class ShardEntry:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: `key` in the flattened state dict, `shape`, `dtype` (``"bfloat16"``), bytes of its elements."""
+    """One tensor.
+
+    Attributes:
+        key: key in the flattened state dict.
+        shape: shape of the whole tensor.
+        dtype: name such as ``"bfloat16"``.
+        size: bytes of its elements.
+        shards: its stored chunks, in the order of their offsets.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -56,7 +64,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class ObjectEntry:
-    """One value that is no tensor: `key` in the flattened state dict, bytes of its pickle, where it lies."""
+    """One value that is not a tensor.
+
+    Attributes:
+        key: key in the flattened state dict.
+        length: bytes of its pickle.
+        blob: name of its blob, relative to the checkpoint's URL.
+        rank: rank that wrote it, or None if the blob's name does not contain one.
+    """
 
     key: str
     length: int
@@ -66,15 +81,15 @@ class ObjectEntry:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointContents:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
-        url: the checkpoint's place, without a SAS.
-        torch_version: of the torch that saved it; None where its writer did not say (torch's own does not).
-        writer_version: of this package, if it saved it; else None.
-        dcp_version: what torch calls the version of the metadata, or None.
-        save_id: of the save, or None.
-        modified: when it was completed. With time zone.
+        url: URL of the checkpoint without a SAS.
+        torch_version: version of the torch that saved it; None if its writer did not record it (torch's own does not).
+        writer_version: version of this package if it saved the checkpoint; else None.
+        dcp_version: torch's version of the metadata, or None.
+        save_id: id of the save, or None.
+        modified: time of completion, with time zone.
         tensors: in the order of their keys.
         objects: in the order of their keys.
         size: bytes of all items.
@@ -98,14 +113,14 @@ def inspect(
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> CheckpointContents:
-    """What the checkpoint at a URL holds. Fetches its metadata and nothing else.
+    """Describe the checkpoint at a URL. Reads only its metadata.
 
-    Of a save with ``use_collectives=False`` it is what all ranks hold together.
+    After a save with ``use_collectives=False``, the result has the tensors and objects of all ranks.
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint.
         UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read.
-        StoreError: the service could not be asked.
+        StoreError: a request failed.
     """
     checkpoint = open_standing(url, Access(credential, options, ca_file))
     metadata = checkpoint.metadata
@@ -132,7 +147,7 @@ def inspect(
 
 
 def dtype_name(dtype: object) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
+    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -157,6 +172,6 @@ def _tensor(metadata: Metadata, key: str, entry: TensorStorageMetadata) -> Tenso
 
 
 def _text(meta: object, name: str) -> str | None:
-    """An attribute of ``Metadata.storage_meta``, which whoever wrote it may have given any value."""
+    """Return an attribute of ``Metadata.storage_meta`` if it is a string; other writers may set anything."""
     value = getattr(meta, name, None)
     return value if type(value) is str else None

@@ -1,4 +1,4 @@
-"""`diff`: what two checkpoints have in common and what not; on request down to the bits of every tensor."""
+"""`diff`: compares the keys, shapes and dtypes of two checkpoints, and on request the bits of every tensor."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.contents import dtype_name
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, open_standing
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.dcp.tensor_stream import Part, ahead, object_bytes, parts_of, tensors_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
-from azure_torch_ckpt.progress import Meter
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 
 __all__ = ["Change", "CheckpointDiff", "diff"]
 
 _MIB = 1 << 20
-_SLICE = 1 << 18  # elements whose difference is computed at a time, in float64
-_SHOWN = 80  # characters of an object
+_SLICE = 1 << 18  # elements that are compared at a time, in float64
+_LONGEST_REPR = 80  # characters
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,13 +39,13 @@ class Change:
     """A difference under a key that both checkpoints have.
 
     Attributes:
-        key: in the flattened state dict.
+        key: key in the flattened state dict.
         what: ``"kind"`` (tensor or object), ``"shape"``, ``"dtype"`` or ``"value"``.
-        a: what the first checkpoint has, for people; None for the value of a tensor.
-        b: the same of the second one.
-        elements: how many of a tensor's elements have other bits; None for anything else.
-        max_abs_difference: the largest difference of these, as float64; nan where one of the two is no number, or where
-            infinities differ. None for anything else, and for dtypes without numbers.
+        a: the first checkpoint's side of the difference, for people; None for the value of a tensor.
+        b: the second checkpoint's side.
+        elements: number of a tensor's elements with different bits; None for other differences.
+        max_abs_difference: largest difference of these elements, as float64; nan if one of them is nan or infinities
+            differ. None for other differences, and for dtypes that are not numbers.
     """
 
     key: str
@@ -58,15 +58,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDiff:
-    """What `diff` found.
+    """The result of `diff`.
 
     Attributes:
         a: URL of the first checkpoint.
-        b: URL of the second one.
-        only_a: keys that only the first one has, in order.
-        only_b: keys that only the second one has, in order.
+        b: URL of the second checkpoint.
+        only_a: keys that only the first checkpoint has, in order.
+        only_b: keys that only the second checkpoint has, in order.
         changed: differences under keys that both have, in the order of the keys.
-        unchanged: keys that both have, without a difference that was looked for.
+        unchanged: number of keys that both have without a difference.
     """
 
     a: str
@@ -78,7 +78,7 @@ class CheckpointDiff:
 
     @property
     def same(self) -> bool:
-        """Whether there is no difference."""
+        """Whether the checkpoints have no difference."""
         return not (self.only_a or self.only_b or self.changed)
 
 
@@ -87,7 +87,7 @@ def diff(
     b: str | os.PathLike[str] | BlobLocation,
     *,
     values: bool = False,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     credential: Credential = None,
     b_credential: Credential = None,
     options: TransferOptions | None = None,
@@ -95,32 +95,34 @@ def diff(
 ) -> CheckpointDiff:
     """Compare two checkpoints: keys, and under the same keys kinds, shapes and dtypes, whatever their sharding.
 
-    That fetches the metadata of both and nothing else.
+    Reads only the metadata of both, unless `values`.
 
     Args:
-        values: compare the values as well, bit for bit, reading both checkpoints within ``options.memory_budget``. A
-            tensor that both stored in the same chunks, with the same CRC64 and length of every item, counts as the same
-            without being read; whether what is stored still has that checksum, `verify` tells. Objects are compared by
-            their pickles, and where these differ after ``torch.load(weights_only=True)``.
-        progress: called with the bytes that were read so far and those that will be, of both.
+        a: the first checkpoint. b: the second checkpoint. values: also compare the values, bit for bit, reading both
+        checkpoints within ``options.memory_budget``. A tensor
+            is equal without being read if both checkpoints stored it in the same chunks, and every item has the same
+            CRC64 and length; `verify` checks whether the data still has that checksum. Objects are compared by their
+            pickles, and if these differ by their values after ``torch.load(weights_only=True)``.
+        progress: as for `AzureBlobReader`; counts the bytes read from both. Nothing is reported without `values`.
         credential: for both.
-        b_credential: for the second one, if it needs another one.
+        b_credential: for the second checkpoint, if it needs another one.
 
     Raises:
-        CheckpointNotFoundError: there is no complete checkpoint at one of the URLs.
-        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: one of them cannot be read.
-        StoreError: the service could not be asked.
+        CheckpointNotFoundError: one of the URLs has no complete checkpoint.
+        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: one of the checkpoints cannot be read.
+        StoreError: a request failed.
     """
-    whole = options or TransferOptions()
+    check_progress(progress)
+    options = options or TransferOptions()
     # A third for each reader, of which half is for windows, and a third for the comparison.
-    third = dataclasses.replace(whole, memory_budget=max(whole.memory_budget // 3, _MIB))
+    third = dataclasses.replace(options, memory_budget=max(options.memory_budget // 3, _MIB))
     one = open_standing(a, Access(credential, third, ca_file))
     other = open_standing(b, Access(credential if b_credential is None else b_credential, third, ca_file))
     mine, theirs = one.metadata.state_dict_metadata, other.metadata.state_dict_metadata
     both = sorted(mine.keys() & theirs.keys())
-    changes: dict[str, list[Change]] = {key: _described(key, mine[key], theirs[key]) for key in both}
+    changes: dict[str, list[Change]] = {key: _compare_metadata(key, mine[key], theirs[key]) for key in both}
     if values:
-        for change in _values(one, other, [key for key in both if not changes[key]], third, progress):
+        for change in _compare_values(one, other, [key for key in both if not changes[key]], third, progress):
             changes[change.key].append(change)
     return CheckpointDiff(
         one.url,
@@ -132,86 +134,84 @@ def diff(
     )
 
 
-def _described(key: str, one: object, other: object) -> list[Change]:
+def _compare_metadata(key: str, one: object, other: object) -> list[Change]:
     if not isinstance(one, TensorStorageMetadata) or not isinstance(other, TensorStorageMetadata):
         kind, twin = ("tensor" if isinstance(entry, TensorStorageMetadata) else "object" for entry in (one, other))
         return [] if kind == twin else [Change(key, "kind", kind, twin)]
-    found = []
+    changes = []
     if one.size != other.size:
-        found.append(Change(key, "shape", str(list(one.size)), str(list(other.size))))
+        changes.append(Change(key, "shape", str(list(one.size)), str(list(other.size))))
     if one.properties.dtype != other.properties.dtype:
-        found.append(Change(key, "dtype", dtype_name(one.properties.dtype), dtype_name(other.properties.dtype)))
-    return found
+        changes.append(Change(key, "dtype", dtype_name(one.properties.dtype), dtype_name(other.properties.dtype)))
+    return changes
 
 
-def _values(
+def _compare_values(
     one: StandingCheckpoint,
     other: StandingCheckpoint,
     keys: list[str],
     options: TransferOptions,
-    progress: ByteProgress | None,
+    progress: ProgressOption,
 ) -> list[Change]:
-    doubtful = {key for key in keys if not _same_checksums(one, other, key)}
-    mine, theirs = tensors_of(one, doubtful.__contains__), tensors_of(other, doubtful.__contains__)
+    may_differ = {key for key in keys if not _same_checksums(one, other, key)}
+    mine, theirs = tensors_of(one, may_differ.__contains__), tensors_of(other, may_differ.__contains__)
     tensors = [key for key in keys if key in mine]
-    objects = [key for key in keys if key in doubtful and key not in mine]
+    objects = [key for key in keys if key in may_differ and key not in mine]
     lengths = [_length(checkpoint, key) for checkpoint in (one, other) for key in objects]
     total = 2 * sum(math.prod(mine[key].size) * mine[key].properties.dtype.itemsize for key in tensors) + sum(lengths)
-    with byte_meter("diff", one.url, total, progress) as meter:
-        found = _objects(one, other, objects, options.memory_budget // 2, meter)
+    with Meter(progress, Progress("diff", one.url, job_rank(), 0, total, 0.0)) as meter:
+        changes = _compare_objects(one, other, objects, options.memory_budget // 2, meter)
         # Three windows of each may exist at a time.
         window = options.memory_budget // 8
         with (
             contextlib.closing(ahead(parts_of(one, [(key, mine[key]) for key in tensors], window))) as left,
             contextlib.closing(ahead(parts_of(other, [(key, theirs[key]) for key in tensors], window))) as right,
         ):
-            tallies: dict[str, _Tally] = {}
+            differences: dict[str, _TensorDifference] = {}
             for part, twin in zip(
                 itertools.chain.from_iterable(left), itertools.chain.from_iterable(right), strict=True
             ):
-                tallies.setdefault(part.key, _Tally()).add(part, twin)
+                differences.setdefault(part.key, _TensorDifference()).add(part, twin)
                 meter.moved(part.elements.nbytes + twin.elements.nbytes)
-    return found + [
-        Change(key, "value", None, None, tally.elements, tally.difference)
-        for key, tally in tallies.items()
-        if tally.elements
+    return changes + [
+        Change(key, "value", None, None, difference.elements, difference.max_abs)
+        for key, difference in differences.items()
+        if difference.elements
     ]
 
 
 def _same_checksums(one: StandingCheckpoint, other: StandingCheckpoint, key: str) -> bool:
-    """Whether both stored the same bytes under `key`, as far as the CRC64 of 64 bits tells.
+    """Whether both checkpoints stored bytes with the same CRC64 and length under `key`.
 
-    An item's bytes are the tensor's with an envelope that follows from dtype, shape and torch's version. So the same
-    checksums mean the same tensor; other ones may be due to another torch.
+    An item's bytes are the tensor's in an envelope that depends on dtype, shape and torch's version. So equal checksums
+    mean equal tensors; different ones may be due to another torch.
     """
     items = []
     for checkpoint in (one, other):
         entry: Any = checkpoint.metadata.state_dict_metadata[key]
-        places = sorted((chunk.offsets, chunk.sizes) for chunk in entry.chunks) if _is_tensor(entry) else [(None, None)]
-        found = []
-        for offsets, sizes in places:
+        chunks: list[Any] = [(None, None)]  # of an object
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = sorted((chunk.offsets, chunk.sizes) for chunk in entry.chunks)
+        of_checkpoint = []
+        for offsets, sizes in chunks:
             item = stored_item(checkpoint.metadata.storage_data[MetadataIndex(key, offsets)])
             if item.crc64 is None or item.transforms:
                 return False
-            found.append((offsets, sizes, item.length, item.payload_offset, item.crc64))
-        items.append(found)
+            of_checkpoint.append((offsets, sizes, item.length, item.payload_offset, item.crc64))
+        items.append(of_checkpoint)
     return items[0] == items[1]
-
-
-def _is_tensor(entry: object) -> bool:
-    return isinstance(entry, TensorStorageMetadata)
 
 
 def _length(checkpoint: StandingCheckpoint, key: str) -> int:
     return stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)]).length
 
 
-class _Tally:
-    """The differences of one tensor, of which the parts come one after the other."""
+class _TensorDifference:
+    """Accumulates the difference of two tensors, whose parts come one after the other."""
 
     def __init__(self) -> None:
         self.elements = 0
-        self.difference: float | None = None
+        self.max_abs: float | None = None
 
     def add(self, part: Part, twin: Part) -> None:
         left, right = part.elements.reshape(-1), twin.elements.reshape(-1)
@@ -227,9 +227,9 @@ class _Tally:
             return
         self.elements += count
         difference = _largest_difference(left, right, differ)
-        if difference is not None and not (self.difference is not None and math.isnan(self.difference)):
-            larger = self.difference is None or math.isnan(difference) or difference > self.difference
-            self.difference = difference if larger else self.difference
+        if difference is not None and not (self.max_abs is not None and math.isnan(self.max_abs)):
+            larger = self.max_abs is None or math.isnan(difference) or difference > self.max_abs
+            self.max_abs = difference if larger else self.max_abs
 
 
 def _bits(elements: torch.Tensor) -> torch.Tensor:
@@ -244,53 +244,53 @@ def _largest_difference(left: torch.Tensor, right: torch.Tensor, where: torch.Te
         return None
     kind = torch.complex128 if left.is_complex() else torch.float64
     try:
-        return float((left.to(kind)[where] - right.to(kind)[where]).abs().amax())  # which a nan makes nan
-    except (RuntimeError, NotImplementedError):  # no numbers: bits packed in bytes
+        return float((left.to(kind)[where] - right.to(kind)[where]).abs().amax())  # nan if any is nan
+    except (RuntimeError, NotImplementedError):  # the elements are not numbers but bits packed in bytes
         return None
 
 
-def _objects(
+def _compare_objects(
     one: StandingCheckpoint, other: StandingCheckpoint, keys: list[str], budget: int, meter: Meter
 ) -> list[Change]:
-    found = []
+    changes = []
     for (key, left), (_, right) in zip(object_bytes(one, keys, budget), object_bytes(other, keys, budget), strict=True):
         meter.moved(_length(one, key) + _length(other, key))
         if left.getbuffer() == right.getbuffer():
             continue
-        value, twin = _loaded(left), _loaded(right)
-        if value is _UNKNOWN or twin is _UNKNOWN or not _same(value, twin):
-            found.append(Change(key, "value", _shown(value), _shown(twin)))
-    return found
+        value, twin = _load_object(left), _load_object(right)
+        if value is _UNTRUSTED or twin is _UNTRUSTED or not _equal(value, twin):
+            changes.append(Change(key, "value", _short_repr(value), _short_repr(twin)))
+    return changes
 
 
-_UNKNOWN = object()
+_UNTRUSTED = object()
 
 
-def _loaded(stream: io.BytesIO) -> object:
-    """The object, or `_UNKNOWN` if torch takes its class for unsafe: then its bytes are all there is to compare."""
+def _load_object(stream: io.BytesIO) -> object:
+    """Return the object, or `_UNTRUSTED` if torch does not trust its class; then only its bytes can be compared."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception:
-        return _UNKNOWN
+        return _UNTRUSTED
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
         same_kind = one.dtype == other.dtype and one.shape == other.shape and one.layout == other.layout
         return same_kind and torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other) or (isinstance(one, float) and math.isnan(one) and math.isnan(other))
 
 
-def _shown(value: object) -> str:
-    if value is _UNKNOWN:
-        return "an object that torch.load takes for unsafe"
+def _short_repr(value: object) -> str:
+    if value is _UNTRUSTED:
+        return "an object of a class that torch.load does not trust"
     text = " ".join(repr(value).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= _LONGEST_REPR else text[: _LONGEST_REPR - 3] + "..."

@@ -1,4 +1,4 @@
-"""`list_checkpoints` and `latest`: which checkpoints lie below a URL, from its listing alone."""
+"""`list_checkpoints` and `latest`: the checkpoints below a URL, found from a listing of the blobs."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ _ONE_NUMBER = re.compile(r"\D*(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointEntry:
-    """One checkpoint, as far as a listing tells.
+    """One checkpoint, as a listing describes it.
 
     Attributes:
-        url: its place, without a SAS.
-        name: its path below the URL that was listed; ``""`` for that URL itself.
-        step: the training step that the last part of its path tells, or None.
-        size: bytes of all its blobs, also of a save that is still running or failed.
-        blobs: their number.
-        modified: when it was completed; of an incomplete one, when its newest blob was written. With time zone.
-        complete: whether its metadata is there. Whether every blob that the metadata names is there as well, `verify`
-            tells.
+        url: URL without a SAS.
+        name: path relative to the URL that was listed; ``""`` for that URL itself.
+        step: training step in the last part of the path, or None.
+        size: bytes of all blobs, including those of a save that is running or has failed.
+        blobs: number of blobs.
+        modified: time of completion, or for an incomplete checkpoint the time of its newest blob. With time zone.
+        complete: whether the metadata exists. `verify` checks the blobs that the metadata names.
     """
 
     url: str
@@ -52,7 +51,7 @@ class CheckpointEntry:
 
     @property
     def folder(self) -> str:
-        """The name of the run: `name` without its last part."""
+        """Name of the run: `name` without its last part."""
         return self.name.rpartition("/")[0]
 
 
@@ -63,37 +62,37 @@ def list_checkpoints(
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> list[CheckpointEntry]:
-    """Every checkpoint at or below a URL, incomplete ones too, with one request for every 5,000 blobs.
+    """List the checkpoints at or below a URL, including incomplete ones.
 
-    https://learn.microsoft.com/rest/api/storageservices/list-blobs. Nothing but the listing is read: a checkpoint
-    counts as complete when its ``.metadata`` is there (of a save with ``use_collectives=False``: the metadata of each
-    rank that left anything), also if somebody has deleted data that it names; `verify` would notice. While a complete
-    checkpoint is being replaced it stays complete, and the blobs of the running save are counted with it.
+    The cost is one request for every 5,000 blobs (https://learn.microsoft.com/rest/api/storageservices/list-blobs). A
+    checkpoint is complete if its ``.metadata`` exists; after a save with ``use_collectives=False``, if the metadata of
+    each rank that left anything exists. Nothing else is checked: `verify` finds missing data. While a complete
+    checkpoint is being replaced it stays complete, and its size includes the blobs of the running save.
 
-    Models in the layout of Hugging Face are not listed. A warning in the log names folders with files of several saves
-    of one, or of one save without an index: a save is running there, or has died.
+    Models in the HuggingFace layout are not listed. A warning in the log names folders with model files of several
+    saves, or of one save without an index: a save is running there, or was killed.
 
     Returns:
-        In the order of parent folder, step (as a number), name; those without a step come last.
+        Checkpoints in the order of parent folder, step (as a number) and name; those without a step come last.
 
     Raises:
         LocationError: the URL names a snapshot or a version.
-        StoreError: the service could not be asked.
+        StoreError: a request failed.
     """
     location = BlobLocation.parse(url)
     if location.snapshot is not None or location.version_id is not None:
-        raise LocationError(f"{location} is one blob at one moment; nothing lies below it. Leave the query away")
+        raise LocationError(f"{location} is one blob at one moment, not a folder. Omit the query of the URL")
     store = BlobStore(location, Access(credential, options, ca_file))
-    listed = list(store.list(location.prefix))
-    for folder in folders_of_mixed_saves(listed):
+    blobs = list(store.list(location.prefix))
+    for folder in folders_of_mixed_saves(blobs):
         root = location.container_root()
         _log.warning(
-            "%s holds files of more than one save of a model, or of one without an index: a save is running there, or "
-            "has died. Readers that list files (vLLM, SGLang) would load them all. The next save there tidies up, and "
-            "so does prune",
+            "%s has files of several saves of a model, or of one without an index: a save is running there, or was "
+            "killed. Readers that list files (vLLM, SGLang) would load them all. The next save there removes the "
+            "leftovers, and so does prune",
             root.join(folder) if folder else root,
         )
-    return [entry for entry, _ in entries_of(location, listed)]
+    return [entry for entry, _ in entries_of(location, blobs)]
 
 
 def latest(
@@ -103,59 +102,59 @@ def latest(
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> CheckpointEntry:
-    """The newest complete checkpoint at or below a URL.
+    """Find the newest complete checkpoint at or below a URL.
 
-    If all complete ones have a step, it is the one with the highest step, compared as a number (and of several the one
-    that was completed last); else the one that was completed last.
+    If all complete checkpoints have a step, the newest is the one with the highest step, compared as a number; of
+    several with that step, the one that was completed last. Otherwise the newest is the one that was completed last.
 
     Raises:
-        CheckpointNotFoundError: there is no complete checkpoint; the message says what is there.
-        StoreError: the service could not be asked.
+        CheckpointNotFoundError: there is no complete checkpoint; the message lists the incomplete ones.
+        StoreError: a request failed.
     """
     entries = list_checkpoints(url, credential=credential, options=options, ca_file=ca_file)
     complete = [entry for entry in entries if entry.complete]
     if complete:
         return newest(complete)
-    where = BlobLocation.parse(url)
-    raise CheckpointNotFoundError(f"No complete checkpoint at or below {where}. {_instead(entries)}")
+    location = BlobLocation.parse(url)
+    raise CheckpointNotFoundError(f"No complete checkpoint at or below {location}. {_describe_incomplete(entries)}")
 
 
 def newest(entries: Sequence[CheckpointEntry]) -> CheckpointEntry:
-    """The newest of some entries, as `latest` means it."""
+    """Return the newest entry, compared as by `latest`."""
     return max(entries, key=age_key(entries))
 
 
 def age_key(entries: Sequence[CheckpointEntry]) -> Callable[[CheckpointEntry], tuple[int, datetime.datetime, int]]:
-    """What the age of these entries goes by: their steps if all have one, else when they were completed."""
+    """Return a sort key for the age of these entries: their steps if all have one, else their times of completion."""
     by_step = all(entry.step is not None for entry in entries)
 
     def key(entry: CheckpointEntry) -> tuple[int, datetime.datetime, int]:
         step = -1 if entry.step is None else entry.step
-        return (step if by_step else 0), entry.modified, step  # the service's times are those of a second
+        return (step if by_step else 0), entry.modified, step  # the service's times have a resolution of a second
 
     return key
 
 
 def entries_of(location: BlobLocation, blobs: Iterable[BlobInfo]) -> list[tuple[CheckpointEntry, Place]]:
-    """The checkpoints among `blobs`, which lie below `location`, in the order of `list_checkpoints`."""
+    """Return the checkpoints among `blobs`, which are below `location`, in the order of `list_checkpoints`."""
     prefix = location.prefix
-    found = []
+    entries = []
     for place in survey(blobs, prefix):
         name = place.path[len(prefix) :]
         try:
             url = str(location.join(name) if name else location)
-        except LocationError as error:  # a name with "//", say, which nobody could load from
+        except LocationError as error:  # no URL leads to a name with "//"
             _log.debug("left out of the listing: %s", error)
             continue
-        found.append((_entry(place, url, name, name or location.name), place))
-    return sorted(found, key=lambda pair: _order(pair[0]))
+        entries.append((_entry(place, url, name, step_of(name or location.name)), place))
+    return sorted(entries, key=lambda pair: _order(pair[0]))
 
 
 def step_of(name: str) -> int | None:
-    """The step that the last part of a checkpoint's name tells, or None.
+    """Return the training step in the last part of a checkpoint's name, or None.
 
-    It is the number behind the last ``step``, ``iter``, ``iteration``, ``checkpoint`` or ``ckpt`` (``step-1000``,
-    ``epoch=3-step=1000``, ``global_step1000``), else the only number of the name, if it stands at its end (``1000``,
+    The step is the number after the last ``step``, ``iter``, ``iteration``, ``checkpoint`` or ``ckpt`` (``step-1000``,
+    ``epoch=3-step=1000``, ``global_step1000``), or else the only number, if the name ends with it (``1000``,
     ``epoch=3``).
     """
     last = name.rpartition("/")[2]
@@ -166,7 +165,7 @@ def step_of(name: str) -> int | None:
     return None if only is None else int(only[1])
 
 
-def _entry(place: Place, url: str, name: str, tells: str) -> CheckpointEntry:
+def _entry(place: Place, url: str, name: str, step: int | None) -> CheckpointEntry:
     complete = place.complete
     dated: Iterable[BlobInfo] = place.blobs
     if complete:
@@ -174,7 +173,7 @@ def _entry(place: Place, url: str, name: str, tells: str) -> CheckpointEntry:
     return CheckpointEntry(
         url=url,
         name=name,
-        step=step_of(tells),
+        step=step,
         size=sum(blob.size for blob in place.blobs),
         blobs=len(place.blobs),
         modified=max(blob.last_modified for blob in dated),
@@ -184,21 +183,21 @@ def _entry(place: Place, url: str, name: str, tells: str) -> CheckpointEntry:
 
 def _order(entry: CheckpointEntry) -> tuple[Any, ...]:
     last = entry.name.rpartition("/")[2]
-    # The URL itself has its parent folder above all others.
+    # A checkpoint at the URL itself comes first.
     return entry.name != "", _natural(entry.folder), entry.step is None, entry.step or 0, _natural(last)
 
 
 def _natural(text: str) -> list[tuple[str, int]]:
-    """A sort key by which run-9 comes before run-10."""
+    """Return a sort key that puts run-9 before run-10."""
     parts = re.split(r"(\d+)", text)
     words, numbers = parts[::2], parts[1::2]
     return [(word, int(number)) for word, number in zip(words, [*numbers, "-1"], strict=True)]
 
 
-def _instead(entries: Sequence[CheckpointEntry]) -> str:
+def _describe_incomplete(entries: Sequence[CheckpointEntry]) -> str:
     if not entries:
         return "No save has left anything there; check the URL"
-    what = "an incomplete save" if len(entries) == 1 else f"{len(entries)} incomplete saves"
+    saves = "1 incomplete save" if len(entries) == 1 else f"{len(entries)} incomplete saves"
     names = ", ".join(entry.name or "the URL itself" for entry in entries[:3])
     more = ", ..." if len(entries) > 3 else ""
-    return f"What is there: {what} ({names}{more}). They are still running or have failed; look above this URL"
+    return f"There is only {saves} ({names}{more}), which may be running or have failed. Try the folder above"

@@ -1,4 +1,4 @@
-"""`prune`: removes the checkpoints that no rule keeps, and what failed saves left behind."""
+"""`prune`: removes the checkpoints that no retention rule keeps, and the leftovers of failed saves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.access import Access
@@ -36,10 +36,10 @@ class Undeleted:
     """Blobs that could not be deleted: they are leased or immutable, or the credential does not allow it.
 
     Attributes:
-        url: of the checkpoint that they belong to, or belonged to.
+        url: the checkpoint that the blobs belong to, or belonged to.
         blobs: paths in the container.
-        size: bytes of all of them.
-        error: that the first of them met.
+        size: bytes of all the blobs.
+        error: the error for the first blob.
     """
 
     url: str
@@ -50,15 +50,16 @@ class Undeleted:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What `prune` did, or would do.
+    """The result of `prune`; of a dry run, what it would remove.
 
     Attributes:
-        removed: complete checkpoints, in the order of `list_checkpoints`.
+        removed: complete checkpoints that were removed, in the order of `list_checkpoints`.
         kept: all other complete checkpoints, and the incomplete ones of which something stays.
-        remains: data blobs of failed saves, removed as well.
-        undeleted: what was to be removed and cannot be deleted. A checkpoint whose metadata or data is leased is whole
-            and in `kept`. Data that turned out to be undeletable is found among the `remains` by the next `prune`.
-        freed: bytes of all that was removed.
+        remains: leftovers of failed saves, which were removed as well.
+        undeleted: blobs that should have been removed and could not be deleted. A checkpoint whose metadata or data is
+            leased stays whole and is in `kept`. Other data that could not be deleted is in the `remains` of the next
+            `prune`.
+        freed: bytes of everything that was removed.
     """
 
     removed: list[CheckpointEntry]
@@ -69,25 +70,25 @@ class PruneReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rules:
+class _RetentionRules:
     keep_last: int | None
     keep_every: int | None
     oldest_to_keep: datetime.datetime | None
 
-    def unwanted(self, run: Sequence[CheckpointEntry]) -> list[CheckpointEntry]:
-        """Those of the complete checkpoints of one run that every rule gives up. Never the newest."""
+    def removable(self, run: Sequence[CheckpointEntry]) -> list[CheckpointEntry]:
+        """Return the complete checkpoints of one run that no rule keeps; never the newest."""
         if self.keep_last is None and self.keep_every is None and self.oldest_to_keep is None:
             return []
-        ordered = sorted(run, key=age_key(run))
-        old = ordered[: max(len(ordered) - (self.keep_last or 1), 0)]
-        # Where some have no step ("best"), the newest by its time need not be the one that training goes on from.
-        furthest = max((entry.step for entry in run if entry.step is not None), default=None)
-        return [entry for entry in old if self._gives_up(entry) and (entry.step is None or entry.step != furthest)]
+        by_age = sorted(run, key=age_key(run))
+        older = by_age[: max(len(by_age) - (self.keep_last or 1), 0)]
+        # If some have no step ("best"), the newest by time need not be the one that training continues from.
+        last_step = max((entry.step for entry in run if entry.step is not None), default=None)
+        return [entry for entry in older if not self._keeps(entry) and (entry.step is None or entry.step != last_step)]
 
-    def _gives_up(self, entry: CheckpointEntry) -> bool:
+    def _keeps(self, entry: CheckpointEntry) -> bool:
         if self.keep_every is not None and (entry.step is None or entry.step % self.keep_every == 0):
-            return False
-        return self.oldest_to_keep is None or entry.modified < self.oldest_to_keep
+            return True
+        return self.oldest_to_keep is not None and entry.modified >= self.oldest_to_keep
 
 
 def prune(
@@ -102,91 +103,97 @@ def prune(
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> PruneReport:
-    """Remove checkpoints at or below a URL that are no longer wanted, and what failed saves left there.
+    """Remove old checkpoints at or below a URL, and the leftovers of failed saves.
 
-    The checkpoints of one parent folder are a run, and each run is looked at by itself. A complete checkpoint is
-    removed only if every rule that was given says so. Without `keep_last`, `keep_every` and `older_than` no complete
-    checkpoint is removed. These stay in any case: the newest complete checkpoint of each run (as `latest` compares
-    them) and, where only some of a run have a step, the one with the highest; a checkpoint at whose place a save may be
-    running, because data younger than `grace` lies there that is newer than its metadata; and a checkpoint that was
-    replaced since it was listed.
+    The checkpoints of one parent folder are a run, and the rules apply to each run. `prune` removes a complete
+    checkpoint only if none of the given rules keeps it. Without `keep_last`, `keep_every` and `older_than` it removes
+    no complete checkpoint. In any case these stay:
 
-    The remains of saves that never committed are removed if nothing was added to them for `grace`. A running save looks
-    just like one that failed, so `grace` must be longer than any save takes from its first rank's last block to its
-    commit. Only blobs named as `AzureBlobWriter` and `AzureBlobHuggingFaceWriter` name them count as remains: what a
-    failed save by torch's own writer left is listed as incomplete, and stays. Models of the HuggingFace layout are no
-    checkpoints of a run, and no rule removes them.
+    - the newest complete checkpoint of each run, compared as by `latest`, and, if only some of a run have a step, the
+      one with the highest step;
+    - a checkpoint that a running save may be replacing: it has data that is younger than `grace` and newer than its
+      metadata;
+    - a checkpoint that was replaced since it was listed.
 
-    Of each checkpoint ``.metadata`` goes first, with a condition on its ETag. A crash in the middle leaves remains,
-    which the next call finds. What cannot be deleted (leased, immutable) stops nothing else: it is in the report's
-    `undeleted`, and a checkpoint of which anything is leased stays whole. It costs a listing (5,000 blobs a request), a
-    request for the time, one for the metadata (or the index) of each checkpoint that is removed or in doubt, and one
-    for each blob that is deleted, all but the listing in parallel.
+    Leftovers are removed if nothing was added to them for `grace`. A running save looks like one that failed, so
+    `grace` must be longer than the time between any rank's last block and the commit of the save. Only blobs with names
+    as `AzureBlobWriter` and `AzureBlobHuggingFaceWriter` give them are leftovers: those of torch's own writer are
+    listed as an incomplete checkpoint, and stay. The rules do not apply to models in the HuggingFace layout.
+
+    ``.metadata`` is deleted first, with a condition on its ETag. After a crash in the middle, the next call finds the
+    rest as leftovers. A blob that cannot be deleted (leased, immutable) stops nothing else: it is in
+    `PruneReport.undeleted`, and a checkpoint with leased data stays whole.
+
+    The cost is a listing (5,000 blobs a request), a request for the time, a request for the metadata or the index of
+    each checkpoint that is removed or in doubt, and a request for each blob that is deleted. All but the listing run in
+    parallel.
 
     Args:
-        keep_last: so many of a run's newest complete checkpoints stay; at least 1.
-        keep_every: those whose step is a multiple of it stay, and those without a step.
-        older_than: those that were completed less than this ago, by the service's clock, stay.
-        grace: for incomplete saves, by the service's clock.
-        dry_run: only tell what would be removed.
+        url: the folder of the checkpoints, or one checkpoint.
+        keep_last: keep this number of a run's newest complete checkpoints; at least 1.
+        keep_every: keep checkpoints whose step is a multiple of this, and those without a step.
+        older_than: keep checkpoints that were completed less than this ago, by the service's clock.
+        grace: age of leftovers that are removed, by the service's clock.
+        dry_run: report what would be removed, and remove nothing.
 
     Raises:
-        ValueError: a rule makes no sense.
-        CheckpointError: some metadata cannot be read, so nobody can tell what it names. Nothing was removed.
-        StoreError: the service could not be asked; from then on nothing was removed.
+        ValueError: a rule is out of range.
+        CheckpointError: some metadata cannot be read, so it is unknown which data it names. Nothing was removed.
+        StoreError: a request failed; from then on nothing was removed.
     """
     _check_rules(keep_last, keep_every, older_than, grace)
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(credential, options, ca_file))
     prefix = location.prefix
-    listed = list(store.list(prefix))
-    if any("/" in blob.path[len(prefix) :] for blob in listed) and not any(blob.is_folder for blob in listed):
-        store.has_directories = False  # they would be listed
-    found = entries_of(location, listed)
-    empty = empty_save_folders(listed)
-    if not (found or empty or has_saved_files(listed)):
+    blobs = list(store.list(prefix))
+    if any("/" in blob.path[len(prefix) :] for blob in blobs) and not any(blob.is_folder for blob in blobs):
+        store.has_directories = False  # the listing would include them
+    listed = entries_of(location, blobs)
+    empty_folders = empty_save_folders(blobs)
+    if not (listed or empty_folders or has_saved_files(blobs)):
         return PruneReport([], [], [])
     now = store.now(prefix)
-    rules = _Rules(keep_last, keep_every, None if older_than is None else now - older_than)
+    rules = _RetentionRules(keep_last, keep_every, None if older_than is None else now - older_than)
     runs: dict[tuple[bool, str], list[CheckpointEntry]] = {}
-    for entry, _ in found:
+    for entry, _ in listed:
         if entry.complete:  # a checkpoint at the URL itself is of the run above it
             runs.setdefault((entry.name == "", entry.folder), []).append(entry)
-    unwanted = {entry.url for run in runs.values() for entry in rules.unwanted(run)}
-    doomed = [
-        (entry, place) for entry, place in found if entry.url in unwanted and not _may_be_in_use(place, now - grace)
+    removable = {entry.url for run in runs.values() for entry in rules.removable(run)}
+    to_remove = [
+        (entry, place) for entry, place in listed if entry.url in removable and not _may_be_in_use(place, now - grace)
     ]
-    # Without its metadata, a checkpoint whose data somebody holds would be lost and its data stay.
-    held = [one for entry, place in doomed for one in _held(store, entry.url, place)]
-    held_urls = {one.url for one in held}
-    doomed = [(entry, place) for entry, place in doomed if entry.url not in held_urls]
-    # In a dry run as well: what cannot be read is better found out then.
-    remains = find_leftovers(store, location, (place for _, place in found), now - grace)
-    remains += find_model_leftovers(store, location, listed, now - grace)
-    removed = {entry.url for entry, _ in doomed}
-    kept: list[Undeleted] = []  # metadata, and with it the checkpoint
-    data: list[Undeleted] = []
+    # Without its metadata, a checkpoint with leased data would be lost, and its data would stay.
+    leased = [one for entry, place in to_remove for one in _leased(store, entry.url, place)]
+    leased_urls = {one.url for one in leased}
+    to_remove = [(entry, place) for entry, place in to_remove if entry.url not in leased_urls]
+    # Also for a dry run, which reports metadata that cannot be read.
+    leftovers = find_leftovers(store, location, (place for _, place in listed), now - grace)
+    leftovers += find_model_leftovers(store, location, blobs, now - grace)
+    removed = {entry.url for entry, _ in to_remove}
+    undeleted_metadata: list[Undeleted] = []  # its checkpoints stay
+    undeleted_data: list[Undeleted] = []
     if not dry_run:
-        sizes = {blob.path: blob.size for blob in listed}
-        removed, kept, data = _remove(store, location, doomed, sizes)
-        errors = remove_leftovers(store, remains)
-        for one in remains:
-            data += _undeleted(one.url, one.blobs, errors, sizes)
-        folders = {folder.path for folder in empty if folder.last_modified <= now - grace}
-        folders |= {folder.rpartition("/")[0] for folder in folders}  # of a checkpoint that there never was, perhaps
+        sizes = {blob.path: blob.size for blob in blobs}
+        removed, undeleted_metadata, undeleted_data = _remove(store, location, to_remove, sizes)
+        errors = remove_leftovers(store, leftovers)
+        for one in leftovers:
+            undeleted_data += _undeleted(one.url, one.blobs, errors, sizes)
+        folders = {folder.path for folder in empty_folders if folder.last_modified <= now - grace}
+        folders |= {folder.rpartition("/")[0] for folder in folders}  # perhaps of a checkpoint that was never completed
         remove_empty_folders(store, store.location, folders, set())
-    freed = sum(entry.size for entry, _ in found if entry.url in removed) + sum(one.size for one in remains)
-    gone = {path for one in remains for path in one.blobs}
+    freed = sum(entry.size for entry, _ in listed if entry.url in removed) + sum(one.size for one in leftovers)
+    leftover_paths = {path for one in leftovers for path in one.blobs}
     return PruneReport(
-        removed=[entry for entry, _ in found if entry.url in removed],
+        removed=[entry for entry, _ in listed if entry.url in removed],
         kept=[
             entry
-            for entry, place in found
-            if entry.url not in removed and (entry.complete or any(blob.path not in gone for blob in place.blobs))
+            for entry, place in listed
+            if entry.url not in removed
+            and (entry.complete or any(blob.path not in leftover_paths for blob in place.blobs))
         ],
-        remains=remains,
-        undeleted=held + kept + data,
-        freed=freed - sum(one.size for one in data),
+        remains=leftovers,
+        undeleted=leased + undeleted_metadata + undeleted_data,
+        freed=freed - sum(one.size for one in undeleted_data),
     )
 
 
@@ -201,8 +208,8 @@ def _check_rules(
             raise ValueError(f"{name} must not be negative, not {time}")
 
 
-def _held(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
-    """The data of a checkpoint that is leased, as one entry if there is any."""
+def _leased(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
+    """Return the leased data of a checkpoint as one entry, or none."""
     blobs = [blob for blobs in place.saves.values() for blob in blobs if blob.leased]
     if not blobs:
         return []
@@ -214,7 +221,7 @@ def _held(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
 
 
 def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
-    """Whether data lies there that a running save may have written: young, and younger than the metadata."""
+    """Whether a running save may have written data there: data younger than the grace period and than the metadata."""
     committed = max(blob.last_modified for blob in place.metadata.values())
     return any(
         blob.last_modified > committed and blob.last_modified > oldest_to_keep
@@ -224,70 +231,69 @@ def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
 
 
 def _remove(
-    store: BlobStore, location: BlobLocation, doomed: list[tuple[CheckpointEntry, Place]], sizes: Mapping[str, int]
+    store: BlobStore, location: BlobLocation, to_remove: list[tuple[CheckpointEntry, Place]], sizes: Mapping[str, int]
 ) -> tuple[set[str], list[Undeleted], list[Undeleted]]:
-    """Remove checkpoints; return the URLs of those that were, and metadata and data that could not be deleted.
+    """Remove checkpoints; return the URLs of the removed ones, and undeleted metadata and data.
 
-    One that was replaced since the listing stays. All metadata is read before the first blob is deleted.
+    A checkpoint that was replaced since the listing stays. All metadata is read before the first blob is deleted.
     """
     cancel = Cancel()
-    names: dict[str, list[str]] = {}  # paths of data blobs by the checkpoint's URL
+    data_paths: dict[str, list[str]] = {}  # by the checkpoint's URL
     etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
-    def look(entry: CheckpointEntry, place: Place) -> None:
-        where = path_location(location, place.path)
-        parts = read_standing(store, where, place.metadata)
-        listed = {rank: blob.etag for rank, blob in place.metadata.items()}
-        if {part.rank: part.stored.etag for part in parts} != listed:
-            _log.info("%s stays: it was replaced or removed a moment ago", entry.url)
+    def read_metadata(entry: CheckpointEntry, place: Place) -> None:
+        checkpoint = path_location(location, place.path)
+        parts = read_standing(store, checkpoint, place.metadata)
+        listed_etags = {rank: blob.etag for rank, blob in place.metadata.items()}
+        if {part.rank: part.stored.etag for part in parts} != listed_etags:
+            _log.info("%s stays, because it was replaced or removed a moment ago", entry.url)
             return
-        names[entry.url] = sorted({where.join(name).path for part in parts for name in part.names})
-        etags[entry.url] = where, [(part.rank, part.stored.etag) for part in parts]
+        data_paths[entry.url] = sorted({checkpoint.join(name).path for part in parts for name in part.names})
+        etags[entry.url] = checkpoint, [(part.rank, part.stored.etag) for part in parts]
 
     removed: set[str] = set()
     failed: dict[str, Undeleted] = {}
-    down: list[ServiceUnavailableError] = []
+    unavailable: list[ServiceUnavailableError] = []
 
-    def hide(url: str) -> None:
-        if down:
+    def remove_metadata(url: str) -> None:
+        if unavailable:
             return
-        where, parts = etags[url]
+        checkpoint, parts = etags[url]
         for rank, etag in parts:
             try:
-                if not delete_metadata(store, where, rank, etag, cancel):
-                    _log.info("%s stays: it was replaced a moment ago", url)
+                if not delete_metadata(store, checkpoint, rank, etag, cancel):
+                    _log.info("%s stays, because it was replaced a moment ago", url)
                     return
             except AzureCheckpointError as error:
-                path = where.join(metadata_name(rank)).path
-                _log.warning("%s stays, for its metadata could not be deleted: %s", url, error)
+                path = checkpoint.join(metadata_name(rank)).path
+                _log.warning("%s stays, because its metadata could not be deleted: %s", url, error)
                 failed[url] = Undeleted(url, [path], sizes.get(path, 0), error)
                 if isinstance(error, ServiceUnavailableError):
-                    down.append(error)
+                    unavailable.append(error)
                 return
         removed.add(url)
 
-    _in_parallel(store, cancel, [functools.partial(look, entry, place) for entry, place in doomed])
-    _in_parallel(store, cancel, [functools.partial(hide, url) for url in names])
-    order = sorted(removed)
+    def run_tasks(tasks: Iterable[Callable[[], None]]) -> None:
+        run_all(tasks, store.options.concurrency, "blob-prune", cancel.cancel)
+
+    run_tasks(functools.partial(read_metadata, entry, place) for entry, place in to_remove)
+    run_tasks(functools.partial(remove_metadata, url) for url in data_paths)
+    urls = sorted(removed)
     errors = remove_blobs(
         store,
         location.container_root(),
-        [path for url in order for path in names[url]],
-        [place.path for entry, place in doomed if entry.url in removed],
+        [path for url in urls for path in data_paths[url]],
+        [place.path for entry, place in to_remove if entry.url in removed],
     )
-    if down:
-        raise down[0]
-    stays = [one for url in order for one in _undeleted(url, names[url], errors, sizes)]
-    return removed, [failed[url] for url in sorted(failed)], stays
+    if unavailable:
+        raise unavailable[0]
+    undeleted_data = [one for url in urls for one in _undeleted(url, data_paths[url], errors, sizes)]
+    return removed, [failed[url] for url in sorted(failed)], undeleted_data
 
 
 def _undeleted(
     url: str, paths: Iterable[str], errors: Mapping[str, AzureCheckpointError], sizes: Mapping[str, int]
 ) -> list[Undeleted]:
-    """Those of a checkpoint's blobs that could not be deleted, as one entry if there are any."""
+    """Return the blobs of a checkpoint that could not be deleted as one entry, or none."""
     blobs = [path for path in paths if path in errors]
     return [Undeleted(url, blobs, sum(sizes.get(path, 0) for path in blobs), errors[blobs[0]])] if blobs else []
-
-
-def _in_parallel(store: BlobStore, cancel: Cancel, tasks: list[functools.partial[None]]) -> None:
-    run_all(tasks, store.options.concurrency, "blob-prune", cancel.cancel)

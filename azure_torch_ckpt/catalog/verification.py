@@ -1,4 +1,4 @@
-"""`verify`: of a sharded checkpoint, or of a model in the layout of Hugging Face."""
+"""`verify`: checks a sharded checkpoint, or a model in the HuggingFace layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.bytemeter import ByteProgress
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, compare
 from azure_torch_ckpt.dcp.verification import verify as verify_checkpoint
@@ -15,6 +14,7 @@ from azure_torch_ckpt.huggingface.leftovers import saved_files_at
 from azure_torch_ckpt.huggingface.reader import AzureBlobHuggingFaceReader
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import ProgressOption
 
 __all__ = ["verify"]
 
@@ -24,26 +24,26 @@ def verify(
     *,
     credential: Credential = None,
     sample: float = 1.0,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> VerifyReport:
     """Read a checkpoint and compare every size and CRC64 with its metadata. Changes nothing.
 
-    Where there is no checkpoint but a model in the layout of Hugging Face, its files are compared with the index. Files
-    of `AzureBlobHuggingFaceWriter` that the index does not name are a problem: readers that list files would load them.
+    If the URL has no checkpoint but a model in the HuggingFace layout, compare its files with the index. Files of
+    `AzureBlobHuggingFaceWriter` that the index does not name are a problem: readers that list files would load them.
 
-    The sizes come from a listing, or where the credential does not allow one from a request for each blob.
+    The sizes come from a listing. If the credential does not allow listing, they come from a request for each blob.
 
     Args:
-        url: the checkpoint's place.
-        sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
-        progress: called with the bytes that were read so far and those that will be; see `ByteProgress`.
+        url: the checkpoint or model.
+        sample: share of the items to read, 0 to 1, chosen at random. The sizes of all blobs are checked in any case.
+        progress: as for `AzureBlobReader`; counts the bytes read.
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint and no model.
         UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read.
-        StoreError: the service could not be asked.
+        StoreError: a request failed.
     """
     try:
         return verify_checkpoint(
@@ -54,22 +54,22 @@ def verify(
         reader = AzureBlobHuggingFaceReader(location, credential=credential, options=options, ca_file=ca_file)
         try:
             metadata = reader.read_metadata()
-        except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):  # the first says what is unknown
-            raise error from None
+        except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):
+            raise error from None  # its message is about the checkpoint that the user asked for
     store = BlobStore(location, Access(credential, options, ca_file))
     report = compare(store, location, metadata, sample, progress)
-    named = {blob.name for blob in report.blobs}
-    strays = [
+    indexed = {blob.name for blob in report.blobs}
+    leftovers = [
         BlobReport(
             name,
             size=None,
             expected_size=0,
             items=0,
             problems=[
-                f"blob {name} is of another save, which is running or has died: the index does not name it, but "
-                "readers that list files (vLLM, SGLang) load it. The next save here removes it, or prune"
+                f"blob {name} is of another save, which is running or was killed: the index does not name it, but "
+                "readers that list files (vLLM, SGLang) load it. The next save here removes it, and so does prune"
             ],
         )
-        for name in sorted(saved_files_at(store, location) - named)
+        for name in sorted(saved_files_at(store, location) - indexed)
     ]
-    return VerifyReport(report.url, report.blobs + strays)
+    return VerifyReport(report.url, report.blobs + leftovers)

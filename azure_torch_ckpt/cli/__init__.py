@@ -1,4 +1,8 @@
-"""The command ``azure-torch-ckpt``: what a person does around checkpoints, from a terminal or a script."""
+"""What does the command ``azure-torch-ckpt`` print and do?
+
+`commands/` has one file for each subcommand; `app` runs them and turns errors into messages and exit codes. Others may
+use `main` alone.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,11 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """The command's entry point. Ends the process."""
+    """Run the command with the arguments of this process, then exit."""
     missing = [name for name in ("click", "rich") if find_spec(name) is None]
     if missing:
         print(
-            f"azure-torch-ckpt: error: the command needs {' and '.join(missing)}. Install what belongs to it: "
-            "pip install 'azure-torch-ckpt[cli]'",
+            f"azure-torch-ckpt: error: the command needs {' and '.join(missing)}: pip install 'azure-torch-ckpt[cli]'",
             file=sys.stderr,
         )
         sys.exit(7)

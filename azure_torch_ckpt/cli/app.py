@@ -1,4 +1,4 @@
-"""The command's frame: its subcommands, and what becomes of errors, signals and broken pipes."""
+"""`app` collects the subcommands; `run` handles their errors, signals and broken pipes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from typing import NoReturn
 import click
 
 from azure_torch_ckpt.cli import exit_codes
-from azure_torch_ckpt.cli.commands.checking import diff, verify
+from azure_torch_ckpt.cli.commands.consolidate import consolidate
+from azure_torch_ckpt.cli.commands.cp import cp
+from azure_torch_ckpt.cli.commands.diff import diff
 from azure_torch_ckpt.cli.commands.emulator import emulator
-from azure_torch_ckpt.cli.commands.looking import latest, ls, show
-from azure_torch_ckpt.cli.commands.moving import consolidate, cp
-from azure_torch_ckpt.cli.commands.removing import prune, rm
+from azure_torch_ckpt.cli.commands.latest import latest
+from azure_torch_ckpt.cli.commands.ls import ls
+from azure_torch_ckpt.cli.commands.prune import prune
+from azure_torch_ckpt.cli.commands.rm import rm
+from azure_torch_ckpt.cli.commands.show import show
+from azure_torch_ckpt.cli.commands.verify import verify
+from azure_torch_ckpt.cli.messages import hint, message_for_people, without_secrets
 from azure_torch_ckpt.cli.output import ReaderGoneError
 
 __all__ = ["app", "run"]
@@ -30,18 +36,18 @@ NAME = "azure-torch-ckpt"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class _InOrder(click.Group):
+class _OrderedGroup(click.Group):
     """Lists its commands in the order in which they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
-class _ToStderr(logging.Handler):
-    """Writes to what ``sys.stderr`` is at the moment: a progress bar puts something there that makes room."""
+class _StderrHandler(logging.Handler):
+    """Writes to the current ``sys.stderr``: a progress bar replaces it to make room for other lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(_for_people(self.format(record)), file=sys.stderr)
+        print(message_for_people(self.format(record)), file=sys.stderr)
 
 
 def _version() -> str:
@@ -51,10 +57,10 @@ def _version() -> str:
         return "(not installed)"
 
 
-@click.group(cls=_InOrder, context_settings=_SETTINGS)
+@click.group(cls=_OrderedGroup, context_settings=_SETTINGS)
 @click.version_option(_version(), prog_name=NAME)
 def app() -> None:
-    """Checkpoints of PyTorch in Azure Blob Storage: find, look into, compare, verify, copy and remove them.
+    """PyTorch checkpoints in Azure Blob Storage: find, inspect, compare, verify, copy and remove them.
 
     \b
     A URL is one of
@@ -64,7 +70,7 @@ def app() -> None:
     with or without a SAS behind it.
 
     \b
-    The credential is the first of these that is there:
+    The command uses the first of these credentials that exists:
       a SAS in the URL; --sas
       AZURE_STORAGE_CONNECTION_STRING
       AZURE_STORAGE_KEY (with AZURE_STORAGE_ACCOUNT, for that account alone)
@@ -96,13 +102,13 @@ for _command in (ls, latest, show, diff, verify, cp, rm, prune, consolidate, emu
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line and return the exit code. Nothing that is printed has a secret in it."""
+    """Run a command line and return the exit code. No output contains a secret."""
     _fill_closed_streams()
-    handler = _ToStderr()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"{NAME}: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("azure").setLevel(logging.CRITICAL)  # what they report comes as an error as well
-    warnings.simplefilter("ignore")  # of torch, at its import
+    logging.getLogger("azure").setLevel(logging.CRITICAL)  # the SDK raises the errors that it logs
+    warnings.simplefilter("ignore")  # torch warns when it is imported
     try:
         with _termination():
             code = app.main(list(arguments), prog_name=NAME, standalone_mode=False)
@@ -116,39 +122,35 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{NAME}: {'nothing was done' if said_no else 'interrupted'}", file=sys.stderr)
         return exit_codes.INTERRUPTED
     except ReaderGoneError:
-        # What is still buffered must not raise again at the end.
+        # The interpreter flushes the buffered rest at exit, which must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        known = exit_codes.exit_code(error)
-        if known != exit_codes.BUG:
-            return _fail(known, str(error), exit_codes.hint(error))
-        print(exit_codes.without_secrets(traceback.format_exc()), file=sys.stderr, end="")
+        error_code = exit_codes.exit_code(error)
+        if error_code != exit_codes.BUG:
+            return _fail(error_code, str(error), hint(error))
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
         return _fail(exit_codes.BUG, "this is a bug in azure-torch-ckpt; please report it with the lines above")
     return int(code or exit_codes.OK)
 
 
 def _fill_closed_streams() -> None:
-    # Python has None for a stream that the caller closed (cron, `>&-`), and a socket would get its number.
+    # If the caller closed a stream (cron, `>&-`), Python's stream is None, and a socket would get its number.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
-def _fail(code: int, message: str, hint: str | None = None) -> int:
-    print(f"{NAME}: error: {_for_people(message)}", file=sys.stderr)
-    if hint is not None:
-        print(f"{NAME}: hint: {hint}", file=sys.stderr)
+def _fail(code: int, message: str, advice: str | None = None) -> int:
+    print(f"{NAME}: error: {message_for_people(message)}", file=sys.stderr)
+    if advice is not None:
+        print(f"{NAME}: hint: {advice}", file=sys.stderr)
     return code
-
-
-def _for_people(message: str) -> str:
-    return exit_codes.without_secrets(exit_codes.in_words_of_the_command(message))
 
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, with everything put in order."""
+    """Let SIGTERM end the command like Ctrl-C, with all cleanup."""
 
     def end(signum: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + signum)

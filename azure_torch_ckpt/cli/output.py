@@ -1,32 +1,36 @@
-"""What the commands print: tables for people, JSON for scripts; notes and bars on stderr."""
+"""`Output`: tables for people or JSON for scripts on stdout; notes and progress bars on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import math
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
 from rich.text import Text
 
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt._internal.units import format_bytes, format_duration
+from azure_torch_ckpt.cli.tables import Table, printable
+from azure_torch_ckpt.progress import Progress
 
-__all__ = ["Output", "ReaderGoneError", "age", "local_time", "printable", "ranges", "zone"]
+__all__ = ["Output", "ReaderGoneError", "age", "local_time", "plural", "ranges", "zone"]
 
-# Wider than any line: what goes into a pipe or a file is not cut or folded.
+# Wider than any line: output to a pipe or a file is neither cut nor folded.
 _NO_LIMIT = 100_000
 
 
 class ReaderGoneError(Exception):
-    """Who reads our output through a pipe has enough of it. (click would end with 1 after an OSError.)"""
+    """The reader of our stdout closed its pipe. (After an OSError, click would exit with 1.)"""
 
 
 class Output:
-    """Where a command's results go.
+    """Prints a command's results.
 
     Args:
         as_json: print one JSON document to stdout, and no tables.
@@ -37,15 +41,17 @@ class Output:
         self._out = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
         if not self._out.is_terminal:
             self._out.width = _NO_LIMIT
-        self.err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
     @property
     def interactive(self) -> bool:
-        """Whether a person can be asked."""
+        """Whether a person can answer a question."""
         return sys.stdin.isatty() and sys.stderr.isatty()
 
-    def print(self, what: str | Text | Table = "") -> None:
-        """A line or a table for people, on stdout."""
+    def print(self, what: str | Text | Table = "", style: str = "") -> None:
+        """Print a line or a table for people to stdout. A `Text` must be printable already."""
+        if isinstance(what, str):
+            what = Text(printable(what), style)
         text = Text("\n").join(what.lines(self._out.width)) if isinstance(what, Table) else what
         if not self._out.is_terminal:
             lines = str(text).splitlines()
@@ -56,47 +62,67 @@ class Output:
         _write("".join(f"{line.rstrip()}\n" for line in lines or [""]))
 
     def note(self, text: str) -> None:
-        """A remark, on stderr."""
-        self.err.print(text, soft_wrap=True)
+        """Print a remark to stderr."""
+        self._err.print(text, soft_wrap=True)
 
     def json(self, **document: Any) -> None:
-        """The command's result as one JSON document on stdout."""
+        """Print the command's result to stdout as one JSON document."""
         plain = {"version": 1, **{name: _plain(value) for name, value in document.items()}}
         _write(json.dumps(plain, indent=2) + "\n")
 
-    def waiting(self, for_what: str) -> AbstractContextManager[Any]:
-        """Shows that something is being done, on a terminal, as long as the block lasts."""
-        return self.err.status(for_what, spinner="line" if self.err.options.ascii_only else "dots")
+    def spinner(self, description: str) -> contextlib.AbstractContextManager[Any]:
+        """Show a spinner on a terminal until the block ends."""
+        return self._err.status(description, spinner="line" if self._err.options.ascii_only else "dots")
+
+    @contextlib.contextmanager
+    def progress_bar(self, description: str) -> Iterator[Callable[[Progress], None] | None]:
+        """Show a bar with bytes, rate and time left on stderr; yield the callback for ``progress=``.
+
+        Yields None if stderr is not a terminal. The bar disappears when the block ends: the command's result repeats
+        its numbers.
+        """
+        if not self._err.is_terminal:
+            yield None
+            return
+        columns = (
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(bar_width=None),
+            _BytesColumn(),
+            _RateColumn(),
+            _TimeLeftColumn(),
+        )
+        with rich_progress.Progress(*columns, console=self._err, transient=True, expand=True) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)
+
+
+class _BytesColumn(rich_progress.ProgressColumn):
+    def render(self, task: rich_progress.Task) -> Text:
+        total = "" if task.total is None else f" of {format_bytes(task.total)}"
+        return Text(f"{format_bytes(task.completed)}{total}", justify="right")
+
+
+class _RateColumn(rich_progress.ProgressColumn):
+    def render(self, task: rich_progress.Task) -> Text:
+        return Text("" if task.speed is None else f"{format_bytes(task.speed)}/s", justify="right")
+
+
+class _TimeLeftColumn(rich_progress.ProgressColumn):
+    max_refresh = 0.5
+
+    def render(self, task: rich_progress.Task) -> Text:
+        left = task.time_remaining
+        return Text(f"{format_duration(max(left, 1.0))} left" if left else "", justify="right")
 
 
 def _write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        # What stdout cannot encode is an escape, as Python has it for stderr.
+        # Characters that stdout cannot encode are escaped, as Python does for stderr.
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError as error:
         raise ReaderGoneError from error
-
-
-def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would obey and for what stdout cannot encode.
-
-    Names in a container may hold any character.
-    """
-    if text.isprintable() and _encodes(text):
-        return text
-    return "".join(
-        char if char.isprintable() and _encodes(char) else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def local_time(moment: datetime.datetime) -> str:
@@ -115,8 +141,13 @@ def age(moment: datetime.datetime) -> str:
     for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         count = int(seconds // length)
         if count >= 1:
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+            return f"{plural(count, unit)} ago"
     return "just now"
+
+
+def plural(count: int, noun: str) -> str:
+    """``"1 blob"``, ``"2 blobs"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def ranges(numbers: set[int]) -> str:
@@ -131,7 +162,7 @@ def ranges(numbers: set[int]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: data classes as objects, times in UTC, checksums (64 bits) as hexadecimal text."""
+    """Convert a value for JSON: data classes to objects, times to UTC, CRC64 checksums to hexadecimal text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {
@@ -145,7 +176,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.datetime):
         return value.astimezone(datetime.timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no word for it
+        return str(value)  # JSON has no nan and no infinity
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return str(value)

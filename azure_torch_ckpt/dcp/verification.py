@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from torch.distributed.checkpoint.metadata import Metadata
 
 from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import open_standing
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["BlobReport", "VerifyReport", "compare", "verify"]
@@ -71,7 +72,7 @@ def verify(
     *,
     credential: Credential = None,
     sample: float = 1.0,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> VerifyReport:
@@ -82,7 +83,7 @@ def verify(
     Args:
         url: the checkpoint's place.
         sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
-        progress: called with the bytes that were read so far and those that will be; see `ByteProgress`.
+        progress: as for `AzureBlobReader`; counts the bytes read.
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint.
@@ -91,12 +92,13 @@ def verify(
     """
     if not 0 <= sample <= 1:
         raise ValueError(f"sample is a share between 0 and 1, not {sample}")
+    check_progress(progress)
     checkpoint = open_standing(url, Access(credential, options, ca_file))
     return compare(checkpoint.store, checkpoint.location, checkpoint.metadata, sample, progress)
 
 
 def compare(
-    store: BlobStore, location: BlobLocation, metadata: Metadata, sample: float, progress: ByteProgress | None
+    store: BlobStore, location: BlobLocation, metadata: Metadata, sample: float, progress: ProgressOption
 ) -> VerifyReport:
     """`verify` by metadata that was read already."""
     by_blob: dict[str, list[tuple[str, StoredItem]]] = {}
@@ -112,7 +114,7 @@ def compare(
         if not reports[path].problems and (sample >= 1 or random.random() < sample)
     ]
     total = sum(item.length for _, _, item in chosen)
-    with byte_meter("verify", str(location), total, progress) as meter:
+    with Meter(progress, Progress("verify", str(location), job_rank(), 0, total, 0.0)) as meter:
         download = Download(store, total, moved=meter.moved)
         download.run(
             read for report, name, item in chosen for read in _reads(location, report, name, item, download.part_size)

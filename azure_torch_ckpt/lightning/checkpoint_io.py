@@ -16,47 +16,66 @@ from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.removal import remove_checkpoint
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
-from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, CheckpointNotFoundError, StoreError
+from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, ConfigurationError, StoreError
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.objects.background_saves import BackgroundSaves, settle
+from azure_torch_ckpt.objects.background_saves import BackgroundSaves, wait_for_pending
 from azure_torch_ckpt.objects.codec import MapLocation, pack
+from azure_torch_ckpt.objects.resuming import torch_file_time
 from azure_torch_ckpt.objects.single_process import load_object, save_state_dict
 from azure_torch_ckpt.options import TransferOptions
 
-from .signatures import keep_signatures_out_of_logs
-from .stock import LOAD_TAKES_WEIGHTS_ONLY, CheckpointIO, TorchCheckpointIO, WrappingCheckpointIO
+from .log_filter import keep_signatures_out_of_logs
+from .stock import (
+    CheckpointIO,
+    TorchCheckpointIO,
+    WrappingCheckpointIO,
+    default_weights_only,
+    weights_only_argument,
+)
 
-__all__ = ["AzureBlobCheckpointIO", "blob_checkpoint_io", "blob_location"]
+__all__ = ["AzureBlobCheckpointIO", "blob_location", "required_checkpoint_io"]
 
-# Statuses of a blob that has a lease, a snapshot, a legal hold or an immutability policy.
-_NOT_TO_BE_DELETED = (409, 412)
+# Statuses of a deletion if the blob has a lease, a snapshot, a legal hold or an immutability policy.
+_DELETION_FORBIDDEN = (409, 412)
 
 _log = logging.getLogger(__name__)
 
-_OURS = re.compile(r"(https?|azblob):/", re.IGNORECASE)
+_BLOB_URL = re.compile(r"(https?|azblob):/", re.IGNORECASE)
 
 
 keep_signatures_out_of_logs()
 
 
 def blob_location(path: str | Path) -> BlobLocation | None:
-    """The place in Blob Storage that Lightning means by `path`; None for a path of any other kind.
+    """The location in Blob Storage that `path` names; None for any other kind of path.
 
-    ``Path("https://...")``, which Fabric and the strategies make of a URL, has lost a slash; it is understood.
+    ``Path("https://...")``, which Fabric and the strategies make of a URL, has lost a slash; it is accepted.
 
     Raises:
-        LocationError: it is a URL, and names no place in Blob Storage.
+        LocationError: `path` is a URL, but not one of Blob Storage.
     """
     text = os.fspath(path)
-    return BlobLocation.parse(text) if _OURS.match(text) else None
+    return BlobLocation.parse(text) if _BLOB_URL.match(text) else None
 
 
-def blob_checkpoint_io(plugin: CheckpointIO | None) -> AzureBlobCheckpointIO | None:
-    """Our plugin, if it is the one or the one within Lightning's wrappers."""
+def required_checkpoint_io(plugin: CheckpointIO | None, path: str | Path) -> AzureBlobCheckpointIO:
+    """Our plugin: `plugin` itself, or the one in Lightning's wrappers.
+
+    Args:
+        path: in Blob Storage, for the error.
+
+    Raises:
+        ConfigurationError: it is another plugin.
+    """
     while isinstance(plugin, WrappingCheckpointIO):
         plugin = plugin.checkpoint_io
-    return plugin if isinstance(plugin, AzureBlobCheckpointIO) else None
+    if not isinstance(plugin, AzureBlobCheckpointIO):
+        raise ConfigurationError(
+            f"{type(plugin).__name__} cannot save checkpoints to {blob_location(path)}. Give the Trainer or Fabric "
+            "plugins=[AzureBlobCheckpointIO(...)] of azure_torch_ckpt.lightning"
+        )
+    return plugin
 
 
 class AzureBlobCheckpointIO(CheckpointIO):
@@ -65,26 +84,26 @@ class AzureBlobCheckpointIO(CheckpointIO):
         Trainer(plugins=[AzureBlobCheckpointIO()], callbacks=[AzureBlobModelCheckpoint(dirpath=url)])
 
     A checkpoint at ``<url>/epoch=1.ckpt`` is one of `torch.distributed.checkpoint`: ``.metadata`` and data blobs below
-    that prefix. What it holds comes back as ``torch.save`` and ``torch.load`` would bring it back, object for object. A
-    save over an existing checkpoint replaces it at once and whole, or not at all.
+    that prefix. Loading returns what ``torch.save`` and ``torch.load`` would return, object for object. A save over an
+    existing checkpoint replaces all of it at once, or nothing.
 
-    Paths that are no URL of Blob Storage go to Lightning's own plugin: some of its tools keep checkpoints of their own
-    on the local disk.
+    Lightning's own plugin handles all other paths: some of Lightning's tools keep temporary checkpoints on the local
+    disk.
 
     Args:
         credential: as for `AzureBlobWriter`.
-        async_save: let a save return when the checkpoint has been copied to host memory (two copies at most: a third
-            save waits), and upload it in a thread while training goes on. Saves and removals keep their order. A save
-            that failed leaves the old checkpoint where it is, keeps removals that were asked for since from being
-            carried out, and is raised by the next call, the end of ``fit`` included. Fabric does not tear its plugins
-            down: call `teardown` (or `wait`) at the end, or a failure is only logged.
+        async_save: return from a save when the checkpoint has been copied to host memory (at most two copies: a third
+            save waits), and upload it in a thread while training continues. Saves and removals keep their order. A
+            failed save leaves the old checkpoint in place, and later removals are skipped. The next call, or the end of
+            ``fit``, raises its error. Fabric does not tear its plugins down: call `teardown` (or `wait`) at the end, or
+            a failure is only logged.
         options: limits of connections, memory and time.
         ca_file: a PEM file with certificates to trust besides the platform's.
 
     Attributes:
         credential, options, ca_file: as given.
 
-    Pickling works; the pickle holds the credential, and nothing of what waits to be uploaded.
+    A pickle has the credential, and no pending saves.
     """
 
     def __init__(
@@ -113,15 +132,15 @@ class AzureBlobCheckpointIO(CheckpointIO):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, credential=state["credential"].restore())
 
-    # What Lightning calls
+    # Lightning calls these methods.
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save `checkpoint` at `path`, which one process does.
+        """Save `checkpoint` at `path`. One process calls it.
 
         Raises:
-            TypeError: there are `storage_options`; Lightning's own plugin knows none either.
-            AzureCheckpointError: the save failed; what stood at the URL still stands. With ``async_save``, an earlier
-                save failed.
+            TypeError: there are `storage_options`, which Lightning's own plugin does not accept either.
+            AzureCheckpointError: the save failed; the checkpoint at the URL has not changed. With ``async_save``, an
+                earlier save failed.
         """
         location = blob_location(path)
         if location is None:
@@ -129,10 +148,10 @@ class AzureBlobCheckpointIO(CheckpointIO):
             return
         if storage_options is not None:
             raise TypeError(
-                f"{type(self).__name__} takes no storage_options. The credential, the options and the certificates of "
-                "the plugin hold for all of its saves"
+                f"{type(self).__name__} takes no storage_options. Give credential, options and ca_file to the plugin, "
+                "for all of its saves"
             )
-        settle(str(location), besides=self._saves)
+        wait_for_pending(str(location), besides=self._saves)
         if not self._async_save:
             save_state_dict(pack(checkpoint).state_dict(), self._writer_at(path))
             return
@@ -146,59 +165,58 @@ class AzureBlobCheckpointIO(CheckpointIO):
         map_location: MapLocation = "cpu",
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load the checkpoint at `path`, once everything that ``async_save`` has in hand is done.
+        """Load the checkpoint at `path`, or the blob there that ``torch.save`` wrote, as Lightning's own plugin does.
 
-        A save of another plugin of this process that is on its way to `path` is waited for, too.
-
-        A blob that ``torch.save`` wrote (a checkpoint of Lightning's own plugin) is understood as well.
+        It first waits for all pending saves of this plugin, and for pending saves of other plugins of this process to
+        `path`.
 
         Args:
-            map_location: as for ``torch.load``; Lightning's own plugin loads to the CPU by default, too.
-            weights_only: as for ``torch.load``. None means what it means to the Lightning that is installed: True from
-                2.6 on, False before.
+            map_location: as for ``torch.load``. The default is that of Lightning's own plugin.
+            weights_only: as for ``torch.load``. None means the default of the installed Lightning: True from 2.6 on,
+                False before.
 
         Raises:
-            CheckpointNotFoundError: there is none.
-            UnsupportedCheckpointError: it holds more than ``weights_only`` allows.
-            AzureCheckpointError: it cannot be read; with ``async_save``, an earlier save failed.
+            CheckpointNotFoundError: there is no checkpoint at `path`.
+            UnsupportedCheckpointError: ``weights_only`` does not allow the objects in the checkpoint.
+            AzureCheckpointError: the checkpoint cannot be read; with ``async_save``, an earlier save failed.
         """
         location = blob_location(path)
-        if not LOAD_TAKES_WEIGHTS_ONLY and weights_only is None:
-            weights_only = False
+        weights_only = default_weights_only(weights_only)
         if location is None:
-            return self._load_local(path, map_location, weights_only)
+            arguments: dict[str, Any] = {"map_location": map_location, **weights_only_argument(weights_only)}
+            return self._local.load_checkpoint(path, **arguments)
         self.wait_for(path)
         loaded: dict[str, Any]
         try:
             loaded = load_object(self.reader(path), map_location, weights_only)
         except CheckpointNotFoundError:
-            if not self._is_blob(path):
+            if not self._is_torch_file(path):
                 raise
-            with BlobIO(path, "rb", credential=self.credential, options=self.options, ca_file=self.ca_file) as stream:
+            with BlobIO(path, "rb", **self._connection) as stream:
                 loaded = torch.load(stream, map_location=map_location, weights_only=weights_only)
         return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the checkpoint at `path`. If there is none, there is nothing to do.
+        """Remove the checkpoint at `path`, if there is one.
 
-        Where the service does not allow it (a SAS without the right to delete, a lease, an immutability policy) the
-        checkpoint stays, which is logged as a warning: training is worth more than the space.
+        If the service does not allow it (a SAS without the right to delete, a lease, an immutability policy), the
+        checkpoint stays, and a warning is logged: training is worth more than the space.
 
         Raises:
-            AzureCheckpointError: it could not be removed; with ``async_save``, an earlier save failed.
+            AzureCheckpointError: the removal failed; with ``async_save``, an earlier save failed.
         """
         location = blob_location(path)
         if location is None:
             self._local.remove_checkpoint(path)
             return
-        settle(str(location), besides=self._saves)
+        wait_for_pending(str(location), besides=self._saves)
         if self._async_save:
             self._background().remove(str(location), lambda: self._remove(path))
         else:
             self._remove(path)
 
     def teardown(self) -> None:
-        """Wait for what is pending and let go of the memory of the copies. The plugin can be used again.
+        """Wait for all pending saves and removals, and free the memory of the copies. The plugin can be used again.
 
         Raises:
             CheckpointError: a save of ``async_save`` failed.
@@ -208,39 +226,45 @@ class AzureBlobCheckpointIO(CheckpointIO):
         finally:
             self._saves = None
 
-    # For whoever works with the same storage
+    # The callback, the strategies and users call these methods.
 
     def wait(self) -> None:
         """Wait until all saves and removals of ``async_save`` are done.
 
         Raises:
-            CheckpointError: one of them failed, and no call has said so yet.
+            CheckpointError: one of them failed, and no call has raised that yet.
         """
         if self._saves is not None:
             self._saves.wait()
 
     def wait_for(self, path: str | Path) -> None:
-        """Wait until all saves of this plugin are done, and those that another one has on their way to `path`.
+        """Wait for all pending saves of this plugin, and for those of other plugins to `path`.
 
         Raises:
-            CheckpointError: one of them failed, and no call has said so yet.
+            CheckpointError: one of them failed, and no call has raised that yet.
         """
         self.wait()
-        settle(str(BlobLocation.parse(path)))
+        wait_for_pending(str(BlobLocation.parse(path)))
 
     def store(self, path: str | Path) -> tuple[BlobLocation, BlobStore]:
-        """The place that a remote `path` names, and the store of its container, the same for all calls."""
+        """The location of a URL, and the store of its container, which is the same in all calls."""
         location = BlobLocation.parse(path)
         root = location.container_root()
         if root not in self._stores:
-            self._stores[root] = BlobStore(root, Access(self.credential, self.options, self.ca_file))
+            self._stores[root] = BlobStore(root, Access(**self._connection))
         return location, self._stores[root]
 
     def reader(self, path: str | Path) -> AzureBlobReader:
-        return AzureBlobReader(path, credential=self.credential, options=self.options, ca_file=self.ca_file)
+        """A reader of the checkpoint at `path`, with the plugin's credential."""
+        return AzureBlobReader(path, **self._connection)
 
     def writer(self, path: str | Path) -> AzureBlobWriter:
-        return AzureBlobWriter(path, credential=self.credential, options=self.options, ca_file=self.ca_file)
+        """A writer of a checkpoint at `path`, with the plugin's credential."""
+        return AzureBlobWriter(path, **self._connection)
+
+    @property
+    def _connection(self) -> dict[str, Any]:
+        return {"credential": self.credential, "options": self.options, "ca_file": self.ca_file}
 
     def _background(self) -> BackgroundSaves:
         if self._saves is None:
@@ -250,7 +274,7 @@ class AzureBlobCheckpointIO(CheckpointIO):
     def _writer_at(self, path: str | Path) -> AzureBlobWriter:
         """One writer for all saves: it keeps its connections, and knows the blobs of the save that it replaces."""
         if self._kept_writer is None or self._kept_writer[0] != os.getpid():
-            # Not the parent's after a fork: it may be in the middle of a save, and would take that for a failed one.
+            # After a fork, not the parent's writer: it may be in the middle of a save, and would treat that as failed.
             self._kept_writer = (os.getpid(), self.writer(path))
         _, writer = self._kept_writer
         writer.reset(path)
@@ -258,34 +282,19 @@ class AzureBlobCheckpointIO(CheckpointIO):
 
     def _remove(self, path: str | Path) -> None:
         try:
-            self._remove_whatever_it_is(path)
+            try:
+                remove_checkpoint(path, **self._connection)
+            except CheckpointNotFoundError:
+                if self._is_torch_file(path):
+                    location, store = self.store(path)
+                    store.delete(location.path)
         except StoreError as error:
-            if not isinstance(error, AccessDeniedError) and error.status not in _NOT_TO_BE_DELETED:
+            if not isinstance(error, AccessDeniedError) and error.status not in _DELETION_FORBIDDEN:
                 raise
-            _log.warning("%s stays, for the service does not let it be removed: %s", BlobLocation.parse(path), error)
+            _log.warning(
+                "%s stays, because the service does not allow removing it: %s", BlobLocation.parse(path), error
+            )
 
-    def _remove_whatever_it_is(self, path: str | Path) -> None:
-        try:
-            remove_checkpoint(path, credential=self.credential, options=self.options, ca_file=self.ca_file)
-        except CheckpointNotFoundError:
-            if self._is_blob(path):
-                location, store = self.store(path)
-                store.delete(location.path)
-
-    def _is_blob(self, path: str | Path) -> bool:
-        """Whether a blob of this very name is there: a checkpoint that Lightning's own plugin has written.
-
-        In an account with a hierarchical namespace a folder is an empty blob
-        (https://learn.microsoft.com/azure/storage/blobs/data-lake-storage-namespace).
-        """
+    def _is_torch_file(self, path: str | Path) -> bool:
         location, store = self.store(path)
-        try:
-            return bool(location.path) and store.stat(location.path).size > 0
-        except BlobNotFoundError:
-            return False
-
-    def _load_local(self, path: str | Path, map_location: MapLocation, weights_only: bool | None) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"map_location": map_location}
-        if LOAD_TAKES_WEIGHTS_ONLY:
-            arguments["weights_only"] = weights_only
-        return self._local.load_checkpoint(path, **arguments)
+        return torch_file_time(store, location) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pydoc
 import tempfile
 from pathlib import Path
@@ -11,26 +10,26 @@ from typing import Any
 import torch
 
 from .checkpoint_io import AzureBlobCheckpointIO, blob_location
-from .stock import pytorch
+from .stock import command_line
 
 __all__ = ["AzureBlobLightningCLI"]
 
-_cli = importlib.import_module(f"{pytorch.__name__}.cli")
+_cli = command_line()
 
 
-class AzureBlobLightningCLI(_cli.LightningCLI):  # type: ignore[misc,name-defined]  # a module of either namespace
-    """`LightningCLI` that takes the hyperparameters of a model from its checkpoint in Blob Storage, too.
+class AzureBlobLightningCLI(_cli.LightningCLI):  # type: ignore[misc,name-defined]  # a module of either distribution
+    """`LightningCLI` that also takes the hyperparameters of a model from its checkpoint in Blob Storage.
 
         AzureBlobLightningCLI(Model, Data)      # python train.py test --ckpt_path=https://... --trainer.plugins=...
 
-    From 2.6 on ``LightningCLI`` builds the model with the hyperparameters of the checkpoint ``--ckpt_path``, which it
-    opens itself and only if it is a local file. With a URL it builds the model with the defaults, and says nothing.
+    From 2.6 on ``LightningCLI`` makes the model with the hyperparameters of the checkpoint ``--ckpt_path``, which it
+    only opens if it is a local file. With a URL it makes the model with the defaults, without a warning.
 
-    The credential is that of the `AzureBlobCheckpointIO` among ``--trainer.plugins``.
+    The `AzureBlobCheckpointIO` among ``--trainer.plugins`` has the credential.
 
     Raises:
         CheckpointNotFoundError: there is no checkpoint at the URL.
-        UnsupportedCheckpointError: the hyperparameters are more than ``weights_only=True`` allows.
+        UnsupportedCheckpointError: ``weights_only=True`` does not allow the hyperparameters.
     """
 
     def _parse_ckpt_path(self) -> None:
@@ -39,7 +38,7 @@ class AzureBlobLightningCLI(_cli.LightningCLI):  # type: ignore[misc,name-define
         if not path or blob_location(path) is None:
             super()._parse_ckpt_path()
             return
-        # The tensors stay where they are.
+        # On the device "meta", no tensor is downloaded.
         checkpoint = self._plugin(subcommand).load_checkpoint(path, map_location="meta", weights_only=True)
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "hyperparameters.ckpt"
@@ -51,16 +50,16 @@ class AzureBlobLightningCLI(_cli.LightningCLI):  # type: ignore[misc,name-define
                 self.config[subcommand]["ckpt_path"] = path
 
     def _plugin(self, subcommand: str) -> AzureBlobCheckpointIO:
-        """The plugin that the Trainer will have, which is not made yet."""
+        """The plugin of the Trainer, which does not exist yet."""
         plugins = self.config[subcommand].get("trainer", {}).get("plugins")
         for plugin in plugins if isinstance(plugins, list) else [plugins]:
             if isinstance(plugin, AzureBlobCheckpointIO):
                 return plugin
-            named = pydoc.locate(str(getattr(plugin, "class_path", "")))
-            if isinstance(named, type) and issubclass(named, AzureBlobCheckpointIO):
+            plugin_class = pydoc.locate(str(getattr(plugin, "class_path", "")))
+            if isinstance(plugin_class, type) and issubclass(plugin_class, AzureBlobCheckpointIO):
                 parser = _cli.ArgumentParser()
                 parser.add_subclass_arguments(AzureBlobCheckpointIO, "plugin")
-                made: Any = parser.instantiate_classes(parser.parse_object({"plugin": plugin}))
-                found: AzureBlobCheckpointIO = made.plugin
-                return found
+                instances: Any = parser.instantiate_classes(parser.parse_object({"plugin": plugin}))
+                instance: AzureBlobCheckpointIO = instances.plugin
+                return instance
         return AzureBlobCheckpointIO()

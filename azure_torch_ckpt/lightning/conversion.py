@@ -1,4 +1,4 @@
-"""From a ``.ckpt`` file of Lightning's own plugin to a checkpoint in Blob Storage, and back."""
+"""Converts a ``.ckpt`` file of Lightning's own plugin to a checkpoint in Blob Storage, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.objects.background_saves import settle
+from azure_torch_ckpt.objects.background_saves import wait_for_pending
 from azure_torch_ckpt.objects.single_process import load_object, save_object
 from azure_torch_ckpt.options import TransferOptions
 
@@ -29,22 +29,22 @@ def import_checkpoint(
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> None:
-    """Save what a local ``.ckpt`` file holds (or any other file of ``torch.save``) as a checkpoint at `url`.
+    """Save the contents of a local ``.ckpt`` file, or of any other file of ``torch.save``, as a checkpoint at `url`.
 
-    The file is mapped, so that its tensors are read as they are sent. They are saved as CPU tensors.
+    The file is mapped into memory, so that its tensors are read as they are sent. They are saved as CPU tensors.
 
     Args:
-        weights_only: as for ``torch.load``: with False the file may run code. Only for one that you trust.
-        overwrite: whether a checkpoint that stands at `url` may be replaced.
+        weights_only: as for ``torch.load``: with False the file may run code. Use it only for a file that you trust.
+        overwrite: whether to replace a checkpoint at `url`.
 
     Raises:
-        CheckpointExistsError: a checkpoint stands there.
+        CheckpointExistsError: there is a checkpoint at `url`, and `overwrite` is False.
         AzureCheckpointError: the save failed; nothing changed at `url`.
         Whatever ``torch.load`` raises for the file.
     """
     writer = AzureBlobWriter(url, credential=credential, overwrite=overwrite, options=options, ca_file=ca_file)
-    settle(writer.checkpoint_id)
-    # Only files of the form that torch.save has written since 1.6 can be mapped.
+    wait_for_pending(writer.checkpoint_id)
+    # Only the format that torch.save writes since torch 1.6 can be mapped.
     mapped = zipfile.is_zipfile(file)
     save_object(torch.load(file, map_location="cpu", mmap=mapped, weights_only=weights_only), writer)
 
@@ -58,20 +58,21 @@ def export_checkpoint(
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> None:
-    """Write the checkpoint at `url` as a local file that a stock Lightning loads. The file appears when it is whole.
+    """Write the checkpoint at `url` to a local file that a stock Lightning loads. The file appears once it is complete.
 
-    The tensors are in memory while it is written. They are CPU tensors in the file.
+    All tensors are in memory while the file is written. They are CPU tensors in the file.
 
     Args:
-        weights_only: as for ``torch.load``: with False the checkpoint may run code. Only for one that you trust.
+        weights_only: as for ``torch.load``: with False the checkpoint may run code. Use it only for a checkpoint that
+            you trust.
 
     Raises:
-        CheckpointNotFoundError: there is no checkpoint.
-        AzureCheckpointError: it cannot be read.
+        CheckpointNotFoundError: there is no checkpoint at `url`.
+        AzureCheckpointError: the checkpoint cannot be read.
         OSError: the file cannot be written.
     """
     reader = AzureBlobReader(url, credential=credential, options=options, ca_file=ca_file)
-    settle(reader.checkpoint_id)
+    wait_for_pending(reader.checkpoint_id)
     checkpoint = load_object(reader, "cpu", weights_only)
     with AtomicFile(file) as new:
         torch.save(checkpoint, new.file)

@@ -1,4 +1,4 @@
-"""`load_from_checkpoint`: a LightningModule or LightningDataModule from a checkpoint in Blob Storage."""
+"""`load_from_checkpoint`: makes a LightningModule or LightningDataModule from a checkpoint in Blob Storage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from azure_torch_ckpt.objects.codec import MapLocation
 from azure_torch_ckpt.options import TransferOptions
 
 from .checkpoint_io import AzureBlobCheckpointIO
-from .stock import LOAD_TAKES_WEIGHTS_ONLY, pytorch
+from .stock import pytorch, weights_only_argument
 
 __all__ = ["load_from_checkpoint"]
 
@@ -33,43 +33,42 @@ def load_from_checkpoint(
     ca_file: str | None = None,
     **kwargs: Any,
 ) -> _Loadable:
-    """What ``cls.load_from_checkpoint(path, ...)`` does with a file, with the checkpoint that stands at `url` now.
+    """Do what ``cls.load_from_checkpoint(path, ...)`` does with a file, for the present checkpoint at `url`.
 
-    Lightning's own method keeps what it downloads from ``https://`` in a local cache by the last part of the URL, and
-    takes another run's ``last.ckpt`` from there for yours; it cannot read a checkpoint of many blobs either.
+    Lightning's own method caches downloads from ``https://`` under the last part of the URL, so that it may return
+    another run's ``last.ckpt`` from the cache. It cannot read a checkpoint of many blobs either.
 
-    While it loads, the checkpoint is in memory twice.
+    While this loads, the checkpoint is in memory twice.
 
     Args:
         cls: a LightningModule or LightningDataModule.
         map_location, hparams_file, strict, weights_only: as for ``cls.load_from_checkpoint``. None for `map_location`
-            puts tensors where they were saved, or on the CPU where there is no such device.
+            restores tensors to the device that they were saved from, or to the CPU if there is no such device.
         credential, options, ca_file: as for `AzureBlobCheckpointIO`.
-        kwargs: for ``cls``, in place of its saved hyperparameters.
+        kwargs: for ``cls``; they replace saved hyperparameters.
 
     Raises:
-        LocationError: `url` names no place in Blob Storage.
-        CheckpointNotFoundError: there is no checkpoint.
-        AzureCheckpointError: it cannot be read.
+        LocationError: `url` is not a URL of Blob Storage.
+        CheckpointNotFoundError: there is no checkpoint at `url`.
+        AzureCheckpointError: the checkpoint cannot be read.
         Whatever ``cls.load_from_checkpoint`` raises.
     """
     plugin = AzureBlobCheckpointIO(credential, options=options, ca_file=ca_file)
-    where: MapLocation = _where_it_was if map_location is None else map_location
-    checkpoint = plugin.load_checkpoint(url, where, weights_only)
+    restore: MapLocation = _saved_device if map_location is None else map_location
+    checkpoint = plugin.load_checkpoint(url, restore, weights_only)
     stream = io.BytesIO()
     torch.save(checkpoint, stream)
     del checkpoint
     stream.seek(0)
-    if LOAD_TAKES_WEIGHTS_ONLY:
-        kwargs["weights_only"] = weights_only
+    kwargs |= weights_only_argument(weights_only)
     if issubclass(cls, pytorch.LightningModule):
         kwargs["strict"] = strict
     loaded: _Loadable = cls.load_from_checkpoint(stream, map_location=None, hparams_file=hparams_file, **kwargs)
     return loaded
 
 
-def _where_it_was(storage: torch.types.Storage, location: str) -> Any:
-    """None lets torch.load do what it does by default."""
+def _saved_device(storage: torch.types.Storage, location: str) -> Any:
+    """For ``map_location``: None restores a storage to its saved device, as ``torch.load`` does by default."""
     kind = location.partition(":")[0]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     is_there = kind == "cpu" or (accelerator is not None and accelerator.type == kind)

@@ -1,4 +1,4 @@
-"""The public names of `azure_torch_ckpt.lightning`, and so of `azure_torch_ckpt.pytorch_lightning`."""
+"""The public names of `azure_torch_ckpt.lightning` and of `azure_torch_ckpt.pytorch_lightning`."""
 
 from __future__ import annotations
 

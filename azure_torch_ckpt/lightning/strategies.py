@@ -1,4 +1,4 @@
-"""Strategies of the Trainer whose ranks save and load a checkpoint in Blob Storage together."""
+"""The Trainer's strategies: all ranks save and load a checkpoint in Blob Storage together."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import Any
 from torch.optim import Optimizer
 
 from azure_torch_ckpt.errors import CheckpointError
-from azure_torch_ckpt.objects.sharded import Place
-from azure_torch_ckpt.objects.states import FsdpStates, States, by_name, by_number, gathered, is_by_name
+from azure_torch_ckpt.objects.sharded import DTensorEntry
+from azure_torch_ckpt.objects.states import FsdpStates, by_name, by_number, gathered, is_by_name
 
-from .sharding import KeepsInBlobs, give_mesh, is_sharded_path
-from .stock import LOAD_TAKES_WEIGHTS_ONLY, pytorch
+from .blob_strategy import BlobStrategy, give_mesh, is_sharded_path
+from .stock import pytorch, weights_only_argument
 
 __all__ = ["AzureDDPStrategy", "AzureFSDPStrategy", "AzureModelParallelStrategy"]
 
 _State = dict[str, Any]
 
 
-class _BlobStrategy(KeepsInBlobs, pytorch.strategies.ParallelStrategy):
-    """Base of them all. Paths of any other kind than Blob Storage are left to the strategy of Lightning."""
+class _TrainerStrategy(BlobStrategy, pytorch.strategies.ParallelStrategy):
+    """Base of the Trainer's strategies. Lightning's own strategy handles paths outside of Blob Storage."""
 
-    _states: States = States()
     _loaded_sharded = False
 
     def save_checkpoint(self, checkpoint: _State, filepath: str | Path, storage_options: Any = None) -> None:
@@ -31,41 +30,34 @@ class _BlobStrategy(KeepsInBlobs, pytorch.strategies.ParallelStrategy):
 
         Raises:
             TypeError: there are `storage_options`.
-            AzureCheckpointError: the save failed on some rank; what stood at the URL still stands.
+            AzureCheckpointError: the save failed on some rank; the checkpoint at the URL has not changed.
         """
         path = self.broadcast(filepath)
         if not is_sharded_path(path):
             self._save_elsewhere(checkpoint, path, storage_options)
         elif self._saves_shards:
-            self._checkpoints.save(self.checkpoint_io, checkpoint, path, storage_options)
+            self._save_sharded(checkpoint, path, storage_options)
         else:
-            self._checkpoints.save_on_rank_0(self.checkpoint_io, checkpoint, path, storage_options)
+            self._save_on_rank_0(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> _State:
-        """Load on all ranks what each of them needs.
+        """Load on each rank the part that it needs.
 
         Raises:
-            AzureCheckpointError: it cannot be loaded on some rank.
+            AzureCheckpointError: some rank cannot load the checkpoint.
         """
         path = self.broadcast(checkpoint_path)
         self._loaded_sharded = is_sharded_path(path)
         if self._loaded_sharded:
-            checkpoint: _State = self._checkpoints.load(
-                self.checkpoint_io,
+            checkpoint: _State = self._load_sharded(
                 path,
                 self.root_device,
-                self._places,
+                self._dtensors,
                 without=() if self._needs_optimizers else ("optimizer_states",),
                 weights_only=weights_only,
             )
             return checkpoint
-        arguments = {"weights_only": weights_only} if LOAD_TAKES_WEIGHTS_ONLY else {}
-        return super().load_checkpoint(path, **arguments)
-
-    @property
-    def _saves_shards(self) -> bool:
-        """Whether the states of this strategy are of a kind that each rank saves its part of."""
-        return True
+        return super().load_checkpoint(path, **weights_only_argument(weights_only))
 
     @property
     def _needs_optimizers(self) -> bool:
@@ -74,17 +66,17 @@ class _BlobStrategy(KeepsInBlobs, pytorch.strategies.ParallelStrategy):
     def _save_elsewhere(self, checkpoint: _State, path: str | Path, storage_options: Any) -> None:
         super().save_checkpoint(checkpoint, path, storage_options)
 
-    def _places(self, checkpoint: _State) -> Iterable[Place]:
+    def _dtensors(self, checkpoint: _State) -> Iterable[DTensorEntry]:
         return ()
 
 
-class AzureDDPStrategy(_BlobStrategy, pytorch.strategies.DDPStrategy):
-    """DDP whose ranks each upload a share of a checkpoint in Blob Storage, and each download a share of it.
+class AzureDDPStrategy(_TrainerStrategy, pytorch.strategies.DDPStrategy):
+    """DDP: each rank uploads a part of a checkpoint in Blob Storage, and downloads a part of it.
 
         Trainer(strategy=AzureDDPStrategy(), plugins=[AzureBlobCheckpointIO()])
 
-    What is saved is what rank 0 has. Tensors that have the same bytes on other ranks, as parameters and the states of
-    optimizers mostly do, are shared out among them; each rank computes a checksum of its tensors to find out. On
+    The checkpoint has rank 0's state. Tensors with the same bytes on several ranks, as most parameters and optimizer
+    states are, are distributed among these ranks; each rank computes a checksum of its tensors to find out. On
     loading, one rank reads each large tensor and sends it to the others.
 
     The arguments are those of Lightning's ``DDPStrategy``.
@@ -99,12 +91,12 @@ class AzureDDPStrategy(_BlobStrategy, pytorch.strategies.DDPStrategy):
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
 
-class _ModelShardingStrategy(_BlobStrategy):
-    """For models whose parameters are sharded: the module and its optimizers are loaded as DTensors."""
+class _ModelShardingStrategy(_TrainerStrategy):
+    """Base of the strategies for sharded models, whose module and optimizers are loaded as DTensors."""
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        # The strategy of Lightning has done it by then, in `load_checkpoint`.
+        # Otherwise Lightning's strategy has already restored it in `load_checkpoint`.
         return self._loaded_sharded
 
     @property
@@ -132,8 +124,8 @@ class _ModelShardingStrategy(_BlobStrategy):
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.optimizers):
             raise CheckpointError(
-                f"The checkpoint has the states of {len(states)} optimizers, and there are {len(self.optimizers)}. "
-                "Resume with those that it was saved with"
+                f"The checkpoint has the states of {len(states)} optimizers, and the model has {len(self.optimizers)}. "
+                "Resume with the optimizers that were saved"
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             self._states.load_optimizer(self.model, optimizer, state)
@@ -144,11 +136,11 @@ class _ModelShardingStrategy(_BlobStrategy):
         finally:
             self.checkpoint_io.teardown()
 
-    def _places(self, checkpoint: _State) -> Iterable[Place]:
+    def _dtensors(self, checkpoint: _State) -> Iterable[DTensorEntry]:
         assert self.model is not None
-        yield from self._states.module_places(checkpoint.get("state_dict", {}), self.model)
+        yield from self._states.module_dtensors(checkpoint.get("state_dict", {}), self.model)
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            yield from self._states.optimizer_places(state, self.model, optimizer)
+            yield from self._states.optimizer_dtensors(state, self.model, optimizer)
 
     def _save_elsewhere(self, checkpoint: _State, path: str | Path, storage_options: Any) -> None:
         if self._saves_shards and "optimizer_states" in checkpoint:
@@ -162,26 +154,22 @@ class _ModelShardingStrategy(_BlobStrategy):
 
 
 class AzureModelParallelStrategy(_ModelShardingStrategy, pytorch.strategies.ModelParallelStrategy):
-    """FSDP2 and tensor parallelism, with checkpoints in Blob Storage of which each rank saves and loads its shard.
+    """FSDP2 and tensor parallelism: each rank saves and loads its shards of a checkpoint in Blob Storage.
 
         Trainer(strategy=AzureModelParallelStrategy(), plugins=[AzureBlobCheckpointIO()])
 
     The arguments are those of Lightning's ``ModelParallelStrategy``. With ``save_distributed_checkpoint=False`` the
-    state is assembled in rank 0's memory and saved from there; what is stored is the same.
+    state is assembled in rank 0's memory and saved from there; the checkpoint is the same.
     """
-
-    @property
-    def _saves_shards(self) -> bool:
-        return bool(self._save_distributed_checkpoint)
 
 
 class AzureFSDPStrategy(_ModelShardingStrategy, pytorch.strategies.FSDPStrategy):
-    """FSDP1, with checkpoints in Blob Storage of which each rank saves and loads its shard.
+    """FSDP1: each rank saves and loads its shards of a checkpoint in Blob Storage.
 
         Trainer(strategy=AzureFSDPStrategy(), plugins=[AzureBlobCheckpointIO()])
 
-    The arguments are those of Lightning's ``FSDPStrategy``, but that ``state_dict_type`` is "sharded" if it is not
-    given. With "full" the state is assembled in rank 0's memory and saved from there; what is stored is the same.
+    The arguments are those of Lightning's ``FSDPStrategy``, except that ``state_dict_type`` is "sharded" by default.
+    With "full" the state is assembled in rank 0's memory and saved from there; the checkpoint is the same.
     ``HYBRID_SHARD`` needs ``device_mesh=(replicas, shards)``.
     """
 
@@ -193,11 +181,7 @@ class AzureFSDPStrategy(_ModelShardingStrategy, pytorch.strategies.FSDPStrategy)
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        give_mesh(self.kwargs, self.sharding_strategy.name, self.root_device)
-
-    @property
-    def _saves_shards(self) -> bool:
-        return bool(self._state_dict_type == "sharded")
+        give_mesh(self)
 
 
 def _bare(optimizer: Optimizer | pytorch.core.optimizer.LightningOptimizer) -> Optimizer:

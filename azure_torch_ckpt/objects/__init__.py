@@ -1,4 +1,10 @@
-"""Checkpoints of any Python object, saved and loaded by one process; what the Lightning plugins stand on."""
+"""How does any Python object become tensors and come back, on one process or on all ranks?
+
+`codec` turns an object into a flat state dict and back; `single_process` and `sharded` save and load it. The Lightning
+plugins are built on these, on `states` (of modules and optimizers), `background_saves` and `resuming`. The names below
+are public. Nothing here knows Lightning, because each module of `lightning/` exists twice, once for each of Lightning's
+distributions, and a pickle in a checkpoint must not depend on the distribution.
+"""
 
 from __future__ import annotations
 

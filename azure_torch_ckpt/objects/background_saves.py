@@ -1,4 +1,4 @@
-"""Saves and removals of checkpoints in a thread, one after the other and in the order in which they were asked for."""
+"""`BackgroundSaves`: saves and removals of checkpoints in a thread, one after the other, in the order of the calls."""
 
 from __future__ import annotations
 
@@ -7,30 +7,66 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from azure_torch_ckpt.blobs.workers import WAIT_SECONDS
+from azure_torch_ckpt.dcp.tensors.memory import copy_elements
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.objects.codec import SKELETON, Packed
-from azure_torch_ckpt.objects.snapshot import Snapshot
 
-__all__ = ["BackgroundSaves", "is_being_saved", "settle"]
+__all__ = ["BackgroundSaves", "Snapshot", "is_being_saved", "wait_for_pending"]
 
 _log = logging.getLogger(__name__)
 
-# One that is being uploaded and one that waits for it: two saves of one moment (the best and the last) cost the
-# caller no wait, and memory stays bounded.
+# One that is being uploaded and one that waits for it: two saves in a row (the best and the last) do not make the
+# caller wait, and memory stays bounded.
 _SNAPSHOTS = 2
+
+
+class Snapshot:
+    """Host memory for one copy of a state dict. The next copy of tensors of the same shapes reuses the memory.
+
+    The memory is pinned for tensors on a CUDA or XPU device, so that the device's copy engine fills it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Contiguous copies on the CPU, complete when this returns and valid until the next call."""
+        # A tensor made in inference mode cannot be written to outside of it, and the memory is used again.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._take(tensors)
+
+    def _take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept, self._buffers = self._buffers, {}
+        filling: set[torch.device] = set()
+        for name, tensor in tensors.items():
+            pinned = tensor.device.type in ("cuda", "xpu")
+            buffer = kept.pop(name, None)
+            if buffer is None or not _fits(buffer, tensor, pinned):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+            copy_elements(tensor.detach(), buffer, repr(name), non_blocking=pinned)
+            self._buffers[name] = buffer
+            if pinned:
+                filling.add(tensor.device)
+        for device in filling:
+            torch.accelerator.current_stream(device).synchronize()
+        return dict(self._buffers)
+
+
+def _fits(buffer: torch.Tensor, tensor: torch.Tensor, pinned: bool) -> bool:
+    return buffer.shape == tensor.shape and buffer.dtype == tensor.dtype and buffer.is_pinned() == pinned
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A save, or a removal where there is no snapshot."""
+    """A save, or a removal if there is no snapshot."""
 
-    where: str
+    url: str
     work: Callable[[], None]
     snapshot: Snapshot | None = None
 
@@ -38,48 +74,51 @@ class _Task:
     def kind(self) -> str:
         return "removal" if self.snapshot is None else "save"
 
-    def is_within(self, where: str) -> bool:
-        return self.where == where or self.where.startswith(f"{where}/")
+    def is_within(self, url: str) -> bool:
+        return self.url == url or self.url.startswith(f"{url}/")
 
     def __str__(self) -> str:
-        return f"The {self.kind} of {self.where} in the background"
+        return f"The {self.kind} of {self.url} in the background"
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class _FailedTask:
     task: _Task
     error: BaseException
 
-    def told(self) -> CheckpointError:
+    def as_error(self) -> CheckpointError:
         error = CheckpointError(
-            f"{self.task} failed: {self.error}. What stood there before still stands, and no checkpoint was removed "
-            "since. If the cause is gone, save again"
+            f"{self.task} failed: {self.error}. The checkpoint that was there before is still there, and no checkpoint "
+            "was removed since. Save again once the cause is gone"
         )
         error.__cause__ = self.error
         return error
 
 
 class BackgroundSaves:
-    """A queue of saves and removals, and the thread that works through it for as long as there is something to do.
+    """A queue of saves and removals, and a thread that runs while the queue has tasks.
 
-    A save that failed is reported by the next call of any method, once. From the failure to its report no removal is
-    carried out: the checkpoint that was to be removed may be the one that the failed save was to replace.
+    The next call of any method raises the error of a failed save, once. From the failure until then, removals are
+    skipped: the failed save may have been meant to replace the checkpoint to remove.
 
     The interpreter does not exit before the queue is empty. Only one thread may call the methods. In the child of a
-    fork the queue is empty: what waits is the parent's.
+    fork the queue is empty: pending tasks are the parent's.
     """
 
     def __init__(self) -> None:
         self._start_over()
-        _everybody.add(self)
+        _instances.add(self)
 
-    def save(self, packed: Packed, where: str, upload: Callable[[dict[str, torch.Tensor]], None]) -> None:
-        """Copy what is to be saved and return; ``upload`` gets the copy, later and in another thread.
+    def save(self, packed: Packed, url: str, upload: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        """Copy an object to host memory, and queue its upload. Waits while two earlier copies are not uploaded yet.
 
-        Waits while two earlier copies are unsaved.
+        Args:
+            packed: the object.
+            url: of the checkpoint.
+            upload: called with the copy, later and in another thread.
 
         Raises:
-            CheckpointError: an earlier save failed. This one was not begun.
+            CheckpointError: an earlier save failed. This one did not begin.
         """
         self._check_process()
         with self._changed:
@@ -92,10 +131,10 @@ class BackgroundSaves:
             with self._changed:
                 self._free.append(snapshot)
             raise
-        self._submit(_Task(where, lambda: upload(state_dict), snapshot))
+        self._submit(_Task(url, lambda: upload(state_dict), snapshot))
 
-    def remove(self, where: str, work: Callable[[], None]) -> None:
-        """Carry out a removal after everything that was asked for before.
+    def remove(self, url: str, work: Callable[[], None]) -> None:
+        """Queue the removal `work` of the checkpoint at `url`, behind all earlier tasks.
 
         Raises:
             CheckpointError: an earlier save failed. Nothing is removed.
@@ -103,7 +142,7 @@ class BackgroundSaves:
         self._check_process()
         with self._changed:
             self._raise_failure()
-        self._submit(_Task(where, work))
+        self._submit(_Task(url, work))
 
     def wait(self) -> None:
         """Wait until the queue is empty.
@@ -116,25 +155,26 @@ class BackgroundSaves:
             self._wait_for(lambda: self._thread is None)
             self._raise_failure()
 
-    def last_at(self, where: str) -> str | None:
-        """What was asked for last at `where` and is not done: "save" or "removal"."""
+    def last_pending(self, url: str) -> str | None:
+        """The kind of the last pending task at `url`: "save", "removal" or None."""
         self._check_process()
         with self._changed:
-            pending = [task for task in self._pending() if task.where == where]
+            pending = [task for task in self._pending() if task.url == url]
         return pending[-1].kind if pending else None
 
-    def settle(self, where: str) -> None:
-        """Wait until nothing at `where`, or below it, is pending.
+    def wait_for_pending(self, url: str) -> None:
+        """Wait until no task at `url`, or below it, is pending.
 
         Raises:
-            CheckpointError: a save there failed, and no call has said so yet; the next call of the methods above will.
+            CheckpointError: a save there failed, and no call has raised that yet; the next call of the methods above
+                raises it again.
         """
         self._check_process()
         with self._changed:
-            self._wait_for(lambda: not any(task.is_within(where) for task in self._pending()))
+            self._wait_for(lambda: not any(task.is_within(url) for task in self._pending()))
             failure = self._failure
-        if failure is not None and failure.task.snapshot is not None and failure.task.is_within(where):
-            raise failure.told()
+        if failure is not None and failure.task.snapshot is not None and failure.task.is_within(url):
+            raise failure.as_error()
 
     def _pending(self) -> list[_Task]:
         return [*([] if self._running is None else [self._running]), *self._tasks]
@@ -149,25 +189,25 @@ class BackgroundSaves:
         self._tasks: deque[_Task] = deque()
         self._running: _Task | None = None
         self._free = [Snapshot() for _ in range(_SNAPSHOTS)]
-        self._failure: _Failure | None = None
+        self._failure: _FailedTask | None = None
         self._thread: threading.Thread | None = None
 
     def _check_process(self) -> None:
-        if self._pid != os.getpid():  # the thread is the parent's, and the lock may have been held when it forked
+        if self._pid != os.getpid():  # the thread is the parent's, which may have held the lock when it forked
             self._start_over()
 
     def _raise_failure(self) -> None:
         if self._failure is None:
             return
         failure, self._failure = self._failure, None
-        raise failure.told()
+        raise failure.as_error()
 
     def _submit(self, task: _Task) -> None:
         with self._changed:
             self._tasks.append(task)
             if self._thread is not None:
                 return
-            # No daemon: the interpreter waits for it, and it ends by itself.
+            # Not a daemon: the interpreter waits for it, and it ends by itself.
             thread = threading.Thread(target=self._run, name="checkpoint-saves", daemon=False)
             try:
                 thread.start()
@@ -191,7 +231,7 @@ class BackgroundSaves:
                 skip = task.snapshot is None and self._failure is not None
             failure = None
             if skip:
-                _log.warning("%s was not removed, for a save before that failed", task.where)
+                _log.warning("%s was not removed, because an earlier save failed", task.url)
             else:
                 failure = _carry_out(task)
             with self._changed:
@@ -201,33 +241,33 @@ class BackgroundSaves:
                 self._changed.notify_all()
 
 
-_everybody: weakref.WeakSet[BackgroundSaves] = weakref.WeakSet()
+_instances: weakref.WeakSet[BackgroundSaves] = weakref.WeakSet()
 
 
-def is_being_saved(where: str) -> bool:
-    """Whether a checkpoint at `where` is on its way in this process, and is not to be removed after that."""
-    return any(saves.last_at(where) == "save" for saves in list(_everybody))
+def is_being_saved(url: str) -> bool:
+    """Whether this process is saving a checkpoint at `url`, with no removal queued behind the save."""
+    return any(saves.last_pending(url) == "save" for saves in list(_instances))
 
 
-def settle(where: str, besides: BackgroundSaves | None = None) -> None:
-    """Wait until nothing in this process is pending at `where`, or below it, whoever asked for it.
+def wait_for_pending(url: str, besides: BackgroundSaves | None = None) -> None:
+    """Wait until no task of this process is pending at `url`, or below it, in any queue.
 
     Args:
-        besides: not waited for.
+        besides: a queue not to wait for.
 
     Raises:
-        CheckpointError: a save there failed, and nobody was told yet.
+        CheckpointError: a save there failed, and no call has raised that yet.
     """
-    for saves in list(_everybody):
+    for saves in list(_instances):
         if saves is not besides:
-            saves.settle(where)
+            saves.wait_for_pending(url)
 
 
-def _carry_out(task: _Task) -> _Failure | None:
+def _carry_out(task: _Task) -> _FailedTask | None:
     try:
         task.work()
     except BaseException as error:
-        # At once, for the next call may be far away, and at the interpreter's exit there is none.
+        # At once: the next call may be much later, and at the interpreter's exit there is none.
         _log.error("%s failed: %s", task, error)
-        return _Failure(task, error)
+        return _FailedTask(task, error)
     return None

@@ -1,4 +1,4 @@
-"""Steps that all ranks take together: one that fails on a rank fails on all of them, and nobody waits for the lost."""
+"""Steps that all ranks take, with collective errors: if one rank fails, every rank raises, so none waits for it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch.distributed as dist
 
 from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointError
 
-__all__ = ["together"]
+__all__ = ["run_on_all_ranks"]
 
 _Result = TypeVar("_Result")
 
 
-def together(work: Callable[[], _Result]) -> _Result:
-    """What `work` returns on this rank, once it has succeeded on every rank of the default process group.
+def run_on_all_ranks(work: Callable[[], _Result]) -> _Result:
+    """Call `work` on every rank of the default process group, and return once it has succeeded on all of them.
+
+    Returns:
+        The result of `work` on this rank.
 
     Raises:
-        What `work` raised on this rank.
-        AzureCheckpointError: it raised on another; the error of the lowest such rank.
+        Whatever `work` raised on this rank.
+        AzureCheckpointError: `work` raised on another rank. The error is that of the lowest such rank.
     """
     result: list[_Result] = []
     failure: Exception | None = None
@@ -27,18 +30,18 @@ def together(work: Callable[[], _Result]) -> _Result:
         result.append(work())
     except Exception as error:
         failure = error
-    told: list[AzureCheckpointError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if failure is None else _to_tell(failure))
+    errors: list[AzureCheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if failure is None else _picklable(failure))
     if failure is not None:
         raise failure
-    for theirs in told:
-        if theirs is not None:
-            raise theirs
+    for error_of_rank in errors:
+        if error_of_rank is not None:
+            raise error_of_rank
     return result[0]
 
 
-def _to_tell(error: Exception) -> AzureCheckpointError:
-    """The error, if all ranks can unpickle it."""
+def _picklable(error: Exception) -> AzureCheckpointError:
+    """The error itself, if all ranks can unpickle it; else one that quotes it."""
     if isinstance(error, AzureCheckpointError):
         return error
-    return CheckpointError(f"It failed on rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    return CheckpointError(f"Rank {dist.get_rank()} failed: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Where tensors lie in the memory that they share, and which of them must be stored so that no byte is missing."""
+"""`Geometry`: where tensors lie in the memory that they share, and which of them must be stored to keep every byte."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Geometry", "carve", "contiguous", "needed"]
+__all__ = ["Geometry", "carve", "contiguous", "positions_to_store"]
 
-# The largest element of any dtype, a complex128: an offset rounded down to it is one that every dtype can have.
+# The size of the largest element of any dtype, a complex128. Every dtype can have an offset that is a multiple of it.
 _ALIGNMENT = 16
 
 
@@ -24,7 +24,7 @@ class Geometry:
         stride: of each dimension, in elements.
 
     Raises:
-        ValueError: no tensor can lie so.
+        ValueError: no tensor can have this geometry.
     """
 
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Geometry:
     def __post_init__(self) -> None:
         numbers = (self.offset, *self.size, *self.stride)
         if len(self.size) != len(self.stride) or min(numbers) < 0 or self.offset % self.dtype.itemsize:
-            raise ValueError(f"{self} is no tensor's place in memory")
+            raise ValueError(f"No tensor can have {self}")
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Geometry:
@@ -52,19 +52,19 @@ class Geometry:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the elements lie one after the other, in row-major order."""
+        """Whether the elements lie in row-major order without gaps."""
         return self.stride == contiguous(self.size)
 
     @property
     def is_dense(self) -> bool:
-        """Whether as many elements lie between the first and the last as the tensor has."""
+        """Whether the elements fill the memory from the first to the last, in any order."""
         return math.prod(self.size) * self.dtype.itemsize == self.end - self.offset
 
     def stored(self) -> Geometry:
-        """The tensor to store for this one: it has the same bytes, and no two of its elements share a place.
+        """The tensor to store for this one: it has the same bytes, and no two of its elements share memory.
 
-        It is this one itself, but for a tensor that repeats its elements: what `expand` repeats is stored once, and for
-        any other overlap everything from the first element to the last is, in one dimension.
+        It differs from this one only if elements are repeated. What `expand` repeats is stored once; for any other
+        overlap, everything from the first element to the last is stored, in one dimension.
         """
         dims = list(zip(self.size, self.stride, strict=True))
         once = tuple(1 if stride == 0 and size > 1 else size for size, stride in dims)
@@ -89,14 +89,17 @@ def contiguous(size: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def needed(geometries: Sequence[Geometry]) -> list[int]:
-    """Which of the tensors of one storage must be stored (as `Geometry.stored`) to have the bytes of all; positions.
+def positions_to_store(geometries: Sequence[Geometry]) -> list[int]:
+    """Which tensors of one storage must be stored (as `Geometry.stored`) to keep the bytes of all of them.
 
-    A tensor that lies within a dense one need not be stored, and of equal ones the first is.
+    A tensor that lies within a dense one need not be stored; of equal tensors the first is.
+
+    Returns:
+        Positions in `geometries`.
     """
     chosen: list[int] = []
     taken: set[Geometry] = set()
-    dense_to = -1  # the farthest end of a dense tensor that starts no later than the one that is looked at
+    dense_to = -1  # the farthest end of a dense tensor that starts no later than the current one
     stored = [geometry.stored() for geometry in geometries]
     for position in sorted(range(len(stored)), key=lambda at: (stored[at].offset, -stored[at].end, at)):
         geometry = stored[position]
@@ -110,7 +113,7 @@ def needed(geometries: Sequence[Geometry]) -> list[int]:
 
 
 def carve(geometries: Sequence[Geometry], device: torch.device) -> list[torch.Tensor]:
-    """New tensors that lie to each other in one new storage as `geometries` say. Their values are undefined."""
+    """New tensors in one new storage, at the relative positions of `geometries`. Their values are undefined."""
     start = min((geometry.offset for geometry in geometries), default=0) // _ALIGNMENT * _ALIGNMENT
     end = max((geometry.end for geometry in geometries), default=0)
     storage = torch.empty(max(end - start, 0), dtype=torch.uint8, device=device).untyped_storage()

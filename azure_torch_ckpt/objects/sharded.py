@@ -1,4 +1,4 @@
-"""Saves and loads packed objects on all ranks of the default process group, in the layout of `objects.storage`."""
+"""Saves and loads packed objects on all ranks of the default process group, in the form of `objects.single_process`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from torch.distributed.tensor import empty as empty_dtensor
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.tensors.memory import copy_elements, copyable
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
-from azure_torch_ckpt.objects.codec import Slot, Unpacked, pack, unpack
-from azure_torch_ckpt.objects.collective import together
-from azure_torch_ckpt.objects.sharing_planner import SharingPlanner
+from azure_torch_ckpt.objects.codec import Placeholder, Unpacked, pack, unpack
+from azure_torch_ckpt.objects.collective import run_on_all_ranks
+from azure_torch_ckpt.objects.dedup_planner import DedupSavePlanner
 from azure_torch_ckpt.objects.single_process import check_items, read_items, read_skeleton
 
-__all__ = ["Place", "load_sharded", "save_sharded"]
+__all__ = ["DTensorEntry", "load_sharded", "save_sharded"]
 
-# What is smaller every rank reads for itself: a broadcast takes longer than a few more bytes in a request.
-_WORTH_A_BROADCAST = 1024 * 1024
+# Every rank reads smaller tensors itself: a broadcast takes longer than a few more bytes in a request.
+_BROADCAST_SIZE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DTensorEntry:
     """An entry of a loaded dict that is to be a DTensor.
 
     Attributes:
-        like: it becomes one on the same mesh, with the same placements.
-        other_shapes: what becomes of one with another shape than `like`: a DTensor with all of it on every rank, or
-            (False) the plain tensor that it is anyway.
+        holder: the dict.
+        key: of the entry.
+        like: the entry becomes a DTensor on the same mesh, with the same placements.
+        other_shapes: whether an entry with another shape than `like` becomes a replicated DTensor. Otherwise it stays a
+            plain tensor.
     """
 
     holder: dict[Any, Any]
@@ -48,16 +50,16 @@ class Place:
 def save_sharded(value: Any, writer: AzureBlobWriter) -> None:
     """Save an object of which every rank has a copy. All ranks call it.
 
-    What is saved is what rank 0 has; of a DTensor each rank saves its shard. Plain tensors of other ranks that are
-    proven equal to rank 0's (see `SharingPlanner`) are shared out among them.
+    The checkpoint has rank 0's object; of a DTensor, each rank saves its shard. Plain tensors that several ranks hold
+    with the same bytes are distributed among these ranks (see `DedupSavePlanner`).
 
     Raises:
-        Those of `AzureBlobWriter` and `pack`; on all ranks the same.
+        Those of `AzureBlobWriter` and `pack`, the same on all ranks.
     """
-    packed = together(lambda: pack(value))
+    packed = run_on_all_ranks(lambda: pack(value))
     state_dict = packed.state_dict() if dist.get_rank() == 0 else packed.tensors
     try:
-        dcp.save(state_dict, storage_writer=writer, planner=SharingPlanner(dist.get_world_size()))
+        dcp.save(state_dict, storage_writer=writer, planner=DedupSavePlanner(dist.get_world_size()))
     except CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
 
@@ -65,28 +67,28 @@ def save_sharded(value: Any, writer: AzureBlobWriter) -> None:
 def load_sharded(
     reader: AzureBlobReader,
     device: torch.device,
-    places: Callable[[Any], Iterable[Place]] = lambda value: (),
+    dtensors: Callable[[Any], Iterable[DTensorEntry]] = lambda value: (),
     *,
     without: tuple[str, ...] = (),
     weights_only: bool | None = None,
 ) -> Any:
-    """Load what `save_sharded`, `save_object` or the Lightning plugin saved. All ranks call it.
+    """Load an object that `save_sharded`, `save_object` or the Lightning plugin saved. All ranks call it.
 
-    Of what becomes a DTensor every rank reads what it holds. Large plain tensors are read by one rank each, and sent
-    to the others; they are on the CPU then.
+    Of a DTensor, every rank reads its own shard. One rank reads each large plain tensor and sends it to the others.
+    Plain tensors are loaded to the CPU.
 
     Args:
         device: where this rank's tensors must be for a broadcast in the process group.
-        places: told the object, whose tensors are still empty, says which of them become DTensors.
-        without: entries of the object, a dict, that are not wanted.
+        dtensors: called with the object while its tensors are empty; returns those that become DTensors.
+        without: entries of the object, a dict, to leave out.
         weights_only: as for ``torch.load``.
 
     Raises:
         Those of `AzureBlobReader` and `unpack`, on all ranks.
-        CheckpointReplacedError: the ranks have found different checkpoints at the URL.
+        CheckpointReplacedError: the ranks read different checkpoints at the URL.
     """
 
-    def look() -> tuple[Metadata, Unpacked, LoadPlan]:
+    def read_skeleton_of_rank() -> tuple[Metadata, Unpacked, LoadPlan]:
         metadata = reader.read_metadata()
 
         def fetch(early: Unpacked) -> None:
@@ -94,99 +96,101 @@ def load_sharded(
             read_items(reader, metadata, early.allocate())
 
         unpacked = unpack(read_skeleton(reader, metadata), "cpu", weights_only, reader.checkpoint_id, fetch)
-        _forget(unpacked, without)
+        _drop_entries(unpacked, without)
         check_items(unpacked, metadata, reader.checkpoint_id)
         return metadata, unpacked, reader.prepare_local_plan(LoadPlan([]))
 
-    metadata, unpacked, seen = together(look)
-    everybody: list[LoadPlan] = [seen] * dist.get_world_size()
-    dist.all_gather_object(everybody, seen)
-    reader.prepare_global_plan(everybody)  # raises where they differ, and so on all ranks
+    metadata, unpacked, plan = run_on_all_ranks(read_skeleton_of_rank)
+    plans: list[LoadPlan] = [plan] * dist.get_world_size()
+    dist.all_gather_object(plans, plan)
+    reader.prepare_global_plan(plans)  # raises on all ranks if the plans are of different checkpoints
 
     def read() -> dict[str, torch.Tensor]:
-        sharded, plain = _targets(unpacked, places(unpacked.value))
+        sharded, plain = _allocate(unpacked, dtensors(unpacked.value))
         owners = _owners(plain)
         mine = {name: tensor for name, tensor in plain.items() if owners.get(name, dist.get_rank()) == dist.get_rank()}
         for items in _rounds([*sharded, *mine.items()]):
             read_items(reader, metadata, items)
         return plain
 
-    plain = together(read)
+    plain = run_on_all_ranks(read)
     for name, owner in _owners(plain).items():
         _broadcast(plain[name], owner, device)
     return unpacked.value
 
 
-def _forget(unpacked: Unpacked, entries: tuple[str, ...]) -> None:
+def _drop_entries(unpacked: Unpacked, entries: tuple[str, ...]) -> None:
     for entry in entries:
         unpacked.value.pop(entry, None)
-    gone = {name for name in unpacked.slots if name.partition(".")[0] in entries}
-    wanted = {slot.storage for name, slot in unpacked.slots.items() if name not in gone}
-    for name in gone:
-        if unpacked.slots[name].storage not in wanted:
-            del unpacked.slots[name]
+    dropped = {name for name in unpacked.placeholders if name.partition(".")[0] in entries}
+    kept = {placeholder.storage for name, placeholder in unpacked.placeholders.items() if name not in dropped}
+    for name in dropped:
+        if unpacked.placeholders[name].storage not in kept:
+            del unpacked.placeholders[name]
 
 
-def _targets(unpacked: Unpacked, places: Iterable[Place]) -> tuple[list[tuple[str, DTensor]], dict[str, torch.Tensor]]:
-    """Memory for everything: DTensors with the names of their items, and the plain items."""
-    at: dict[int, list[Place]] = {}
-    for place in places:
-        at.setdefault(id(place.holder[place.key]), []).append(place)
-    by_storage: dict[int, list[Slot]] = {}
-    for slot in unpacked.slots.values():
-        by_storage.setdefault(slot.storage, []).append(slot)
+def _allocate(
+    unpacked: Unpacked, entries: Iterable[DTensorEntry]
+) -> tuple[list[tuple[str, DTensor]], dict[str, torch.Tensor]]:
+    """Give all tensors memory. Returns the DTensors with the names of their items, and the plain items."""
+    entries_of: dict[int, list[DTensorEntry]] = {}
+    for entry in entries:
+        entries_of.setdefault(id(entry.holder[entry.key]), []).append(entry)
+    by_storage: dict[int, list[Placeholder]] = {}
+    for placeholder in unpacked.placeholders.values():
+        by_storage.setdefault(placeholder.storage, []).append(placeholder)
     sharded: list[tuple[str, DTensor]] = []
     done: set[int] = set()
-    for storage, slots in by_storage.items():
-        # Where a tensor is but a part of an item, or repeats its elements, the plain tensors are made first.
-        if not all(_is_item(slot) and _fitting(slot, at.get(id(slot.tensor), ())) for slot in slots):
+    for storage, placeholders in by_storage.items():
+        # A tensor that is a part of an item, or repeats its elements, is loaded as a plain tensor first.
+        if not all(_is_item(one) and _can_be_sharded(one, entries_of.get(id(one.tensor), ())) for one in placeholders):
             continue
         done.add(storage)
-        for slot in slots:
-            for place in at[id(slot.tensor)]:
-                tensor = _new_dtensor(slot, place)
-                place.holder[place.key] = tensor
-                assert slot.item is not None
-                sharded.append((slot.item, tensor))
-    rest = {name: slot for name, slot in unpacked.slots.items() if slot.storage not in done}
+        for placeholder in placeholders:
+            for entry in entries_of[id(placeholder.tensor)]:
+                tensor = _new_dtensor(placeholder, entry)
+                entry.holder[entry.key] = tensor
+                assert placeholder.item is not None
+                sharded.append((placeholder.item, tensor))
+    rest = {name: one for name, one in unpacked.placeholders.items() if one.storage not in done}
     return sharded, Unpacked(unpacked.value, rest).allocate()
 
 
-def _is_item(slot: Slot) -> bool:
-    return slot.item is not None and slot.geometry.stored().size == slot.geometry.size
+def _is_item(placeholder: Placeholder) -> bool:
+    return placeholder.item is not None and placeholder.geometry.stored().size == placeholder.geometry.size
 
 
-def _fitting(slot: Slot, places: Iterable[Place]) -> bool:
-    """Whether all the places take a DTensor of this shape, and there is one."""
-    size = slot.geometry.size
-    fits = [torch.Size(size) == place.like.shape or (place.other_shapes and len(size) > 0) for place in places]
+def _can_be_sharded(placeholder: Placeholder, entries: Iterable[DTensorEntry]) -> bool:
+    """Whether the tensor has entries, and all of them take a DTensor of its shape."""
+    size = placeholder.geometry.size
+    fits = [torch.Size(size) == entry.like.shape or (entry.other_shapes and len(size) > 0) for entry in entries]
     return bool(fits) and all(fits)
 
 
-def _new_dtensor(slot: Slot, place: Place) -> DTensor:
-    size, dtype = slot.geometry.size, slot.geometry.dtype
-    if torch.Size(size) == place.like.shape:
-        return cast(DTensor, torch.empty_like(place.like.detach(), dtype=dtype))
-    mesh = place.like.device_mesh
-    whole: DTensor = empty_dtensor(*size, dtype=dtype, device_mesh=mesh, placements=[Replicate()] * mesh.ndim)
-    return whole
+def _new_dtensor(placeholder: Placeholder, entry: DTensorEntry) -> DTensor:
+    size, dtype = placeholder.geometry.size, placeholder.geometry.dtype
+    if torch.Size(size) == entry.like.shape:
+        return cast(DTensor, torch.empty_like(entry.like.detach(), dtype=dtype))
+    mesh = entry.like.device_mesh
+    replicated: DTensor = empty_dtensor(*size, dtype=dtype, device_mesh=mesh, placements=[Replicate()] * mesh.ndim)
+    return replicated
 
 
 def _rounds(items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """The items as dicts: more than one where a name occurs more than once, as those of tied weights do."""
-    left = list(items)
-    while left:
-        taken = dict(reversed(left))  # the first of each name
+    """The items as dicts: more than one dict if a name occurs more than once, as the names of tied weights do."""
+    remaining = list(items)
+    while remaining:
+        taken = dict(reversed(remaining))  # the first of each name
         yield taken
-        left = [(name, tensor) for name, tensor in left if taken[name] is not tensor]
+        remaining = [(name, tensor) for name, tensor in remaining if taken[name] is not tensor]
 
 
 def _owners(plain: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Which rank reads an item for all, of the large ones."""
+    """Which rank reads an item for all ranks; of large items only."""
     loads = [0] * dist.get_world_size()
     owners = {}
     for name in sorted(plain, key=lambda name: -plain[name].nbytes):
-        if len(loads) > 1 and plain[name].nbytes >= _WORTH_A_BROADCAST:
+        if len(loads) > 1 and plain[name].nbytes >= _BROADCAST_SIZE:
             owners[name] = loads.index(min(loads))
             loads[owners[name]] += plain[name].nbytes
     return owners
@@ -194,7 +198,7 @@ def _owners(plain: dict[str, torch.Tensor]) -> dict[str, int]:
 
 def _broadcast(tensor: torch.Tensor, owner: int, device: torch.device) -> None:
     sent = copyable(tensor).to(device).contiguous()
-    # As bytes, for a process group does not know every dtype.
+    # As bytes, because a process group does not know every dtype.
     dist.broadcast(sent.reshape(-1).view(torch.uint8), owner)
     if sent is not tensor and dist.get_rank() != owner:
         copy_elements(sent, copyable(tensor), "A tensor")

@@ -1,4 +1,4 @@
-"""Saves and loads packed objects with `AzureBlobWriter` and `AzureBlobReader`, in one process."""
+"""Saves and loads packed objects in one process, with `AzureBlobWriter` and `AzureBlobReader`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def save_object(value: Any, writer: AzureBlobWriter) -> None:
 
 
 def save_state_dict(state_dict: dict[str, torch.Tensor], writer: AzureBlobWriter) -> None:
-    """Save `Packed.state_dict`, or a copy of it. Takes part in no process group, whether there is one or not.
+    """Save `Packed.state_dict`, or a copy of it. Uses no process group, even if there is one.
 
-    The steps are those of ``dcp.save``, which warns of every save that has no process group.
+    The steps are those of ``dcp.save``, which warns about every save without a process group.
 
     Raises:
         Those of `AzureBlobWriter`.
@@ -44,26 +44,26 @@ def save_state_dict(state_dict: dict[str, torch.Tensor], writer: AzureBlobWriter
     with CollectorPause():
         planner.set_up_planner(state_dict, writer.storage_meta(), is_coordinator=True)
         local = writer.prepare_local_plan(planner.create_local_plan())
-        # Not by the planner, which would first look for what several plans have, and there is one.
+        # Not by the planner, which would first look for duplicates among plans; there is only one plan.
         plans, metadata = create_default_global_save_plan([local])
-        _check_whole(metadata, writer.checkpoint_id)
+        _check_complete(metadata, writer.checkpoint_id)
         (plan,) = writer.prepare_global_plan(plans)
     results = writer.write_data(planner.finish_plan(plan), planner).wait()
     writer.finish(metadata, [results])
 
 
-def _check_whole(metadata: Metadata, where: str) -> None:
+def _check_complete(metadata: Metadata, url: str) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata) and not is_whole(entry):
             raise CheckpointError(
-                f"This process has not all of {name!r}, a DTensor that is sharded over several ranks, so nothing was "
-                f"saved at {where}. Use the strategy of azure_torch_ckpt.lightning for sharded models, which saves on "
+                f"This process has only a part of {name!r}, a DTensor that is sharded over several ranks. Nothing was "
+                f"saved at {url}. Use the strategy of azure_torch_ckpt.lightning for sharded models, which saves on "
                 "all ranks"
             )
 
 
 def load_object(reader: AzureBlobReader, map_location: MapLocation = None, weights_only: bool | None = None) -> Any:
-    """Load what `save_object` saved; the arguments are those of ``torch.load``.
+    """Load an object that `save_object` saved; the arguments are those of ``torch.load``.
 
     Raises:
         Those of `AzureBlobReader` and `unpack`.
@@ -83,16 +83,16 @@ def load_object(reader: AzureBlobReader, map_location: MapLocation = None, weigh
 
 
 def read_skeleton(reader: AzureBlobReader, metadata: Metadata) -> torch.Tensor:
-    """The skeleton of the checkpoint whose metadata the reader has read, for `unpack`.
+    """Read the skeleton of the checkpoint whose metadata the reader has read, for `unpack`.
 
     Raises:
-        UnsupportedCheckpointError: it has none.
+        UnsupportedCheckpointError: the checkpoint has no skeleton.
     """
     entry = metadata.state_dict_metadata.get(SKELETON)
     if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype is not torch.uint8:
         raise UnsupportedCheckpointError(
-            f"The checkpoint at {reader.checkpoint_id} was not saved by the Lightning plugin: nothing in it says how "
-            "its tensors belong together. Load it with torch.distributed.checkpoint.load"
+            f"The checkpoint at {reader.checkpoint_id} was not saved by the Lightning plugin: it has tensors, but "
+            "not the object that held them. Load it with torch.distributed.checkpoint.load"
         )
     skeleton = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
     read_items(reader, metadata, {SKELETON: skeleton})
@@ -100,13 +100,13 @@ def read_skeleton(reader: AzureBlobReader, metadata: Metadata) -> torch.Tensor:
 
 
 def read_items(reader: AzureBlobReader, metadata: Metadata, items: dict[str, torch.Tensor]) -> None:
-    """Load items by name into tensors, those of the very checkpoint that `metadata` was read of.
+    """Load items by name into tensors, from the very checkpoint that `metadata` describes.
 
-    ``dcp.load`` would read the metadata again, and might then find another checkpoint at the URL than the one that the
-    skeleton came from.
+    ``dcp.load`` would read the metadata again, and might then find another checkpoint at the URL than the one with the
+    skeleton.
 
     Raises:
-        CheckpointReplacedError: another one stands there by now.
+        CheckpointReplacedError: the checkpoint at the URL has been replaced.
         Those of `AzureBlobReader.read_data`.
     """
     if not items:
@@ -120,21 +120,21 @@ def read_items(reader: AzureBlobReader, metadata: Metadata, items: dict[str, tor
     reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
-def check_items(unpacked: Unpacked, metadata: Metadata, where: str) -> None:
-    """Before memory is taken for them: see that the items are what the skeleton says.
+def check_items(unpacked: Unpacked, metadata: Metadata, url: str) -> None:
+    """Check that the metadata has the items that the skeleton names, before memory is allocated for them.
 
     Raises:
-        CorruptCheckpointError: they are not.
+        CorruptCheckpointError: skeleton and metadata differ.
     """
-    for slot in unpacked.slots.values():
-        if slot.item is None:
+    for placeholder in unpacked.placeholders.values():
+        if placeholder.item is None:
             continue
-        entry = metadata.state_dict_metadata.get(slot.item)
-        stored = slot.geometry.stored()
+        entry = metadata.state_dict_metadata.get(placeholder.item)
+        stored = placeholder.geometry.stored()
         if not isinstance(entry, TensorStorageMetadata) or (entry.properties.dtype, entry.size) != (
             stored.dtype,
             stored.size,
         ):
             raise CorruptCheckpointError(
-                f"The skeleton of {where} and its metadata do not say the same of {slot.item!r}. Use another checkpoint"
+                f"The skeleton of {url} and its metadata differ about {placeholder.item!r}. Use another checkpoint"
             )

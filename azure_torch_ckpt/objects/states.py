@@ -1,8 +1,7 @@
-"""States of modules and optimizers, the same on any number of ranks: as in one process, but for DTensors in them.
+"""States of modules and optimizers in one form for any number of ranks: as in one process, except for DTensors in them.
 
-An optimizer's state has its parameters by number, in the order of its parameter groups, as ``torch.optim`` has it in
-one process. That is the only form that is saved. The other one, by name, which ``get_optimizer_state_dict`` and FSDP
-make and take, is recognised when it is loaded.
+A saved optimizer state has its parameters by number, in the order of its parameter groups, as ``torch.optim`` has them
+in one process. The form by name, which ``get_optimizer_state_dict`` and FSDP use, is recognised on loading.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from azure_torch_ckpt.errors import UnsupportedCheckpointError
-from azure_torch_ckpt.objects.sharded import Place
+from azure_torch_ckpt.objects.sharded import DTensorEntry
 
 __all__ = ["FsdpStates", "States", "by_name", "by_number", "gathered", "is_by_name"]
 
@@ -41,16 +40,16 @@ class States:
     def of_optimizer(self, module: nn.Module, optimizer: Optimizer) -> _State:
         return optimizer.state_dict()
 
-    def module_places(self, saved: _State, module: nn.Module) -> Iterator[Place]:
-        """Where in a module's loaded state there are to be DTensors."""
+    def module_dtensors(self, saved: _State, module: nn.Module) -> Iterator[DTensorEntry]:
+        """The entries of a module's loaded state that become DTensors."""
         for name, tensor in self.of_module(module).items():
             if isinstance(tensor, DTensor) and isinstance(saved.get(name), torch.Tensor):
-                yield Place(saved, name, tensor)
+                yield DTensorEntry(saved, name, tensor)
 
-    def optimizer_places(self, saved: _State, module: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
-        """Where in an optimizer's loaded state there are to be DTensors."""
+    def optimizer_dtensors(self, saved: _State, module: nn.Module, optimizer: Optimizer) -> Iterator[DTensorEntry]:
+        """The entries of an optimizer's loaded state that become DTensors."""
         if any(isinstance(parameter, DTensor) for parameter in _parameters(optimizer)):
-            yield from _places_of(saved, itertools.chain(*self.names(module, optimizer)), _parameters(optimizer))
+            yield from _dtensor_entries(saved, itertools.chain(*self.names(module, optimizer)), _parameters(optimizer))
 
     def load_module(self, module: nn.Module, saved: _State, strict: bool) -> None:
         state = self.of_module(module)
@@ -59,10 +58,10 @@ class States:
         module.load_state_dict(loaded, strict=strict)
 
     def load_optimizer(self, module: nn.Module, optimizer: Optimizer, saved: _State) -> None:
-        """Load the state, by number or by name.
+        """Load a state, by number or by name, into the optimizer.
 
         Raises:
-            UnsupportedCheckpointError: it is by name, and lacks a parameter that the optimizer has.
+            UnsupportedCheckpointError: the state is by name, and lacks a parameter of the optimizer.
             ValueError: the optimizer has other groups or other numbers of parameters.
         """
         if is_by_name(saved):
@@ -70,19 +69,19 @@ class States:
         parameters = [*_parameters(optimizer)]
         if any(isinstance(parameter, DTensor) for parameter in parameters):
             saved = _copied(saved)
-            for holder, key, number in _parts_of(saved):
+            for holder, key, number in _parameter_tensors(saved):
                 if isinstance(number, int) and number < len(parameters):
                     holder[key] = _as(holder[key], parameters[number])
         optimizer.load_state_dict(saved)
 
     def names(self, module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-        """The names of the parameters of each of an optimizer's groups; "" for one that is not the module's."""
+        """The names of the parameters in each of an optimizer's groups; "" for one that the module does not have."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         return [[names.get(id(one), "") for one in group["params"]] for group in optimizer.param_groups]
 
 
 class FsdpStates(States):
-    """For modules in `torch.distributed.fsdp.FullyShardedDataParallel`, given a ``device_mesh``: DTensors, too."""
+    """For modules in `FullyShardedDataParallel` (FSDP1) with a ``device_mesh``; their states have DTensors, too."""
 
     def of_module(self, module: nn.Module) -> _State:
         with _sharded(module):
@@ -93,10 +92,10 @@ class FsdpStates(States):
             state = FullyShardedDataParallel.optim_state_dict(module, optimizer)
         return by_number(state, [group["params"] for group in state["param_groups"]])
 
-    def optimizer_places(self, saved: _State, module: nn.Module, optimizer: Optimizer) -> Iterator[Place]:
+    def optimizer_dtensors(self, saved: _State, module: nn.Module, optimizer: Optimizer) -> Iterator[DTensorEntry]:
         tensors = self.of_module(module)
         names = [*itertools.chain(*self.names(module, optimizer))]
-        yield from _places_of(saved, names, [tensors.get(name) for name in names])
+        yield from _dtensor_entries(saved, names, [tensors.get(name) for name in names])
 
     def load_module(self, module: nn.Module, saved: _State, strict: bool) -> None:
         with _sharded(module):
@@ -118,7 +117,7 @@ class FsdpStates(States):
 def is_by_name(state: Any) -> bool:
     """Whether an optimizer's state has its parameters by name.
 
-    The state may be of any form: an optimizer that wraps another one keeps that one's state somewhere in its own.
+    The state may have any form: an optimizer that wraps another one keeps that one's state somewhere in its own.
     """
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
@@ -128,15 +127,14 @@ def is_by_name(state: Any) -> bool:
 
 
 def by_number(state: _State, groups: list[list[str]]) -> _State:
-    """An optimizer's state with its parameters by number, of one that has them by name.
-
-    Entries that belong to no parameter stay.
+    """Convert an optimizer's state by name to one by number. Entries that belong to no parameter stay.
 
     Args:
-        groups: the names of the parameters of each group that the optimizer has now.
+        state: by name.
+        groups: the names of the parameters in each of the optimizer's present groups.
 
     Raises:
-        UnsupportedCheckpointError: the state knows nothing of one of them.
+        UnsupportedCheckpointError: the state lacks one of these parameters.
     """
     group_of = {name: group for group in state["param_groups"] for name in group["params"]}
     numbers: dict[str, int] = {}
@@ -145,8 +143,8 @@ def by_number(state: _State, groups: list[list[str]]) -> _State:
         unknown = [name for name in group if name not in group_of]
         if unknown:
             raise UnsupportedCheckpointError(
-                f"The checkpoint's optimizer has no parameter {unknown[0]!r}. Load it with an optimizer of the "
-                "parameters that it was saved with"
+                f"The checkpoint's optimizer has no parameter {unknown[0]!r}. Load it with an optimizer that has the "
+                "same parameters as when it was saved"
             )
         numbers.update({name: number for number, name in enumerate(group, start=len(numbers))})
         saved = group_of[group[0]] if group else {}
@@ -158,9 +156,9 @@ def by_number(state: _State, groups: list[list[str]]) -> _State:
 
 
 def by_name(state: _State, groups: list[list[str]]) -> _State:
-    """An optimizer's state by number, with the names of its parameters instead; `groups` as for `by_number`.
+    """Convert an optimizer's state by number to one by name; `groups` as for `by_number`.
 
-    One of an optimizer that keeps its state in a form of its own comes back as it is.
+    A state in another form than that of ``torch.optim`` is returned unchanged.
     """
     if not {"state", "param_groups"} <= state.keys():
         return state
@@ -175,10 +173,10 @@ def by_name(state: _State, groups: list[list[str]]) -> _State:
 
 
 def gathered(state: Any, keep: bool) -> Any:
-    """A state with whole CPU tensors in place of DTensors; only where `keep`, for they may need much memory."""
+    """A state with full CPU tensors in place of DTensors; empty ones without `keep`, because full ones need memory."""
     if isinstance(state, DTensor):
-        whole = state.full_tensor().detach()
-        return whole.cpu() if keep else whole.new_empty(0)
+        full = state.full_tensor().detach()
+        return full.cpu() if keep else full.new_empty(0)
     if isinstance(state, dict):
         copied = copy.copy(state)
         copied.update({key: gathered(value, keep) for key, value in state.items()})
@@ -193,21 +191,21 @@ def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
-def _places_of(saved: Any, names: Iterable[str], likes: Iterable[Any]) -> Iterator[Place]:
-    """The places for DTensors in an optimizer's state; `likes` are DTensors for those parameters that have one."""
+def _dtensor_entries(saved: Any, names: Iterable[str], likes: Iterable[Any]) -> Iterator[DTensorEntry]:
+    """The entries of an optimizer's state that become DTensors: those of parameters whose `likes` are DTensors."""
     by_key: dict[Any, Any] = {}
     for number, (name, like) in enumerate(zip(names, likes, strict=True)):
         by_key[number] = by_key[name] = like
-    for holder, key, parameter in _parts_of(saved):
+    for holder, key, parameter in _parameter_tensors(saved):
         like = by_key.get(parameter)
         if isinstance(like, DTensor):
-            yield Place(holder, key, like, other_shapes=True)
+            yield DTensorEntry(holder, key, like, other_shapes=True)
 
 
-def _parts_of(state: Any) -> Iterator[tuple[dict[Any, Any], Any, Any]]:
-    """The tensors that an optimizer's state has of single parameters: each as a dict, a key, the parameter's key.
+def _parameter_tensors(state: Any) -> Iterator[tuple[dict[Any, Any], Any, Any]]:
+    """The tensors in an optimizer's state that belong to one parameter: each as its dict, its key, the parameter's key.
 
-    A parameter's entry is a dict of tensors. It may lie deeper, in the state of an optimizer within an optimizer.
+    A parameter's entry is a dict of tensors. It may be nested, in the state of an optimizer within an optimizer.
     """
     if not isinstance(state, dict):
         return
@@ -215,14 +213,14 @@ def _parts_of(state: Any) -> Iterator[tuple[dict[Any, Any], Any, Any]]:
         if not isinstance(entry, dict):
             continue
         for key, value in [*entry.items()]:
-            # torch.optim keeps its count of steps on the CPU, whatever the parameter is.
+            # torch.optim keeps the number of steps on the CPU, wherever the parameter is.
             if isinstance(value, torch.Tensor) and key != "step":
                 yield entry, key, parameter
-        yield from _parts_of(entry)
+        yield from _parameter_tensors(entry)
 
 
 def _copied(state: Any) -> Any:
-    """The state with dicts of its own."""
+    """A copy of the state with new dicts, and the same tensors."""
     if not isinstance(state, dict):
         return state
     copied = copy.copy(state)
@@ -231,7 +229,7 @@ def _copied(state: Any) -> Any:
 
 
 def _as(value: Any, like: Any) -> Any:
-    """A whole tensor as a DTensor, where the module has one."""
+    """A full tensor as a DTensor like `like`, if that is one of the same shape; else the value unchanged."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor) or not isinstance(value, torch.Tensor):
         return value
     if value.shape != like.shape:

@@ -9,7 +9,7 @@ import pytest
 
 from azure_torch_ckpt import BlobIO
 from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
-from azure_torch_ckpt.catalog.copying.folders import FileSink
+from azure_torch_ckpt.catalog.copying.local_file import LocalFile
 from tests.filesystem.emulated_filesystem import azblob, filesystem
 
 
@@ -70,5 +70,5 @@ def test_a_blob_with_a_name_as_long_as_a_file_can_have_is_fetched(container: str
         file.write(b"1")
     filesystem(container).get(f"{azblob(container)}/{name}", str(tmp_path / name))
     assert (tmp_path / name).read_bytes() == b"1"
-    FileSink(tmp_path / "copy" / name).publish()
+    LocalFile(tmp_path / "copy" / name).publish()
     assert os.listdir(tmp_path / "copy") == [name]

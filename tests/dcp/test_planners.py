@@ -23,7 +23,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, takes_any_order
 from azure_torch_ckpt.emulator import Azurite
-from azure_torch_ckpt.objects.sharing_planner import SharingPlanner
+from azure_torch_ckpt.objects.dedup_planner import DedupSavePlanner
 from tests.support.states import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -214,5 +214,5 @@ def test_memory_of_a_subclass_that_is_used_for_the_next_item(container: str, tmp
 
 def test_which_planners_keep_their_memory() -> None:
     assert keeps_its_memory(dcp.DefaultSavePlanner())
-    assert keeps_its_memory(SharingPlanner(0))
+    assert keeps_its_memory(DedupSavePlanner(0))
     assert not keeps_its_memory(Reuses(1))

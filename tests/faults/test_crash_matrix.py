@@ -1,7 +1,7 @@
-"""Whatever request of a save or a removal a process dies at, the checkpoint is the old one or the new one, whole.
+"""If a process dies at any request of a save or a removal, the URL holds the old checkpoint or the new one, complete.
 
 Every case runs a job behind proxies that kill one of its ranks at its k-th request: when the request has come and the
-service has seen nothing of it (``"request"``), or when the service has carried it out and nobody has heard of it
+service has seen nothing of it (``"request"``), or when the service has carried it out and no answer has gone back
 (``"answer"``). k goes from 1 to one more than an undisturbed run makes.
 """
 
@@ -23,8 +23,9 @@ from azure_torch_ckpt import prune, verify
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults.tally import Tally
 from tests.support import jobs
+from tests.support.containers import KEY, blob_names, contents, live_blobs, put_all
 from tests.support.faults import Exchange, Gate, Hold, Kill
-from tests.support.jobs import KEY, Job
+from tests.support.jobs import Job
 from tests.support.proxy import FaultProxy
 
 OLD, NEW, NEXT = 0, 1, 2
@@ -44,7 +45,7 @@ class Site:
         """Of a checkpoint of the version OLD, or of one that is not there yet."""
         url = f"{self.container}/{name}"
         if standing:
-            jobs.put(url, self.old)
+            put_all(url, self.old)
         return url
 
 
@@ -53,7 +54,7 @@ def site(azurite: Azurite, container: str) -> Site:
     url = f"{container}/old"
     ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
     assert [end.exitcode for end in ends] == [0, 0], ends
-    return Site(azurite, container, jobs.contents(url))
+    return Site(azurite, container, contents(url))
 
 
 @contextlib.contextmanager
@@ -61,10 +62,6 @@ def proxies(azurite: Azurite, count: int) -> Iterator[list[FaultProxy]]:
     """One for each rank, so that its requests can be counted."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(FaultProxy(azurite.endpoint)) for _ in range(count)]
-
-
-def through(proxy: FaultProxy, url: str) -> str:
-    return proxy.endpoint + url.partition("/devstoreaccount1")[2]
 
 
 def anything(_: Exchange) -> bool:
@@ -87,23 +84,23 @@ def pruned(url: str, *, dry_run: bool) -> set[str]:
 
 
 def check(url: str, stands: int | None) -> None:
-    """The checkpoint of this version is at `url`, whole, and prune finds everything else that lies there."""
+    """The complete checkpoint of this version is at `url`, and prune finds everything else below it."""
     assert jobs.version_at(url) == stands
     if stands is not None:
         report = verify(url, credential=KEY)
         assert report.ok, report.problems
-    assert pruned(url, dry_run=True) == jobs.blobs(url) - jobs.live_blobs(url)
+    assert pruned(url, dry_run=True) == blob_names(url) - live_blobs(url)
 
 
 def check_recovery(url: str, stands: int | None) -> None:
     """After `check`: the checkpoint can be replaced, and prune removes everything else."""
     check(url, stands)
     jobs.save(url, NEXT)
-    live = jobs.live_blobs(url)
-    stray = jobs.blobs(url) - live
+    live = live_blobs(url)
+    stray = blob_names(url) - live
     assert pruned(url, dry_run=True) == stray
     assert pruned(url, dry_run=False) == stray  # so the dry run deleted nothing
-    assert jobs.blobs(url) == live
+    assert blob_names(url) == live
     assert jobs.version_at(url) == NEXT
 
 
@@ -113,15 +110,15 @@ def check_recovery(url: str, stands: int | None) -> None:
 def requests_of_a_save(site: Site, world: int, victim: int, standing: bool) -> int:
     url = site.url("undisturbed", standing=standing)
     with proxies(site.azurite, world) as between:
-        ends = jobs.run(jobs.save, *((through(proxy, url), NEW) for proxy in between))
+        ends = jobs.run(jobs.save, *((proxy.through(url), NEW) for proxy in between))
         assert not any(end.errors for end in ends), ends
         return between[victim].count()
 
 
 def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point, standing: bool) -> str:
-    """Kill a rank at its k-th request, then the rest of the job; check; tell what stood there afterwards."""
+    """Kill a rank at its k-th request, then the rest of the job; check; return the outcome."""
     with proxies(site.azurite, world) as between:
-        with Job(jobs.save, [(through(proxy, url), NEW) for proxy in between]) as job:
+        with Job(jobs.save, [(proxy.through(url), NEW) for proxy in between]) as job:
             between[victim].when(anything, nth=k).do(Kill(job.pid(victim), at=at))
             job.go()
             ends = job.ends()
@@ -131,7 +128,7 @@ def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point
         killed = between[victim].count() >= k
     if killed:
         assert ends[victim].exitcode == -signal.SIGKILL
-        # gloo tells the others that their peer is gone; none of them hangs, none believes that it has saved.
+        # gloo reports to the others that their peer is gone; none of them hangs, none returns from the save.
         assert all(end.errors for rank, end in enumerate(ends) if rank != victim), ends
     else:
         assert committed
@@ -163,7 +160,7 @@ def test_a_save_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
 
 def killed_removal(site: Site, url: str, k: int, at: Point) -> str:
     with FaultProxy(site.azurite.endpoint) as proxy:
-        with Job(jobs.remove, [(through(proxy, url),)]) as job:
+        with Job(jobs.remove, [(proxy.through(url),)]) as job:
             proxy.when(anything, nth=k).do(Kill(job.pid(), at=at))
             job.go()
             end = job.end()
@@ -181,9 +178,9 @@ def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
 ) -> None:
     url = site.url("undisturbed", standing=True)
     with FaultProxy(site.azurite.endpoint) as proxy:
-        jobs.remove(through(proxy, url))
+        jobs.remove(proxy.through(url))
         requests = proxy.count()
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 2):
         outcomes[killed_removal(site, site.url(f"killed-{k}", standing=True), k, at)] += 1
@@ -194,7 +191,7 @@ def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
 
 # ---- SIGTERM -------------------------------------------------------------------------------------------------------
 
-# Below the 60 s after which a request that nobody answers is given up, and far more than the end takes.
+# Below the 60 s after which a request without an answer fails, and far more than the end takes.
 _PROMPTLY = 45.0
 
 
@@ -211,7 +208,7 @@ def test_a_save_ends_promptly_on_sigterm_while_a_request_hangs(
         url = site.url(f"ended-{k}", standing=True)
         with FaultProxy(site.azurite.endpoint) as proxy:
             held = Hold(at=at)
-            with Job(save, [(through(proxy, url), NEW)]) as job:
+            with Job(save, [(proxy.through(url), NEW)]) as job:
                 proxy.when(anything, nth=k).do(held)
                 job.go()
                 assert isinstance(held.until, Gate)
@@ -233,13 +230,13 @@ def test_a_clean_up_of_many_blobs_ends_promptly_on_sigterm_while_its_requests_ha
     proxy: FaultProxy, container: str
 ) -> None:
     names = [f"{'0' * 32}/__{rank}_0.distcp" for rank in range(20)]
-    jobs.put(f"{container}/url", {name: b"shard" for name in names})
+    put_all(f"{container}/url", {name: b"shard" for name in names})
     gate = Gate()
     proxy.when("Delete", times=None).do(Hold(gate))
-    with Job(jobs.clean_up_until_told_to_stop, [(through(proxy, f"{container}/url"), names)]) as job:
+    with Job(jobs.clean_up_until_told_to_stop, [(proxy.through(f"{container}/url"), names)]) as job:
         job.go()
         gate.wait_for(jobs.OPTIONS.concurrency)
         job.wait_until_blocked()
         os.kill(job.pid(), signal.SIGTERM)
         assert job.end(seconds=_PROMPTLY).exitcode == 1
-    assert jobs.blobs(f"{container}/url") == set(names)
+    assert blob_names(f"{container}/url") == set(names)

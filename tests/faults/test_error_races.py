@@ -33,7 +33,8 @@ from azure_torch_ckpt import (
     remove_checkpoint,
 )
 from tests.support import sharded
-from tests.support.attempts import IMPATIENT, blob_names, contents, load, raised, raised_everywhere, save, store_of
+from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, save
+from tests.support.containers import content, paths_below, put, snapshot
 from tests.support.faults import Action, Answer, Cut, Flip
 from tests.support.proxy import FaultProxy
 
@@ -79,19 +80,19 @@ def removal(url: str) -> None:
 
 
 def save_meanwhile(url: str, meanwhile: Callable[[str], None], says: str) -> None:
-    """This save loses; all that stands in the container then stood there when the winner had finished."""
+    """This save loses, and leaves no blob that the container did not have when the winner had finished."""
     stands: list[dict[str, tuple[str, bytes]]] = []
 
     def win() -> None:
         meanwhile(url)
-        stands.append(contents(url))
+        stands.append(snapshot(url))
 
     raised(CommitConflictError, lambda: save(url, 3, planner=Interrupted(win)), says)
     if stands:
-        assert contents(url).items() <= stands[0].items()
+        assert snapshot(url).items() <= stands[0].items()
 
 
-LOST = "Another save committed the checkpoint at .*/run/step-1 since this one began, so this one was dropped. Give each"
+LOST = "Another save committed .*/run/step-1"
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -104,13 +105,13 @@ def test_loser_of_two_saves(ranks: Ranks, url: str, before: bool, size: int) -> 
     else:
         ranks(size).run(save_meanwhile, url, other_save, LOST)
     sharded.assert_stands(url, 2, sharded.plain)
-    assert len(contents(url)) == 2  # the winner's metadata and data
+    assert len(snapshot(url)) == 2  # the winner's metadata and data
 
 
 def test_save_over_a_checkpoint_that_is_removed_meanwhile(url: str) -> None:
     save(url, 1)
-    save_meanwhile(url, removal, "Another save removed the checkpoint at")
-    assert contents(url) == {}
+    save_meanwhile(url, removal, "Another save removed .*/run/step-1")
+    assert snapshot(url) == {}
 
 
 # A save while a checkpoint is loaded
@@ -131,7 +132,7 @@ class Paused(dcp.DefaultLoadPlanner):
         return super().finish_plan(central_plan)
 
 
-REPLACED = "The checkpoint at .*/run/step-1 was replaced or removed while it was being read. Load again"
+REPLACED = "/run/step-1 was replaced or removed .*Load again"
 
 
 def load_meanwhile(url: str, meanwhile: Callable[[str], None], failed: list[int]) -> None:
@@ -188,10 +189,10 @@ def save_rank_by_rank(url: str) -> None:
 def test_ranks_that_read_different_metadata(ranks: Ranks, url: str) -> None:
     save(url, 1)
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
-    ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, "is not there", [1])
-    # The first rank finds no metadata but its own, of a save without collectives; the second finds that of all.
+    ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, r"\.metadata", [1])
+    # The first rank finds only its own metadata, of a save without collectives; the second finds that of all ranks.
     ranks(2).run(save_rank_by_rank, url)
-    assert [name.rpartition("/")[2] for name in blob_names(url, "metadata")] == ["__0.metadata", "__1.metadata"]
+    assert [name.rpartition("/")[2] for name in paths_below(url, "metadata")] == ["__0.metadata", "__1.metadata"]
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
 
 
@@ -243,13 +244,13 @@ def save_with_planner(url: str, planner: type[dcp.DefaultSavePlanner]) -> None:
 @pytest.mark.parametrize(
     ("planner", "kind", "says"),
     [
-        (Usurper, CheckpointError, "replaced SavePlan.storage_data of rank 0 with str; .* into planner_data"),
+        (Usurper, CheckpointError, "storage_data of rank 0 .*planner_data"),
         (
             Dropper,
             IncompleteSaveError,
-            "1 of the planned items were not written .* nothing was committed at .*save again",
+            "1 of the planned items .*save again",
         ),
-        (Liar, CheckpointError, "The planner gave bytes for"),
+        (Liar, CheckpointError, " gave bytes "),
         (Keeper, UnsafeMetadataError, "Hue.*add_safe_globals"),
     ],
     ids=["takes storage_data", "drops an item", "gives no tensor", "adds what is refused"],
@@ -269,7 +270,7 @@ def test_planner_that_takes_storage_data_last_is_survived(ranks: Ranks, url: str
     sharded.assert_stands(url, 1, sharded.plain)
     ranks(2).run(save_with_planner, url, LateUsurper)
     sharded.assert_stands(url, 2, sharded.plain)
-    assert len(contents(url)) == 3
+    assert len(snapshot(url)) == 3
 
 
 # Answers that are lost
@@ -284,23 +285,23 @@ def test_one_lost_answer(proxy: FaultProxy, proxied_container: str, url: str, ki
     save(f"{proxied_container}/run/step-1", 2)
     assert proxy.count(kind) == 2
     sharded.assert_stands(url, 2, sharded.plain)
-    assert len(contents(url)) == 2
+    assert len(snapshot(url)) == 2
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["first save", "overwrite"])
 def test_a_commit_that_nobody_heard_of_stands(
     proxy: FaultProxy, proxied_container: str, url: str, before: bool
 ) -> None:
-    """Whether a commit without an answer was carried out is unknown, so nobody may take its data away."""
+    """Whether a commit without an answer was carried out is unknown, so its data must stay."""
     if before:
         save(url, 1)
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob", times=None).do(Cut("answer"))
     writer = sharded.writer(proxied, options=IMPATIENT)
-    says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
+    says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     sharded.assert_stands(url, 2, sharded.plain)
-    # The same writer goes on, in vain: what stands must not suffer from it.
+    # The same writer saves again and fails: the checkpoint must survive that.
     proxy.when("Put Block", times=None).do(Cut("request"))
     with pytest.raises(BaseException, match="could not write a block"):
         dcp.save(sharded.plain(3), storage_writer=writer)
@@ -317,23 +318,23 @@ def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
     """The answer is lost, the retry is refused by what it wrote itself, and the look at that arrives useless."""
     if before:
         save(url, 1)
-    stood = contents(url)
+    stood = snapshot(url)
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob").do(Cut("answer"))
     looks = proxy.when("Get Blob", nth=2, times=None)  # the first one is before the save
     looks.do(*look)
     writer = sharded.writer(proxied, options=IMPATIENT)
-    says = "Whether this save was committed at .*/run/step-1 is unknown"
+    says = "/run/step-1 is unknown"
     error = raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     assert error.status in (409, 412)
     looks.do()
-    assert stood.keys() <= contents(url).keys()
+    assert stood.keys() <= snapshot(url).keys()
     sharded.assert_stands(url, 2, sharded.plain)
     dcp.save(sharded.plain(3), storage_writer=writer)
     sharded.assert_stands(url, 3, sharded.plain)
     prune(url, grace=datetime.timedelta(0), dry_run=False, credential=sharded.KEY)
     sharded.assert_stands(url, 3, sharded.plain)
-    assert len(contents(url)) == 2
+    assert len(snapshot(url)) == 2
 
 
 def test_a_look_that_is_damaged_once_is_repeated(proxy: FaultProxy, proxied_container: str, url: str) -> None:
@@ -345,12 +346,12 @@ def test_a_look_that_is_damaged_once_is_repeated(proxy: FaultProxy, proxied_cont
 
 
 def test_a_commit_that_was_refused_for_sure_says_so(proxy: FaultProxy, proxied_container: str, url: str) -> None:
-    """Only an attempt whose fate nobody knows makes the outcome unknown."""
+    """Only an attempt without an answer makes the outcome unknown."""
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob").do(Answer(403, "AuthorizationFailure"))
     error = raised(AccessDeniedError, lambda: save(proxied, 1), "403 AuthorizationFailure")
     assert not error.may_be_done
-    assert ".metadata" not in {path.rpartition("/")[2] for path in contents(url)}
+    assert ".metadata" not in {path.rpartition("/")[2] for path in snapshot(url)}
     proxy.when("Put Blob", nth=1).do(Cut("request"))
     proxy.when("Put Blob", nth=2).do(Answer(403, "AuthorizationFailure"))
     raised(CommitUnknownError, lambda: save(proxied, 1), "403 AuthorizationFailure")
@@ -361,18 +362,18 @@ def test_saves_of_nothing_are_told_apart(url: str) -> None:
     seen = set()
     for _ in range(2):
         dcp.save({}, storage_writer=sharded.writer(url))
-        seen.add(store_of(url).read("run/step-1/.metadata", limit=1 << 20)[0])
+        seen.add(content(url, "run/step-1/.metadata"))
     assert len(seen) == 2
 
 
 def test_a_commit_that_never_arrived(proxy: FaultProxy, proxied_container: str, url: str) -> None:
     save(url, 1)
-    before = contents(url)
+    before = snapshot(url)
     proxy.when("Put Blob", times=None).do(Cut("request"))
-    says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
+    says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     proxied = f"{proxied_container}/run/step-1"
     raised(CommitUnknownError, lambda: save(proxied, 2, options=IMPATIENT), says)
-    assert contents(url).items() >= before.items()
+    assert snapshot(url).items() >= before.items()
     sharded.assert_stands(url, 1, sharded.plain)
 
 
@@ -418,17 +419,17 @@ def test_metadata_that_is_refused(
 ) -> None:
     save(url, 1)
     marker = tmp_path / "was-here"
-    [name] = blob_names(url, ".metadata")
-    good, _ = store_of(url).read(name, limit=1 << 20)
+    [name] = paths_below(url, ".metadata")
+    good = content(url, name)
     bad = change(good, marker)
     assert bad != good
-    store_of(url).put(name, bad)
-    before = contents(url)
+    put(url, name, bad)
+    before = snapshot(url)
     raised_everywhere(ranks, kind, load, url, says)
     # A save over it works; it removes nothing that bad metadata names.
     save(url, 2)
     sharded.assert_stands(url, 2, sharded.plain)
-    assert contents(url).items() >= {path: blob for path, blob in before.items() if path != name}.items()
+    assert snapshot(url).items() >= {path: blob for path, blob in before.items() if path != name}.items()
     assert not marker.exists()
 
 
@@ -436,14 +437,14 @@ def test_metadata_of_a_newer_torch_with_one_more_field_loads(
     ranks: Ranks, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(url, 1)
-    [name] = blob_names(url, ".metadata")
-    good, _ = store_of(url).read(name, limit=1 << 20)
+    [name] = paths_below(url, ".metadata")
+    good = content(url, name)
     five: Any = TensorProperties.__getstate__
     monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*five(self), "new"))
     more = pickle.dumps(pickle.loads(good))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="too many values"):
         pickle.loads(more)
-    store_of(url).put(name, more)
+    put(url, name, more)
     sharded.assert_stands(url, 1, sharded.plain)
     ranks(2).run(sharded.assert_stands, url, 1)

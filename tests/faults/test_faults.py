@@ -1,4 +1,4 @@
-"""Every fault that heals, at every request of a save and of a load: both succeed, and everything is there once."""
+"""Every fault that heals, at every request of a save and of a load: both succeed, and every item is stored once."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ import torch.distributed.checkpoint as dcp
 
 import azure_torch_ckpt.transport.retry
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.connections import close_idle
 from tests.faults.tally import Tally
+from tests.support.containers import store_of
 from tests.support.faults import Action, Answer, Call, Cut, Hold
 from tests.support.mixed_checkpoint import KEY, assert_right, load, save
 from tests.support.proxy import FaultProxy, meet
@@ -64,19 +63,13 @@ REAL_FIRST_DELAY = azure_torch_ckpt.transport.retry._FIRST_DELAY
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long a retry waits is the subject of some tests only."""
+    """The length of the wait before a retry is the subject of some tests only."""
     monkeypatch.setattr(azure_torch_ckpt.transport.retry, "_FIRST_DELAY", 0.005)
 
 
 @pytest.fixture
 def real_delays(quick_retries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(azure_torch_ckpt.transport.retry, "_FIRST_DELAY", REAL_FIRST_DELAY)
-
-
-@pytest.fixture
-def tls_files(azurite_tls: Azurite) -> tuple[Path, Path]:
-    assert azurite_tls.certificate is not None
-    return azurite_tls.certificate, azurite_tls.certificate.with_name("key.pem")
 
 
 @pytest.fixture
@@ -87,14 +80,13 @@ def tls_proxy(azurite: Azurite, tls_files: tuple[Path, Path]) -> Iterator[FaultP
 
 
 def assert_stands_once(url: str, version: int) -> None:
-    """The checkpoint is right, its blob holds every item once, and nothing else lies there."""
+    """The checkpoint is right, its blob holds every item once, and nothing else is below it."""
     location = BlobLocation.parse(url)
     assert_right(load(url, options=None), version)
     storage = AzureBlobReader(url, credential=KEY).read_metadata().storage_data
     items = [stored_item(info) for info in storage.values()]
     [path] = {location.join(item.relative_path).path for item in items}
-    store = BlobStore(location, Access(KEY))
-    sizes = {blob.path: blob.size for blob in store.list(f"{location.path}/")}
+    sizes = {blob.path: blob.size for blob in store_of(url).list(f"{location.path}/")}
     assert set(sizes) == {path, f"{location.path}/.metadata"}
     assert sizes[path] == sum(item.length for item in items)
 
@@ -105,7 +97,7 @@ class Rounds:
     def __init__(self, proxy: FaultProxy, container: str, ca_file: str | None = None) -> None:
         self._proxy = proxy
         self._direct = f"{container}/a"
-        self._through = f"{proxy.endpoint}/{container.rpartition('/')[2]}/a"
+        self._through = proxy.through(self._direct)
         self._ca_file = ca_file
         self._version = 0
         save(self._direct, 0)
@@ -198,7 +190,7 @@ def test_connections_are_refused_at_every_request(
 
 
 class TlsBreaker:
-    """Stands before a TLS server and changes one byte of what passes, once: of whatever is encrypted there."""
+    """A TCP relay to a TLS server that changes one encrypted byte, once."""
 
     def __init__(self, port: int) -> None:
         self._upstream = port
@@ -297,7 +289,7 @@ def test_a_break_while_a_large_body_is_on_its_way(
 ) -> None:
     """Far more than the sockets hold, so the client is still sending, or the service, when the connection ends."""
     between, ca_file = (tls_proxy, str(tls_files[0])) if tls else (proxy, None)
-    url = f"{between.endpoint}/{container.rpartition('/')[2]}/a"
+    url = between.through(f"{container}/a")
     options = TransferOptions(block_size=8 << 20, concurrency=2)
     saved = {"x": fill(torch.empty(16 << 20, dtype=torch.uint8))}
     ways_up: list[Action] = [Cut("request"), Cut("request", reset=False), Answer(503, "ServerBusy", read_body=False)]
@@ -326,7 +318,7 @@ def test_a_bad_day(proxy: FaultProxy, container: str, seed: int, tally: Tally) -
     rules = [proxy.when(lambda _: rng.random() < 0.2 / len(faults), times=None) for _ in faults]
     for rule, actions in zip(rules, faults, strict=True):
         rule.do(*actions)
-    url = f"{proxy.endpoint}/{container.rpartition('/')[2]}/a"
+    url = proxy.through(f"{container}/a")
     options = TransferOptions(block_size=16 * 1024, concurrency=8)
     for version in range(4):
         save(url, version, options)
@@ -354,8 +346,7 @@ def test_the_first_retry_follows_within_a_fraction_of_a_second_and_later_ones_ba
 ) -> None:
     caplog.set_level(logging.INFO, RETRY_LOG)
     proxy.when("List", times=3).do(Answer(503, "ServerBusy"))
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
-    store.now()
+    store_of(proxied_container).now()
     waited = delays(caplog)
     assert len(waited) == 3
     for number, seconds in enumerate(waited):
@@ -371,8 +362,7 @@ def test_retry_after_is_honoured(
     caplog.set_level(logging.INFO, RETRY_LOG)
     value = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
     proxy.when("List").do(Answer(status, "ServerBusy", {"Retry-After": value}))
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
-    store.now()
+    store_of(proxied_container).now()
     [waited] = delays(caplog)
     first, second = proxy.requests("List")
     assert first.answered_at is not None
@@ -386,7 +376,7 @@ def test_retry_after_is_honoured(
 def test_concurrency_backs_off_while_the_service_is_busy_and_comes_back(
     proxy: FaultProxy, container: str, tally: Tally
 ) -> None:
-    url = f"{proxy.endpoint}/{container.rpartition('/')[2]}/a"
+    url = proxy.through(f"{container}/a")
     options = TransferOptions(block_size=16 * 1024, concurrency=16)
     state = {"x": fill(torch.empty(200, 16 * 1024, dtype=torch.uint8))}
     # Some time for each request, as a real service takes it: otherwise few are ever in flight together.

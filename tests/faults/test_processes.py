@@ -21,7 +21,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from azure.core.credentials import AccessToken
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader, Dataset
 
 from azure_torch_ckpt import (
@@ -30,6 +29,7 @@ from azure_torch_ckpt import (
     AzureBlobWriter,
     BlobLocation,
     ServiceUnavailableError,
+    StoreError,
     TransferOptions,
     prune,
 )
@@ -38,8 +38,9 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.throttle import RequestCounts
 from tests.conftest import UnsignedToken
-from tests.support.faults import Answer, Gate, Hold
-from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, blobs_below, error_of, load, save, state, zeros
+from tests.support.containers import paths_below, store_of
+from tests.support.faults import Action, Answer, Gate, Hold
+from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, failure, load, save, state, zeros
 from tests.support.proxy import FaultProxy
 
 pytestmark = [
@@ -97,7 +98,7 @@ def in_child(work: Callable[[], object], *, seconds: float = DEADLINE_SECONDS) -
 
 def test_a_forked_child_does_not_inherit_a_held_lock(container: str) -> None:
     """Of the counter of a store's requests, which another thread is about to change when the fork happens."""
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     store.put("blob", b"data")
     throttle = store.throttle
     held, may_end = threading.Event(), threading.Event()
@@ -230,7 +231,7 @@ def test_a_fork_in_the_middle_of_a_load(proxy: FaultProxy, proxied_container: st
 
 def test_a_fork_while_the_service_is_busy(proxy: FaultProxy, proxied_container: str) -> None:
     """The places of the parent's requests are not the child's to wait for."""
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
+    store = store_of(proxied_container)
     store.put("x", b"12345678")
     gate = Gate()
 
@@ -283,7 +284,7 @@ def test_dataloader_workers_share_a_reader_and_a_store(container: str, method: s
     save(url)
     reader = AzureBlobReader(url, credential=KEY)
     [item] = [info for index, info in reader.read_metadata().storage_data.items() if index.fqn == "large"]
-    store = BlobStore(BlobLocation.parse(url), Access(KEY))
+    store = store_of(url)
     path = BlobLocation.parse(url).join(item.relative_path).path
     rows = Rows(url, store, path, item.offset + item.payload_offset)
     assert torch.equal(rows[0], state()["large"][0])  # the parent has connections when the workers come
@@ -324,7 +325,7 @@ def test_threads_share_a_reader_and_a_store(container: str) -> None:
     url = f"{container}/a"
     save(url, 1)
     reader = AzureBlobReader(url, credential=KEY, options=SMALL)
-    store = pickle.loads(pickle.dumps(BlobStore(BlobLocation.parse(url), Access(KEY))))
+    store = pickle.loads(pickle.dumps(store_of(url)))
     start = threading.Barrier(8)
 
     def use(number: int) -> None:
@@ -350,23 +351,22 @@ def test_a_writer_is_used_again_after_an_error(
     url = f"{container}/a"
     options = TransferOptions(block_size=64 * 1024, concurrency=4, retry_seconds=0)
     writer = AzureBlobWriter(f"{proxied_container}/a", credential=KEY, options=options)
-    for version, fault, expected in (
-        (1, Answer(403, "AuthorizationFailure"), AccessDeniedError),
-        (2, Answer(503, "ServerBusy"), ServiceUnavailableError),
-    ):
+    faults: list[tuple[Action, type[StoreError]]] = [
+        (Answer(403, "AuthorizationFailure"), AccessDeniedError),
+        (Answer(503, "ServerBusy"), ServiceUnavailableError),
+    ]
+    for version, (fault, expected) in enumerate(faults, 1):
         rule = proxy.when(where, times=None)
         rule.do(fault)
-        with pytest.raises(CheckpointException) as caught:
-            dcp.save(state(version), storage_writer=writer)
-        assert isinstance(error_of(caught), expected)
+        failure(expected, dcp.save, state(version), storage_writer=writer)
         rule.do()
         dcp.save(state(version), storage_writer=writer)
         assert_right(load(url), version)
         if where == "Put Blob":
-            # Nobody can tell whether a commit that failed was carried out, so its blobs stay for `prune`.
+            # Whether a commit without an answer was carried out is unknown, so its blobs stay for `prune`.
             assert len(prune(url, credential=KEY, grace=datetime.timedelta(0), dry_run=False).remains) == 1
         names = {info.relative_path for info in _storage_data(url)}
-        assert sorted(blobs_below(url)) == sorted(["a/.metadata", *(f"a/{name}" for name in names)])
+        assert sorted(paths_below(url)) == sorted(["a/.metadata", *(f"a/{name}" for name in names)])
 
 
 def _storage_data(url: str) -> list[Any]:
@@ -419,10 +419,10 @@ def test_sigterm_in_the_middle_of_a_save_stops_it_and_leaves_nothing_visible(
     with child_process(tmp_path, f"{proxied_container}/a", "here") as process:
         gate.wait_for(2, DEADLINE_SECONDS)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM  # though nobody has answered its requests
+        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM  # although its requests got no answer
     gate.open()
     assert_right(load(url), 1)
-    assert len(blobs_below(url)) == 2
+    assert len(paths_below(url)) == 2
 
 
 def test_an_asynchronous_save_outlives_the_main_thread(

@@ -1,6 +1,6 @@
 """Jobs that get in each other's way at one URL: two that save, one that saves and one that removes or reads.
 
-Whatever the order, the checkpoint is one of those that were saved, whole; who lost is told so; nothing else is left.
+In any order, the checkpoint is one of the saved ones and complete, the loser gets an error, and nothing else is left.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from azure_torch_ckpt import (
     CheckpointReplacedError,
     CommitConflictError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults.tally import Tally
 from tests.support import jobs
+from tests.support.containers import blob_names, contents, live_blobs, put_all, store_of
 from tests.support.faults import Exchange, Gate, Hold
 from tests.support.jobs import End, Job
 from tests.support.proxy import FaultProxy
 
-# Versions: what stands in the beginning, what the jobs save, what a reader may find that comes later.
+# Versions: of the checkpoint in the beginning, and of those that the jobs save.
 OLD, FIRST, SECOND = 0, 1, 2
 
 Point = Literal["request", "answer"]
@@ -45,11 +44,7 @@ def old(container: str) -> dict[str, bytes]:
     url = f"{container}/old"
     ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
     assert [end.exitcode for end in ends] == [0, 0], ends
-    return jobs.contents(url)
-
-
-def through(proxy: FaultProxy, url: str) -> str:
-    return proxy.endpoint + url.partition("/devstoreaccount1")[2]
+    return contents(url)
 
 
 def is_commit(seen: Exchange) -> bool:
@@ -62,16 +57,16 @@ def commit_of(proxy: FaultProxy) -> Exchange:
 
 
 def assert_whole(url: str, version: int | None) -> None:
-    """The checkpoint of this version stands at `url`, and nothing else; with None nothing at all."""
+    """The checkpoint of this version is at `url`, and nothing else; with None, nothing at all."""
     assert jobs.version_at(url) == version
-    assert jobs.blobs(url) == jobs.live_blobs(url)
+    assert blob_names(url) == live_blobs(url)
 
 
 # ---- Two that save -------------------------------------------------------------------------------------------------
 
 
 def outcome(ends: list[End]) -> Literal["saved", "conflict"]:
-    """What all ranks of a job were told: that it has saved, or that another one did."""
+    """The outcome on all ranks of a job: it saved, or another job did."""
     if not any(end.errors for end in ends):
         assert [end.exitcode for end in ends] == [0] * len(ends)
         return "saved"
@@ -90,7 +85,7 @@ def race(
     """Save the versions FIRST and SECOND at the same time by a job each, which has a proxy of its own."""
     with contextlib.ExitStack() as stack:
         both = [
-            stack.enter_context(Job(jobs.save, [(through(proxy, url), version)] * world))
+            stack.enter_context(Job(jobs.save, [(proxy.through(url), version)] * world))
             for proxy, version in zip(proxies, (FIRST, SECOND), strict=True)
         ]
         for job in both:
@@ -125,7 +120,7 @@ def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
     for number, order in enumerate(orders):
         url = f"{container}/contested-{number}"
         if standing:
-            jobs.put(url, old)
+            put_all(url, old)
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             gates = {proxy: Gate() for proxy in (first, second)}
             for proxy, gate in gates.items():
@@ -153,16 +148,15 @@ def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
 def test_two_jobs_that_race_leave_the_one_that_committed_last(
     azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, standing: bool
 ) -> None:
-    """Nobody holds them together, so the later one may find the checkpoint of the other and replace it."""
+    """Nothing synchronises them, so the later one may find the checkpoint of the other and replace it."""
     outcomes: Counter[str] = Counter()
     for seed in range(15):
         chance = random.Random(seed)
         url = f"{container}/raced-{seed}"
         standing_etag = None
         if standing:
-            jobs.put(url, old)
-            location = BlobLocation.parse(f"{url}/.metadata")
-            standing_etag = BlobStore(location, Access(jobs.KEY)).stat(location.path).etag
+            put_all(url, old)
+            standing_etag = store_of(url).stat(BlobLocation.parse(f"{url}/.metadata").path).etag
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             # One begins later, and a request of each is slow: so one is ahead here and the other there.
             chance.choice((first, second)).when("Get Blob").do(Hold(chance.uniform(0.0, 0.4)))
@@ -189,10 +183,10 @@ def test_a_save_whose_predecessor_is_removed_before_it_commits_is_dropped(
     proxy: FaultProxy, container: str, old: dict[str, bytes], tally: Tally
 ) -> None:
     url = f"{container}/removed"
-    jobs.put(url, old)
+    put_all(url, old)
     gate = Gate()
     proxy.when(is_commit).do(Hold(gate))
-    with Job(jobs.save, [(through(proxy, url), FIRST)]) as job:
+    with Job(jobs.save, [(proxy.through(url), FIRST)]) as job:
         job.go()
         gate.wait_for(1)
         jobs.remove(url)
@@ -206,10 +200,10 @@ def test_a_removal_that_finds_another_checkpoint_leaves_it(
     proxy: FaultProxy, container: str, old: dict[str, bytes], tally: Tally
 ) -> None:
     url = f"{container}/removed"
-    jobs.put(url, old)
+    put_all(url, old)
     gate = Gate()
     proxy.when("Delete").do(Hold(gate))
-    with Job(jobs.remove, [(through(proxy, url),)]) as job:
+    with Job(jobs.remove, [(proxy.through(url),)]) as job:
         job.go()
         gate.wait_for(1)
         jobs.save(url, FIRST)
@@ -257,7 +251,7 @@ def read_while(change: Callable[[str], None], azurite: Azurite, url: str, k: int
     with FaultProxy(azurite.endpoint) as proxy:
         gate = Gate()
         proxy.when(lambda _: True, nth=k).do(Hold(gate, at=at))
-        with in_thread(lambda: jobs.load(through(proxy, url))) as loading:
+        with in_thread(lambda: jobs.load(proxy.through(url))) as loading:
             gate.wait_for(1)
             change(url)
             gate.open()
@@ -279,13 +273,13 @@ def test_a_reader_gets_the_old_or_the_new_checkpoint_or_is_told(
     change: Callable[[str], None],
     at: Point,
 ) -> None:
-    assert jobs.load(through(proxy, f"{container}/old")) == OLD
+    assert jobs.load(proxy.through(f"{container}/old")) == OLD
     requests = proxy.count()
     assert requests >= 4
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 1):
         url = f"{container}/read-{k}"
-        jobs.put(url, old)
+        put_all(url, old)
         read = read_while(change, azurite, url, k, at)
         # The first request is for the metadata, which alone decides what a load is about.
         if k == 1 and at == "request":
@@ -310,7 +304,7 @@ def test_all_ranks_of_a_reader_get_the_same_checkpoint_or_are_told(
             proxies, gate = (first, second), Gate()
             if nth is not None:
                 proxies[slow].when(lambda _: True, nth=nth).do(Hold(gate))
-            with Job(jobs.load, [(through(proxy, url),) for proxy in proxies]) as job:
+            with Job(jobs.load, [(proxy.through(url),) for proxy in proxies]) as job:
                 job.go()
                 if nth is not None:
                     gate.wait_for(1)
@@ -323,7 +317,7 @@ def test_all_ranks_of_a_reader_get_the_same_checkpoint_or_are_told(
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 1):
         url = f"{container}/read-{k}"
-        jobs.put(url, old)
+        put_all(url, old)
         ends, _ = load(url, k)
         told = {what_was_read(end.value, next(iter(end.errors.values()), None)) for end in ends}
         assert len(told) == 1, ends

@@ -1,6 +1,6 @@
-"""Saves and loads that are to fail: what torch reports of them, and what stands in a container before and after.
+"""Saves and loads that must fail: the errors that torch reports, and a container that must not change.
 
-Everything here can be called in the test's process and on the ranks of `tests/ranks.py`.
+Everything here can be called in the test's process and on the ranks of `tests/support/ranks.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions
 from tests.support import sharded
+from tests.support.containers import snapshot
 from tests.support.waits import waiting_at_most
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 _E = TypeVar("_E", bound=BaseException)
 
-# A dead service is given up soon.
+# So that a request to a dead service fails soon.
 IMPATIENT = TransferOptions(retry_seconds=1)
 
 
@@ -38,7 +37,7 @@ def save(
     no_dist: bool = False,
     **options: Any,
 ) -> None:
-    """Save whole tensors, or on ranks, unless `no_dist` leaves the other ranks out, sharded ones."""
+    """Save whole tensors; on ranks sharded ones, unless `no_dist` leaves the other ranks out."""
     make = sharded.rows if dist.is_initialized() and not no_dist else sharded.plain
     writer = AzureBlobWriter(url, **{"credential": sharded.KEY, **options})
     dcp.save(make(version), storage_writer=writer, planner=planner, no_dist=no_dist)
@@ -56,7 +55,7 @@ def load(
 def raised(
     kind: type[_E], attempt: Callable[[], object], says: str, *, ranks: Sequence[int] = (0,), seconds: float = 8.0
 ) -> _E:
-    """The error of the first of these ranks, which are all that failed, each with this kind.
+    """Check that `attempt` fails on exactly these ranks, each with this kind of error; return the first rank's.
 
     Args:
         says: a regular expression that all messages match.
@@ -74,33 +73,18 @@ def raised(
     return first
 
 
-def store_of(url: str) -> BlobStore:
-    return BlobStore(BlobLocation.parse(url), Access(sharded.KEY))
-
-
-def contents(url: str) -> dict[str, tuple[str, bytes]]:
-    """ETag and bytes of every blob in the container of `url`: alike only if nobody wrote anything."""
-    store = store_of(url)
-    return {blob.path: (blob.etag, store.read(blob.path, limit=1 << 20)[0]) for blob in store.list("")}
-
-
-def blob_names(url: str, suffix: str) -> list[str]:
-    """Names, in the container, of the blobs below `url` that end so."""
-    return [blob.path for blob in store_of(url).list(BlobLocation.parse(url).path + "/") if blob.path.endswith(suffix)]
-
-
 @contextlib.contextmanager
 def unchanged(url: str) -> Iterator[None]:
     """Nothing in the container of `url` is written or removed."""
-    before = contents(url)
+    before = snapshot(url)
     yield
-    assert contents(url) == before
+    assert snapshot(url) == before
 
 
 def raised_on_ranks(
     kind: type[BaseException], attempt: Callable[[str], object], url: str, says: str, failed: Sequence[int]
 ) -> None:
-    """What `raised` says; a group of ranks runs this, and each of them hears of all that failed."""
+    """`raised`, to be run by a group of ranks: each of them gets the errors of all."""
     raised(kind, lambda: attempt(url), says, ranks=failed)
 
 
@@ -113,7 +97,7 @@ def raised_everywhere(
     *,
     failed: Sequence[int] = (0, 1),
 ) -> _E:
-    """What `raised` says holds in this process and for both of two ranks, of which those `failed`.
+    """`raised` in this process, and then on two ranks, of which those in `failed` fail.
 
     Nothing in the container changes. Returns the error of this process.
     """

@@ -8,40 +8,36 @@ Azurite keeps the blobs; this is a proxy in front of it that makes directories o
 - A directory is an empty blob with the metadata ``hdi_isfolder: true`` and the resource type ``directory``. It appears
   when something is written below it, stays when that goes, and is listed: flat among the blobs, with a delimiter as a
   prefix (facts ``head-hns-directory``, ``head-hns-directory-new`` and ``list-hns`` of recordings of the service; List
-  Blobs tells ``ResourceType`` since version 2020-10-02).
+  Blobs returns ``ResourceType`` since version 2020-10-02).
 - Delete Blob of a directory: 400 OperationNotSupportedOnDirectory with ``x-ms-delete-snapshots``, 409
   DirectoryIsNotEmpty where something is in it (facts ``delete-hns-directory-with-snapshots-header`` and
   ``delete-hns-directory-not-empty``).
 - A path is a file or a directory, never both. Writing over a directory, or below a file, is a conflict. A listing
   whose prefix leads through a file is an error, as the documentation of List Blobs says. The codes of conflicts are a
-  guess, for no source tells them, so no test may depend on them.
+  guess, because no source documents them, so no test may depend on them.
 - Empty segments and slashes at either end of a path vanish.
-- A SAS for a directory (``sr=d``, `directory_sas`) is good for what lies below it, listings included, and nothing else.
+- A SAS for a directory (``sr=d``, `directory_sas`) allows requests below it, listings included, and no others.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import email.utils
 import hashlib
 import hmac
-import http.client
 import threading
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import cast
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from azure.storage.blob import BlobClient, ContainerClient
 
 from azure_torch_ckpt.emulator import Azurite
+from tests.support.forwarding import ForwardingHandler, ForwardingServer, Response
 
-_HOP_BY_HOP = {"connection", "host", "transfer-encoding", "content-length", "keep-alive"}
 _KEY = Azurite.account_key
 _CHANGES = {"PUT", "DELETE"}
 
@@ -69,7 +65,7 @@ class _Container:
     directories: set[str] = field(default_factory=set)
 
 
-class HierarchicalAccount:
+class HierarchicalAccount(ForwardingServer):
     """See the module's docstring.
 
     Attributes:
@@ -77,23 +73,10 @@ class HierarchicalAccount:
     """
 
     def __init__(self, upstream: str) -> None:
-        self.upstream = upstream
+        super().__init__(upstream, _Handler)
         self.log: list[Seen] = []
         self.lock = threading.RLock()
         self._containers: dict[str, _Container] = {}
-        account = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.account = account
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}{urlsplit(self.upstream).path}"
 
     def create_container(self, name: str) -> str:
         with ContainerClient(self.upstream, name, _KEY) as client:
@@ -101,7 +84,7 @@ class HierarchicalAccount:
         return f"{self.endpoint}/{name}"
 
     def paths(self, url: str) -> list[str]:
-        """What lies in the container of a URL; directories end in "/"."""
+        """Blobs and directories in the container of a URL; directories end in "/"."""
         name = urlsplit(url).path.split("/")[2]
         with ContainerClient(self.upstream, name, _KEY) as client:
             known = self.container(name).directories
@@ -118,18 +101,7 @@ class HierarchicalAccount:
         with self.lock:
             return self._containers.setdefault(name, _Container(name))
 
-    def __enter__(self) -> HierarchicalAccount:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    # What the namespace consists of
+    # The namespace
 
     def is_directory(self, container: str, path: str) -> bool:
         return path in self.container(container).directories
@@ -145,7 +117,7 @@ class HierarchicalAccount:
             return next(iter(client.list_blob_names(name_starts_with=path + "/", results_per_page=1)), None) is None
 
     def make_directories(self, container: str, path: str) -> None:
-        """Those above `path`. Raises `_Refused` where one of them is a file."""
+        """Make those above `path`. Raises `_Refused` where one of them is a file."""
         for above in _above(path):
             if self.is_directory(container, above):
                 continue
@@ -156,34 +128,10 @@ class HierarchicalAccount:
             self.container(container).directories.add(above)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    account: HierarchicalAccount
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Handler(ForwardingHandler):
+    double: HierarchicalAccount
 
-    def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the client went away
-            super().handle()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def setup(self) -> None:
-        super().setup()
-        address = urlsplit(self.account.upstream)
-        self._upstream = http.client.HTTPConnection(address.hostname or "", address.port)
-
-    def finish(self) -> None:
-        self._upstream.close()
-        super().finish()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    do_HEAD = do_PUT = do_DELETE = do_GET
-
-    def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    def respond(self, body: bytes) -> Response:
         target = urlsplit(self.path)
         query = dict(parse_qsl(target.query, keep_blank_values=True))
         _, account, container, *rest = unquote(target.path).split("/", 3)
@@ -191,10 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = "/".join(filter(None, given.split("/")))
         seen = Seen(self.command, container, path, query)
         try:
-            # Nobody may remove a directory between the moment when it is seen and that when something is put into it.
-            # Blocks do not matter: what is not committed is not in the namespace.
+            # No request may remove a directory after another has seen it and before that one writes into it. Blocks do
+            # not matter: uncommitted ones are not in the namespace.
             if self.command in _CHANGES and query.get("comp") != "block":
-                with self.account.lock:
+                with self.double.lock:
                     status, headers, content = self._carry_out(seen, account, given, body)
             else:
                 status, headers, content = self._carry_out(seen, account, given, body)
@@ -203,17 +151,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"x-ms-error-code": code, "Content-Type": "application/xml"}
             error = f"<Error><Code>{code}</Code><Message>{code}\nRequestId:1\nTime:2</Message></Error>"
             content = f"<?xml version='1.0' encoding='utf-8'?>{error}".encode()
-            headers["Content-Length"] = str(len(content))
         seen.status = status
-        self.account.log.append(seen)
-        self.send_response_only(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD" and status not in (204, 304):
-            self.wfile.write(content)
+        self.double.log.append(seen)
+        return status, headers, content
 
-    def _carry_out(self, seen: Seen, account: str, given: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _carry_out(self, seen: Seen, account: str, given: str, body: bytes) -> Response:
         made = self._prepare(seen) if seen.path else None
         if seen.query.get("comp") == "list" and not seen.path:
             self._check_prefix(seen)
@@ -225,9 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not seen.path:
             if status == 200 and seen.query.get("comp") == "list":
                 content = self._listing(seen, content)
-                headers["Content-Length"] = str(len(content))
             return status, headers, content
-        directories = self.account.container(seen.container).directories
+        directories = self.double.container(seen.container).directories
         if status < 300:
             if made:
                 directories.add(seen.path)
@@ -239,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _prepare(self, seen: Seen) -> bool:
         """Whether the request makes a directory. Raises `_Refused` where the namespace does not allow it."""
-        account, is_directory = self.account, self.account.is_directory(seen.container, seen.path)
+        account, is_directory = self.double, self.double.is_directory(seen.container, seen.path)
         if seen.method == "DELETE" and is_directory:
             if "x-ms-delete-snapshots" in self.headers:
                 raise _Refused(400, "OperationNotSupportedOnDirectory")
@@ -263,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_prefix(self, seen: Seen) -> None:
         for above in _above(seen.query.get("prefix", "")):
-            if self.account.is_file(seen.container, above):
+            if self.double.is_file(seen.container, above):
                 raise _Refused(409, "ResourceTypeMismatch")
 
     def _check_directory_sas(self, seen: Seen) -> None:
@@ -277,33 +218,20 @@ class _Handler(BaseHTTPRequestHandler):
         if not set(needed) & set(query["sp"]):
             raise _Refused(403, "AuthorizationPermissionMismatch")
 
-    def _forward(self, seen: Seen, account: str, body: bytes, resign: bool) -> tuple[int, dict[str, str], bytes]:
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
-        target = self.path
-        if resign:
-            query = {name: value for name, value in seen.query.items() if name not in ("sp", "sr", "sdd", "sig")}
-            target = quote(f"/{account}/{seen.container}/{seen.path}".rstrip("/"))
-            _sign(seen.method, account, target, query, headers, len(body))
-            target += "?" + urllib.parse.urlencode(query) if query else ""
-        if seen.method == "PUT":
-            headers["Content-Length"] = str(len(body))
-        self._upstream.request(seen.method, target, body if seen.method == "PUT" else None, headers)
-        response = self._upstream.getresponse()
-        content = response.read()
-        answered = {name: value for name, value in response.getheaders() if name.lower() not in _HOP_BY_HOP}
-        length = response.getheader("Content-Length")
-        if seen.method == "HEAD" and length is not None:
-            answered["Content-Length"] = length
-        elif response.status != 304:
-            answered["Content-Length"] = str(len(content))
-        return response.status, answered, content
+    def _forward(self, seen: Seen, account: str, body: bytes, resign: bool) -> Response:
+        if not resign:
+            return self.forward(self.path, body)
+        query = {name: value for name, value in seen.query.items() if name not in ("sp", "sr", "sdd", "sig")}
+        target = quote(f"/{account}/{seen.container}/{seen.path}".rstrip("/"))
+        headers = _signed(seen.method, account, target, query, dict(self.headers), len(body))
+        return self.forward(target + ("?" + urllib.parse.urlencode(query) if query else ""), body, headers)
 
     def _listing(self, seen: Seen, content: bytes) -> bytes:
         """Tell what the entries are and, with a delimiter, show each directory once, as a prefix."""
         root = ElementTree.fromstring(content)
         blobs = root.find("Blobs")
         assert blobs is not None
-        directories = self.account.container(seen.container).directories
+        directories = self.double.container(seen.container).directories
         prefixes = {entry.findtext("Name") for entry in blobs.findall("BlobPrefix")}
         for entry in list(blobs.findall("Blob")):
             name = entry.findtext("Name") or ""
@@ -331,10 +259,13 @@ def _signature(*parts: str) -> str:
     return base64.b64encode(digest).decode()
 
 
-def _sign(method: str, account: str, path: str, query: dict[str, str], headers: dict[str, str], length: int) -> None:
-    """https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key."""
-    for name in [name for name in headers if name.lower() in ("authorization", "date", "x-ms-date")]:
-        del headers[name]
+def _signed(
+    method: str, account: str, path: str, query: dict[str, str], headers: dict[str, str], length: int
+) -> dict[str, str]:
+    """The headers of a request to the emulator. https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key"""
+    headers = {
+        name: value for name, value in headers.items() if name.lower() not in ("authorization", "date", "x-ms-date")
+    }
     headers["x-ms-date"] = email.utils.formatdate(usegmt=True)
     lowered = {name.lower(): value for name, value in headers.items()}
     standard = "content-encoding content-language content-length content-md5 content-type date if-modified-since"
@@ -345,3 +276,4 @@ def _sign(method: str, account: str, path: str, query: dict[str, str], headers: 
     text += f"/{account}{path}"
     text += "".join(f"\n{name.lower()}:{query[name]}" for name in sorted(query))
     headers["Authorization"] = f"SharedKey {account}:{_signature(text)}"
+    return headers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, AzureCheckpointError, BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
-from azure_torch_ckpt.emulator import Azurite
+from tests.support.containers import KEY as KEY
+from tests.support.containers import content, put
+from tests.support.containers import paths_below as blobs_below  # noqa: F401
 from tests.support.states import assert_same, fill
 
-KEY = Azurite.account_key
+_E = TypeVar("_E", bound=AzureCheckpointError)
+
 # Several requests for `large`, and few enough of them in all that each can be broken in turn.
 SMALL = TransferOptions(block_size=64 * 1024, concurrency=4)
 
@@ -67,24 +69,30 @@ def error_of(caught: pytest.ExceptionInfo[CheckpointException]) -> AzureCheckpoi
     return error
 
 
+def failure(kind: type[_E], attempt: Callable[..., object], *args: Any, **options: Any) -> _E:
+    """The error with which ``attempt(*args, **options)``, a save or a load in one process, must fail."""
+    with pytest.raises(CheckpointException) as caught:
+        attempt(*args, **options)
+    error = error_of(caught)
+    assert isinstance(error, kind), repr(error)
+    return error
+
+
 def item_of(url: str, name: str) -> StoredItem:
     storage = AzureBlobReader(url, credential=KEY).read_metadata().storage_data
     [info] = [info for index, info in storage.items() if index.fqn == name]
     return stored_item(info)
 
 
+def data_path(url: str) -> str:
+    """Path in the container of the checkpoint's data blob."""
+    return BlobLocation.parse(url).join(item_of(url, "large").relative_path).path
+
+
 def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
     """Write the blob again with one byte of an item changed; a second time changes it back."""
     location = BlobLocation.parse(url)
     path = location.join(item.relative_path).path
-    store = BlobStore(location, Access(KEY))
-    data = bytearray(store.read(path, limit=1 << 30)[0])
+    data = bytearray(content(url, path))
     data[item.offset + position] ^= 0x01
-    store.put(path, bytes(data))
-
-
-def blobs_below(url: str) -> list[str]:
-    """Paths in the container, in order."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    return [blob.path for blob in store.list(location.path + "/" if location.path else "")]
+    put(url, path, bytes(data))

@@ -1,6 +1,6 @@
-"""State dicts of every kind of sharding whose values any rank can compute, and what stands in a container.
+"""State dicts of every kind of sharding, whose values any rank can compute.
 
-The functions that take part in a save or a load run on the ranks of `tests/ranks.py`.
+The functions that take part in a save or a load run on the ranks of `tests/support/ranks.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.emulator import Azurite
-
-KEY = Azurite.account_key
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
+from tests.support.containers import KEY
 
 # name: (sizes, dtype). On 4 ranks, 5 rows make shards of 2, 2, 1 and 0 rows, and 3 rows leave a rank without any.
 GLOBAL = {
@@ -40,7 +36,7 @@ GLOBAL = {
 
 
 def values(name: str, sizes: tuple[int, ...], dtype: torch.dtype, version: int = 0) -> torch.Tensor:
-    """The bits that a tensor of this name has in this version: any, and different for each of the two."""
+    """The bits that a tensor of this name has in this version: arbitrary, and different for each name and version."""
     seed = zlib.crc32(f"{name}:{version}".encode())
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
@@ -149,7 +145,7 @@ def assert_stands(url: str, version: int, make: Callable[[int], dict[str, Any]] 
 
 
 def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
-    """What torch's exception tells every rank: the error of each rank that had one."""
+    """The errors of all ranks in the exception that torch raises on every rank."""
     try:
         save()
     except CheckpointException as caught:
@@ -157,12 +153,12 @@ def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
     raise AssertionError("the save did not fail")
 
 
+# TRANSITION
+from tests.support.containers import data_blobs as data_blobs  # noqa: E402
+from tests.support.containers import paths_below  # noqa: E402
+
+
 def blobs(url: str) -> list[str]:
-    """Names of all blobs below `url`, relative to it."""
-    location = BlobLocation.parse(url)
-    prefix = location.path + "/"
-    return [blob.path.removeprefix(prefix) for blob in BlobStore(location, Access(KEY)).list(prefix)]
-
-
-def data_blobs(url: str) -> set[str]:
-    return {name for name in blobs(url) if name.endswith(".distcp")}
+    return [
+        path.removeprefix(url.partition("devstoreaccount1/")[2].partition("/")[2] + "/") for path in paths_below(url)
+    ]

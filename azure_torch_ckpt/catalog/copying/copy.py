@@ -1,4 +1,4 @@
-"""`copy`: checkpoints to another container, to a disk or from one; parallel, resumable, verified, `.metadata` last."""
+"""`copy`: copies checkpoints between containers and disks, in parallel, verified, with the metadata last."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
 from azure_torch_ckpt.blobs.settings import CopiedSettings
-from azure_torch_ckpt.bytemeter import ByteProgress, byte_meter
 from azure_torch_ckpt.catalog.copying.file_copy import CopyRun, FileCopy
-from azure_torch_ckpt.catalog.copying.folders import BlobEnd, End, FolderEnd, open_end
-from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, in_parallel, plan_copy
-from azure_torch_ckpt.catalog.copying.report import CopyFigures
+from azure_torch_ckpt.catalog.copying.metrics import CopyMetrics
+from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, plan_copy
+from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, Tree, open_tree
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 
 __all__ = ["CopyReport", "copy"]
 
@@ -30,13 +31,13 @@ _BATCH_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class CopyReport:
-    """What `copy` did.
+    """The result of `copy`.
 
     Attributes:
-        bytes: copied.
-        blobs: copied, metadata included.
-        skipped: blobs that were there already.
-        seconds: from the call to its end.
+        bytes: bytes copied.
+        blobs: number of blobs or files copied, metadata included.
+        skipped: number of blobs or files that the destination had already.
+        seconds: duration of the call.
     """
 
     bytes: int
@@ -51,95 +52,97 @@ def copy(
     *,
     overwrite: bool = False,
     verify: bool = True,
-    progress: ByteProgress | None = None,
+    progress: ProgressOption = None,
     credential: Credential = None,
     dst_credential: Credential = None,
     options: TransferOptions | None = None,
     ca_file: str | None = None,
 ) -> CopyReport:
-    """Copy the checkpoint at `src` to `dst`, or all checkpoints at or below `src` to places of the same names.
+    """Copy the checkpoint at `src` to `dst`, or all checkpoints at or below `src` to the same names below `dst`.
 
-    Each of the two is a URL or a local path, and at least one a URL. Between containers the service fetches the data
-    itself (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url), by the SAS of the source's URL, by
-    one that is made from the account key, or by this process' token; where it cannot, the data goes through this
-    machine, and the log says so. A checkpoint on a disk is what torch's ``FileSystemReader`` loads.
+    Each of the two is a URL or a local path; at least one is a URL. Between containers the service fetches the data
+    itself (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url). It reads the source with the SAS
+    of the source's URL, with a SAS made from the account key, or with a token of this process. If it cannot, the data
+    goes through this machine, and the log says so. torch's ``FileSystemReader`` loads a checkpoint on a disk.
 
-    A checkpoint's metadata is written when all its data is there, under the condition that nobody else has written any.
-    So a copy that was broken off is an incomplete save, and calling again goes on: blobs that are there are skipped.
-    They are known by a mark in the blob's metadata (``copy_of``); files by their checksums, and where the checkpoint
-    has none by size and time. Files have a temporary name until they are whole and on the disk.
+    The metadata is written once all data is in place, with the condition that no other save has written any. An
+    interrupted copy is therefore an incomplete save, and a second call continues it: it skips the blobs and files that
+    are complete. It recognizes blobs by a mark in their metadata (``copy_of``), and files by their checksums, or
+    without checksums by size and time. Files have a temporary name until they are complete and on the disk.
 
-    Incomplete saves are left out, with a warning in the log, and so is data that the metadata does not name.
+    Incomplete saves are not copied, with a warning in the log. Nor is data that the metadata does not name.
 
-    A blob's content settings (its type, encoding and so on), metadata and index tags go along to another container,
-    tags only where the credentials may read and write them: else a warning says so. A file on a disk has none. The
-    access tier is the target account's default.
+    A blob's content settings (its type, encoding and so on), metadata and index tags are copied to another container.
+    Tags need credentials that may read and write them; without them, a warning says that the tags are missing. A file
+    on a disk has no settings. The access tier is the default of the destination's account.
 
     Args:
-        overwrite: replace other checkpoints that stand at the target, and then remove their data. False refuses before
+        src: URL or local path of the source.
+        dst: URL or local path of the destination.
+        overwrite: replace other checkpoints at the destination, and then remove their data. False raises before
             anything is copied.
-        verify: compare the checksums of all items also where that takes reading the copy: of what the service has
-            fetched without telling its CRC64, and of files that were there. Data that goes through this machine is
-            always compared.
-        progress: called with the bytes that have arrived or were there, and those of all blobs.
-        credential: for both ends.
-        dst_credential: for the target, if it needs another one. For a new checkpoint it has to allow writing and
-            nothing else; what was copied by a copy that was broken off is then copied again.
+        verify: compare the checksums of all items even where that takes reading the copy: data for which the service
+            returned no CRC64, and files that existed before. Data that goes through this machine is always compared.
+        progress: as for `AzureBlobReader`; counts the bytes that have arrived or were there already.
+        credential: for source and destination.
+        dst_credential: for the destination, if it needs another one. For a new checkpoint, write permission is enough;
+            then a second call copies everything again.
 
     Raises:
-        LocationError: the two places cannot be copied between.
-        CheckpointNotFoundError: there is no complete checkpoint at the source.
-        CheckpointExistsError: another checkpoint stands at the target, and ``overwrite`` is False.
-        CorruptCheckpointError: the source is damaged or lacks data. Nothing that can be seen was written.
+        LocationError: one place lies within the other, or both are local.
+        CheckpointNotFoundError: the source has no complete checkpoint.
+        CheckpointExistsError: the destination has another checkpoint, and ``overwrite`` is False.
+        CorruptCheckpointError: the source is damaged or lacks data. No checkpoint became visible.
         CheckpointReplacedError: the source was replaced meanwhile.
-        CommitConflictError: somebody else saved at the target meanwhile.
+        CommitConflictError: another process saved at the destination meanwhile.
         LocalFileError: a file could not be read or written.
-        StoreError: the service could not be asked.
+        StoreError: a request failed.
     """
+    check_progress(progress)
     options = options or TransferOptions()
-    source = open_end(src, Access(credential, options, ca_file))
-    target = open_end(dst, Access(credential if dst_credential is None else dst_credential, options, ca_file))
-    _check_ends(source, target)
-    stores = [end.store for end in (source, target) if isinstance(end, BlobEnd)]
+    source = open_tree(src, Access(credential, options, ca_file))
+    destination = open_tree(dst, Access(credential if dst_credential is None else dst_credential, options, ca_file))
+    _check_places(source, destination)
+    stores = [tree.store for tree in (source, destination) if isinstance(tree, BlobTree)]
     skipped = 0
-    with CopyFigures("copy", source.where, target.where, stores) as figures:
-        plans = plan_copy(source, target, options, overwrite=overwrite)
+    with CopyMetrics("copy", str(source), str(destination), stores) as metrics:
+        plans = plan_copy(source, destination, options, overwrite=overwrite)
         files = [file for plan in plans for file in plan.files]
         total = sum(file.source.size for file in files)
-        target.sweep()
-        with byte_meter("copy", source.where, total, progress) as meter:
+        destination.remove_abandoned()
+        with Meter(progress, Progress("copy", str(source), job_rank(), 0, total, 0.0)) as meter:
             run = CopyRun(
                 source=source,
-                target=target,
+                destination=destination,
+                options=options,
                 part_size=options.part_size(total),
                 verify=verify,
-                service=ServiceFetch(source.store) if len(stores) == 2 and isinstance(source, BlobEnd) else None,
+                service=ServiceFetch(source.store) if len(stores) == 2 and isinstance(source, BlobTree) else None,
                 meter=meter,
             )
             copies = {id(file): FileCopy(file, run) for file in files}
             try:
-                _round(run, options, copies.values(), FileCopy.checks, FileCopy.settle_checks)
-                target.check_room(sum(each.size for each in copies.values() if not each.skipped))
+                _run_round(run, copies.values(), FileCopy.comparisons, FileCopy.after_comparisons)
+                destination.check_free_space(sum(file.size for file in copies.values() if not file.skipped))
                 for batch in _batches(plans):
                     of_batch = [copies[id(file)] for plan in batch for file in plan.files]
-                    skipped += _copy_batch(run, options, batch, of_batch, figures)
+                    skipped += _copy_batch(run, batch, of_batch, metrics)
             finally:
-                there = sum(each.size for each in copies.values() if each.skipped)
-                figures.bytes += meter.done - there
+                metrics.bytes += meter.done - sum(file.size for file in copies.values() if file.skipped)
         if skipped:
-            figures.remark = f"; {skipped} {'blob was' if skipped == 1 else 'blobs were'} there already"
-    return CopyReport(figures.bytes, figures.items, skipped, figures.seconds)
+            metrics.remark = f"; {skipped} {'blob was' if skipped == 1 else 'blobs were'} there already"
+    return CopyReport(metrics.bytes, metrics.items, skipped, metrics.seconds)
 
 
-def _check_ends(source: End, target: End) -> None:
-    if isinstance(source, FolderEnd) and isinstance(target, FolderEnd):
+def _check_places(source: Tree, destination: Tree) -> None:
+    if isinstance(source, FolderTree) and isinstance(destination, FolderTree):
         raise LocationError(
-            f"{source.where} and {target.where} are both local paths; copy them with the system's own tools. A URL "
-            "looks like https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH"
+            f"{source} and {destination} are both local paths; copy them with the system's own tools. A URL looks like "
+            "https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH"
         )
-    above, below = sorted((f"{source.where}/", f"{target.where}/"), key=len)
-    if below.startswith(above):
-        raise LocationError(f"{source.where} cannot be copied to {target.where}: one of them lies within the other")
+    outer, inner = sorted((f"{source}/", f"{destination}/"), key=len)
+    if inner.startswith(outer):
+        raise LocationError(f"{source} cannot be copied to {destination}: one of them lies within the other")
 
 
 def _batches(plans: list[CheckpointPlan]) -> Iterator[list[CheckpointPlan]]:
@@ -156,76 +159,73 @@ def _batches(plans: list[CheckpointPlan]) -> Iterator[list[CheckpointPlan]]:
         yield batch
 
 
-def _copy_batch(
-    run: CopyRun, options: TransferOptions, plans: list[CheckpointPlan], files: list[FileCopy], figures: CopyFigures
-) -> int:
-    """Copy some checkpoints; return how many blobs were there already."""
-    wanted = [file for file in files if not file.skipped]
-    in_parallel(options, [functools.partial(_hide, run.target, plan, files) for plan in plans], run.cancel.cancel)
+def _copy_batch(run: CopyRun, plans: list[CheckpointPlan], files: list[FileCopy], metrics: CopyMetrics) -> int:
+    """Copy some checkpoints; return how many of their blobs the destination had already."""
+    to_copy = [file for file in files if not file.skipped]
+    run.run_tasks(functools.partial(_hide, run.destination, plan, files) for plan in plans)
     try:
-        in_parallel(options, itertools.chain.from_iterable(file.moves() for file in wanted), run.cancel.cancel)
+        run.run_tasks(itertools.chain.from_iterable(file.moves() for file in to_copy))
     finally:
-        for file in wanted:
+        for file in to_copy:
             file.abandon()
-    _round(run, options, wanted, FileCopy.read_backs, FileCopy.settle_read_backs)
-    run.target.settle([file.plan.source.path for file in files])
+    _run_round(run, to_copy, FileCopy.read_backs, FileCopy.after_read_backs)
+    run.destination.sync([file.plan.source.path for file in files])
     uncommitted = [plan for plan in plans if not plan.is_committed]
-    in_parallel(
-        options, [functools.partial(_commit, run.source, run.target, plan) for plan in uncommitted], run.cancel.cancel
-    )
+    run.run_tasks(functools.partial(_commit, run.source, run.destination, plan) for plan in uncommitted)
     metadata = [stored for plan in uncommitted for stored in plan.metadata.values()]
-    figures.items += len(wanted) + len(metadata)
-    figures.bytes += sum(len(stored.data) for stored in metadata)  # what the meter does not count
-    return len(files) - len(wanted) + sum(len(plan.metadata) for plan in plans) - len(metadata)
+    metrics.items += len(to_copy) + len(metadata)
+    metrics.bytes += sum(len(stored.data) for stored in metadata)  # the meter counts data alone
+    return len(files) - len(to_copy) + sum(len(plan.metadata) for plan in plans) - len(metadata)
 
 
-def _round(
+def _run_round(
     run: CopyRun,
-    options: TransferOptions,
     files: Iterable[FileCopy],
     tasks: Callable[[FileCopy], Iterator[Callable[[], None]]],
-    settle: Callable[[FileCopy], None],
+    afterwards: Callable[[FileCopy], None],
 ) -> None:
-    every = list(files)
-    in_parallel(options, itertools.chain.from_iterable(map(tasks, every)), run.cancel.cancel)
-    for file in every:
-        settle(file)
+    all_files = list(files)
+    run.run_tasks(itertools.chain.from_iterable(map(tasks, all_files)))
+    for file in all_files:
+        afterwards(file)
 
 
-def _hide(target: End, plan: CheckpointPlan, files: list[FileCopy]) -> None:
-    """Take the checkpoint that is to be replaced away first, if the new one has data of the same names.
+def _hide(destination: Tree, plan: CheckpointPlan, files: list[FileCopy]) -> None:
+    """Remove the metadata of the replaced checkpoint first if the new one has data of the same names.
 
-    Save ids make that impossible for our own; for torch's layout a crash would else leave a mixture that looks whole.
+    Our own checkpoints have a save id in their data's names, so this is for torch's layout: a crash in the middle would
+    leave a mixture of both checkpoints that looks complete.
     """
-    if plan.is_committed or not plan.standing:
+    if plan.is_committed or not plan.replaced:
         return
-    mine = {file.source.path for file in plan.files}
-    if any(file.plan.source.path in mine and not file.skipped and file.plan.there is not None for file in files):
-        for rank in list(plan.standing):
-            target.remove_metadata(plan.name, rank, plan.standing.pop(rank))
+    names = {file.source.path for file in plan.files}
+    if any(file.plan.source.path in names and not file.skipped and file.plan.existing is not None for file in files):
+        for rank in list(plan.replaced):
+            destination.remove_metadata(plan.name, rank, plan.replaced.pop(rank))
 
 
-def _commit(source: End, target: End, plan: CheckpointPlan) -> None:
-    # Readers prefer the metadata of all ranks, so that of the other kind must not stay beside the new one.
-    for rank in plan.standing.keys() - plan.metadata.keys():
-        target.remove_metadata(plan.name, rank, plan.standing[rank])
+def _commit(source: Tree, destination: Tree, plan: CheckpointPlan) -> None:
+    # Readers prefer metadata of all ranks to metadata of each rank, so only the new kind may stay.
+    for rank in plan.replaced.keys() - plan.metadata.keys():
+        destination.remove_metadata(plan.name, rank, plan.replaced[rank])
     for rank, stored in plan.metadata.items():
         try:
-            settings = source.settings_of(plan.blobs[rank]) if isinstance(target, BlobEnd) else CopiedSettings()
-            target.commit_metadata(plan.name, rank, stored.data, plan.standing.get(rank), settings)
+            to_blob = isinstance(destination, BlobTree)
+            settings = source.settings(plan.metadata_infos[rank]) if to_blob else CopiedSettings()
+            destination.commit_metadata(plan.name, rank, stored.data, plan.replaced.get(rank), settings)
         except AzureCheckpointError as error:
-            if target.may_look or not _is_refusal(error):
+            if destination.readable or not _is_refused_condition(error):
                 raise
             raise CheckpointExistsError(
-                f"There is a checkpoint at or below {target.where} that this credential may not look at, and it was "
-                "left alone: another one, or the one that was copied here if the answer to that got lost. Look at it "
-                "with a credential that may, or choose another place"
+                f"A checkpoint at or below {destination}, which this credential may not read, was not replaced. It is "
+                "another checkpoint, or this one if the service's answer to an earlier copy got lost. Read it with "
+                "another credential, or choose another destination"
             ) from error
-    target.remove(sorted(plan.outdated))
+    destination.remove(sorted(plan.outdated))
 
 
-def _is_refusal(error: BaseException | None) -> bool:
-    """Whether an error comes from a condition that did not hold, and from a look at why, which was denied."""
+def _is_refused_condition(error: BaseException | None) -> bool:
+    """Whether the service refused the commit's condition, and then refused to let the credential read the reason."""
     while error is not None and not isinstance(error, BlobChangedError):
         error = error.__cause__ or error.__context__
     return error is not None

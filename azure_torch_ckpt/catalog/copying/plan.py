@@ -1,16 +1,15 @@
-"""What a copy has to do: the checkpoints at its source, their files, and what stands at its target already."""
+"""`plan_copy`: which checkpoints and files to copy, and what the destination has already."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt._internal.checksums import combine
 from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.catalog.copying.folders import End
+from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
@@ -25,28 +24,28 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.options import TransferOptions
 
-__all__ = ["CheckpointPlan", "FilePlan", "in_parallel", "plan_copy"]
+__all__ = ["CheckpointPlan", "FilePlan", "plan_copy"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One blob or file that is copied as it is.
+    """One blob or file to copy.
 
     Attributes:
-        source: its name at the source, which is its name at the target, too; its size and ETag.
-        there: what the target has under this name, or None.
-        items: of the checkpoint's items, those that lie in it, in the order of their offsets.
+        source: name, size and ETag at the source. The copy has the same name.
+        existing: blob or file of this name at the destination, or None.
+        items: the checkpoint's items in this blob or file, in the order of their offsets.
     """
 
     source: BlobInfo
-    there: BlobInfo | None
+    existing: BlobInfo | None
     items: list[StoredItem]
 
     @property
     def crc64(self) -> int | None:
-        """CRC64-NVME of the whole, if the items' own cover it without a gap."""
+        """CRC64-NVME of the whole, if the checksums of the items cover it without a gap; else None."""
         crc = end = 0
         for item in self.items:
             if item.crc64 is None or item.offset != end:
@@ -58,154 +57,143 @@ class FilePlan:
 
 @dataclass(slots=True)
 class CheckpointPlan:
-    """One checkpoint.
+    """One checkpoint to copy.
 
     Attributes:
-        name: its place below the source's and below the target's.
-        metadata: its metadata by rank, None for that of all.
-        blobs: the blobs or files of this metadata.
-        files: everything else.
-        standing: metadata that stands at the target, by rank.
-        outdated: data that only the standing metadata names, by its name at the target.
+        name: its folder, relative to the source and to the destination.
+        metadata: its metadata by rank; None is the rank of metadata for all ranks.
+        metadata_infos: the blobs or files of `metadata`.
+        files: all other blobs or files.
+        replaced: metadata at the destination that this copy replaces, by rank.
+        outdated: names of data that only the replaced metadata refers to.
     """
 
     name: str
     metadata: dict[int | None, MetadataBlob]
-    blobs: dict[int | None, BlobInfo]
+    metadata_infos: dict[int | None, BlobInfo]
     files: list[FilePlan]
-    standing: dict[int | None, MetadataBlob] = field(default_factory=dict)
+    replaced: dict[int | None, MetadataBlob] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)
 
     @property
     def is_committed(self) -> bool:
-        """Whether the very same metadata stands at the target, and no other."""
+        """Whether the destination has exactly this metadata already."""
         return {rank: stored.data for rank, stored in self.metadata.items()} == {
-            rank: stored.data for rank, stored in self.standing.items()
+            rank: stored.data for rank, stored in self.replaced.items()
         }
 
 
-def plan_copy(source: End, target: End, options: TransferOptions, *, overwrite: bool) -> list[CheckpointPlan]:
-    """Look at both ends, with one listing of each and a request for each metadata blob, in parallel.
+def plan_copy(source: Tree, destination: Tree, options: TransferOptions, *, overwrite: bool) -> list[CheckpointPlan]:
+    """Compare source and destination, with one listing of each and a request for each metadata blob, in parallel.
 
     Raises:
-        CheckpointNotFoundError: there is no complete checkpoint at the source.
-        CheckpointExistsError: another one stands at the target, and `overwrite` is False.
+        CheckpointNotFoundError: the source has no complete checkpoint.
+        CheckpointExistsError: the destination has another checkpoint, and `overwrite` is False.
         CorruptCheckpointError: data that a checkpoint names is missing or short, or its metadata is damaged.
         CheckpointError, StoreError: the metadata cannot be read.
     """
-    leaves = {info.path: info for info in source.listing()}
-    places = survey(leaves.values())
-    complete = [place for place in places if place.complete]
-    for place in places:
+    source_infos = {info.path: info for info in source.infos()}
+    listed = survey(source_infos.values())
+    complete = [place for place in listed if place.complete]
+    for place in listed:
         if not place.complete:
-            _log.warning("%s is not copied: it is an incomplete save", _shown(source, place.path))
+            _log.warning("%s is not copied: it is an incomplete save", _label(source, place.path))
     if not complete:
         raise CheckpointNotFoundError(
-            f"No complete checkpoint at or below {source.where}. "
-            + (f"{len(places)} incomplete saves lie there" if places else "No save has left anything there; check it")
+            f"No complete checkpoint at or below {source}. "
+            + (f"It has {len(listed)} incomplete saves" if listed else "No save has left anything there; check it")
         )
-    there = {info.path: info for info in _listing_of_target(target, overwrite)}
-    standing = {place.path: place for place in survey(there.values())}
+    existing = {info.path: info for info in _destination_infos(destination, overwrite)}
+    existing_checkpoints = {place.path: place for place in survey(existing.values())}
     plans: dict[str, CheckpointPlan] = {}
 
-    def look(place: Place) -> None:
-        plan = _plan(source, place, leaves, there)
+    def plan_one(place: Place) -> None:
+        plan = _plan(source, place, source_infos, existing)
         plans[place.path] = plan
-        stands = standing.get(place.path)
-        for rank in stands.metadata if stands is not None else ():
-            stored = target.read_metadata(place.path, rank)
+        replaced = existing_checkpoints.get(place.path)
+        for rank in replaced.metadata if replaced is not None else ():
+            stored = destination.read_metadata(place.path, rank)
             if stored is not None:
-                plan.standing[rank] = stored
-        if not plan.standing or plan.is_committed:
+                plan.replaced[rank] = stored
+        if not plan.replaced or plan.is_committed:
             return
         if not overwrite:
             raise CheckpointExistsError(
-                f"Another checkpoint stands at {_shown(target, place.path)} already. Nothing was copied; choose "
-                "another place, or replace it with overwrite=True"
+                f"Another checkpoint exists at {_label(destination, place.path)}. Nothing was copied; choose another "
+                "destination, or replace it with overwrite=True"
             )
-        plan.outdated = _named(target, place.path, plan.standing) - {file.source.path for file in plan.files}
+        plan.outdated = _data_names(destination, place.path, plan.replaced) - {file.source.path for file in plan.files}
 
-    in_parallel(options, [functools.partial(look, place) for place in complete])
+    run_all((functools.partial(plan_one, place) for place in complete), options.concurrency, "blob-copy")
     return [plans[place.path] for place in complete]
 
 
-def _listing_of_target(target: End, overwrite: bool) -> list[BlobInfo]:
-    """What is there; nothing where the credential is for writing only, for a new checkpoint needs no more."""
+def _destination_infos(destination: Tree, overwrite: bool) -> list[BlobInfo]:
+    """List the destination; return nothing for a write-only credential, which is enough for a new checkpoint."""
     try:
-        return target.listing()
+        return destination.infos()
     except AccessDeniedError as error:
         if overwrite:
             raise AccessDeniedError(
-                f"A checkpoint at {target.where} can only be replaced with a credential that may read and list what is "
-                "there. Without overwrite=True, one for writing will do"
+                f"To replace a checkpoint at {destination}, the credential must allow reading and listing. Without "
+                "overwrite=True, write permission is enough"
             ) from error
-        target.may_look = False
-        _log.info("what is at %s may not be seen: every blob is copied, and nothing replaced", target.where)
+        destination.readable = False
+        _log.info("%s cannot be listed: the copy includes every blob, and replaces none", destination)
         return []
 
 
-def in_parallel(
-    options: TransferOptions, tasks: Iterable[Callable[[], None]], stop: Callable[[], None] | None = None
-) -> None:
-    """Carry out tasks with as many threads as connections. The first error ends them and is raised."""
-    run_all(tasks, options.concurrency, "blob-copy", stop)
-
-
-def _plan(source: End, place: Place, leaves: dict[str, BlobInfo], there: dict[str, BlobInfo]) -> CheckpointPlan:
-    where = _shown(source, place.path)
+def _plan(
+    source: Tree, place: Place, source_infos: dict[str, BlobInfo], existing: dict[str, BlobInfo]
+) -> CheckpointPlan:
+    label = _label(source, place.path)
     metadata = {}
     for rank in [None] if None in place.metadata else sorted(rank for rank in place.metadata if rank is not None):
         stored = source.read_metadata(place.path, rank)
         if stored is None or stored.etag != place.metadata[rank].etag:
-            raise CheckpointReplacedError(f"{where} was replaced or removed a moment ago. Copy again")
+            raise CheckpointReplacedError(f"{label} was replaced or removed while it was being copied. Copy again")
         metadata[rank] = stored
     items: dict[str, list[StoredItem]] = {}
     for rank, stored in metadata.items():
-        for name, found in _items(f"{where}/{metadata_name(rank)}", place.path, stored).items():
-            items.setdefault(name, []).extend(found)
+        for name, of_rank in _items_by_name(f"{label}/{metadata_name(rank)}", place.path, stored).items():
+            items.setdefault(name, []).extend(of_rank)
     files = []
-    for name, found in items.items():
-        needed = max(item.offset + item.length for item in found)
-        leaf = leaves.get(name)
-        if leaf is None or leaf.size < needed:
-            size = "missing" if leaf is None else f"only {leaf.size} bytes long where {needed} are needed"
-            raise CorruptCheckpointError(
-                f"{name} of {source.where} is {size}. Nothing was copied; use another checkpoint"
-            )
-        files.append(FilePlan(leaf, there.get(name), sorted(found, key=lambda item: item.offset)))
-    # What else lies in the checkpoint, a framework's own files perhaps, but for metadata and the data of other saves.
+    for name, in_file in items.items():
+        needed = max(item.offset + item.length for item in in_file)
+        info = source_infos.get(name)
+        if info is None or info.size < needed:
+            size = "missing" if info is None else f"only {info.size} bytes long where {needed} are needed"
+            raise CorruptCheckpointError(f"{name} of {source} is {size}. Nothing was copied; use another checkpoint")
+        files.append(FilePlan(info, existing.get(name), sorted(in_file, key=lambda item: item.offset)))
+    # Other files of the checkpoint, such as a framework's own, but neither metadata nor the data of other saves.
     known = {blob.path for blobs in place.saves.values() for blob in blobs} | items.keys()
-    known |= {blob.path for blob in place.metadata.values()} | {_join(place.path, ".metadata.tmp")}
-    files += [FilePlan(blob, there.get(blob.path), []) for blob in place.blobs if blob.path not in known]
+    known |= {blob.path for blob in place.metadata.values()} | {join_name(place.path, ".metadata.tmp")}
+    files += [FilePlan(blob, existing.get(blob.path), []) for blob in place.blobs if blob.path not in known]
     return CheckpointPlan(place.path, metadata, place.metadata, sorted(files, key=lambda file: file.source.path))
 
 
-def _items(where: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:
-    """The items that a metadata blob names, by the blob that they lie in, below the end's place."""
-    metadata = load_metadata(stored.data, where)
-    check_metadata(metadata, where)
-    found: dict[str, list[StoredItem]] = {}
+def _items_by_name(label: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:
+    """Return the items that metadata describes, by the name in the tree of the blob or file that holds them."""
+    metadata = load_metadata(stored.data, label)
+    check_metadata(metadata, label)
+    items: dict[str, list[StoredItem]] = {}
     for info in metadata.storage_data.values():
         item = stored_item(info)
-        found.setdefault(_join(folder, item.relative_path), []).append(item)
-    return found
+        items.setdefault(join_name(folder, item.relative_path), []).append(item)
+    return items
 
 
-def _named(end: End, folder: str, standing: dict[int | None, MetadataBlob]) -> set[str]:
-    """The data that is no longer needed once `standing` is replaced, as far as its metadata can be read."""
-    named: set[str] = set()
-    for rank, stored in standing.items():
-        where = f"{_shown(end, folder)}/{metadata_name(rank)}"
+def _data_names(tree: Tree, folder: str, metadata: dict[int | None, MetadataBlob]) -> set[str]:
+    """Return the names of the data that `metadata` refers to, as far as it can be read."""
+    names: set[str] = set()
+    for rank, stored in metadata.items():
+        label = f"{_label(tree, folder)}/{metadata_name(rank)}"
         try:
-            named |= _items(where, folder, stored).keys()
+            names |= _items_by_name(label, folder, stored).keys()
         except AzureCheckpointError as error:
-            _log.warning("the data of the replaced checkpoint stays, for its metadata says too little: %s", error)
-    return named
+            _log.warning("the data of the replaced checkpoint stays, because its metadata cannot be read: %s", error)
+    return names
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _shown(end: End, folder: str) -> str:
-    return _join(end.where, folder) if folder else end.where
+def _label(tree: Tree, folder: str) -> str:
+    return join_name(str(tree), folder) if folder else str(tree)

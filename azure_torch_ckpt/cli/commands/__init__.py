@@ -1,1 +1,1 @@
-"""The subcommands of ``azure-torch-ckpt``."""
+"""What does each subcommand print and do? One module a subcommand; `cli.app` collects them."""

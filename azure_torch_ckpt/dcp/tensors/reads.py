@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from azure_torch_ckpt.blobs.transfer import GAP, Check, Read
+from azure_torch_ckpt.blobs.download import GAP, Check, Read
 from azure_torch_ckpt.dcp.tensors.memory import copy_elements, own_bytes, writable
 from azure_torch_ckpt.dcp.tensors.regions import Band, bands, row_major
 from azure_torch_ckpt.errors import CheckpointError
