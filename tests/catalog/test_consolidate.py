@@ -36,16 +36,15 @@ from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
 from tests.dcp.memory_child import ENVIRONMENT
+from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call
-from tests.support.mixed_checkpoint import KEY, blobs_below, flip_in_storage, item_of, save, state
-from tests.support.planted import content, put
+from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, state
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 from tests.support.sharded import GLOBAL, expected, rows, writer
 from tests.support.states import COPIED, DTYPES, assert_same, fill
 from tests.support.without_collectives import save_without_collectives
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support"),
@@ -306,7 +305,7 @@ def test_damage_leaves_no_file(container: str, tmp_path: Path, name: str) -> Non
         with pytest.raises(CorruptCheckpointError, match=f"'{name}'"):
             consolidate(f"{container}/a", target, credential=KEY, options=TIGHT)
     assert list(tmp_path.iterdir()) == []
-    assert "x.pt" not in blobs_below(container)
+    assert "x.pt" not in paths_below(container)
 
 
 def test_data_that_is_missing_or_refused_leaves_no_file(

@@ -37,9 +37,10 @@ from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
+from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call, Kill
-from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, flip_in_storage, item_of, load, save
-from tests.support.planted import content, plant, put
+from tests.support.mixed_checkpoint import KEY, assert_right, flip_in_storage, item_of, load, save
+from tests.support.planted import plant
 from tests.support.proxy import FaultProxy, meet
 from tests.support.put_block_from_url import FromUrlServer
 from tests.support.without_collectives import save_without_collectives
@@ -119,7 +120,7 @@ def test_a_copy_that_is_killed_is_invisible_and_goes_on(
     assert report.skipped == nth - 1 and report.blobs == 4 - (nth - 1)
     assert [entry.complete for entry in list_checkpoints(other, credential=KEY)] == [True]
     assert verify(f"{other}/a", credential=KEY).ok
-    assert len(blobs_below(other)) == 4
+    assert len(paths_below(other)) == 4
 
 
 def test_what_the_service_copied_is_read_back_where_it_tells_no_checksum(
@@ -277,13 +278,13 @@ def test_another_checkpoint_is_replaced_only_on_request(container: str, other: s
     save(f"{container}/a", 1)
     save(f"{other}/a", 2)
     save(f"{container}/b", 3)
-    before = blobs_below(other)
+    before = paths_below(other)
     with pytest.raises(CheckpointExistsError, match="overwrite=True"):
         copy(container, other, credential=KEY)
-    assert blobs_below(other) == before  # not b either
+    assert paths_below(other) == before  # not b either
     copy(f"{container}/a", f"{other}/a", credential=KEY, overwrite=True)
     assert_right(load(f"{other}/a"), 1)
-    assert len(blobs_below(other)) == 2  # the old data is gone
+    assert len(paths_below(other)) == 2  # the old data is gone
 
 
 def test_a_save_that_was_committed_meanwhile_stands(proxy: FaultProxy, container: str, other: str) -> None:
@@ -332,7 +333,7 @@ def test_metadata_of_the_other_kind_does_not_stay_beside_the_new_one(container: 
     save(f"{container}/b", 2)
     for name in ("a", "b"):
         copy(f"{container}/{name}", f"{other}/{name}", credential=KEY, overwrite=True)
-    assert [path for path in blobs_below(other) if path.endswith("metadata")] == [
+    assert [path for path in paths_below(other) if path.endswith("metadata")] == [
         "a/__0.metadata",
         "a/__1.metadata",
         "b/.metadata",
@@ -358,7 +359,7 @@ def test_a_source_without_all_its_data_is_refused_before_anything_is_copied(cont
     put(container, "a/.metadata", b"garbage")
     with pytest.raises(CorruptCheckpointError, match=r"a/\.metadata"):
         copy(container, other, credential=KEY)
-    assert blobs_below(other) == []
+    assert paths_below(other) == []
 
 
 def test_nothing_to_copy_and_nowhere_to(container: str, other: str, tmp_path: Path) -> None:

@@ -30,19 +30,9 @@ from azure_torch_ckpt.catalog.copying.trees import FolderTree
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
+from tests.support.containers import content, paths_below, put
 from tests.support.faults import Call, Flip, Gate, Hold, Kill
-from tests.support.mixed_checkpoint import (
-    KEY,
-    SMALL,
-    assert_right,
-    blobs_below,
-    flip_in_storage,
-    item_of,
-    load,
-    save,
-    zeros,
-)
-from tests.support.planted import content, put
+from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, flip_in_storage, item_of, load, save, zeros
 from tests.support.proxy import FaultProxy, meet
 from tests.support.without_collectives import save_without_collectives
 
@@ -77,7 +67,7 @@ def test_torch_loads_the_copy(proxy: FaultProxy, container: str, proxied_contain
     )
     for step in (1, 2):
         assert_right(load_from(tmp_path / "new" / "folder" / f"step-{step}"), step)
-    names = [path.removeprefix("run/") for path in blobs_below(container)]
+    names = [path.removeprefix("run/") for path in paths_below(container)]
     assert files_below(tmp_path / "new" / "folder") == sorted(names)
     assert (report.blobs, report.skipped) == (5, 0)
     sizes = [(tmp_path / "new" / "folder" / name).stat().st_size for name in names]
@@ -184,8 +174,8 @@ def test_a_source_is_not_changed(container: str, tmp_path: Path) -> None:
     before = files_below(tmp_path)
     copy(tmp_path, f"{container}/b", credential=KEY)
     assert files_below(tmp_path) == before and part.read_bytes() == b"1"
-    assert sorted(blobs_below(f"{container}/b")) == sorted(
-        "b/" + path.removeprefix("a/") for path in blobs_below(f"{container}/a")
+    assert sorted(paths_below(f"{container}/b")) == sorted(
+        "b/" + path.removeprefix("a/") for path in paths_below(f"{container}/a")
     )
 
 
@@ -261,14 +251,14 @@ def test_a_folder_becomes_checkpoints_and_a_second_time_nothing_moves(
 
 def test_an_upload_that_broke_off_goes_on_with_what_is_missing(container: str, on_disk: Path) -> None:
     report = copy(on_disk, f"{container}/up", credential=KEY)
-    paths = blobs_below(f"{container}/up")
+    paths = paths_below(f"{container}/up")
     store = BlobStore(BlobLocation.parse(container), Access(KEY))
     for path in paths:
         if path.endswith(".metadata") or "step-2" in path:
             store.delete(path)
     again = copy(on_disk, f"{container}/up", credential=KEY)
     assert again.skipped == 2 and again.blobs == report.blobs - 2
-    assert blobs_below(f"{container}/up") == paths
+    assert paths_below(f"{container}/up") == paths
     # A blob of the same size with other content is no copy.
     [data] = [path for path in paths if path.startswith("up/torch/__0_0")]
     put(container, data, b"x" * len(content(container, data)))
@@ -283,7 +273,7 @@ def test_a_damaged_file_is_not_uploaded(container: str, on_disk: Path) -> None:
     data.write_bytes(damaged)
     with pytest.raises(CorruptCheckpointError, match="step-1"):
         copy(on_disk / "step-1", f"{container}/one", credential=KEY)
-    assert blobs_below(f"{container}/one") == []
+    assert paths_below(f"{container}/one") == []
     data.write_bytes(damaged[:-1])
     with pytest.raises(CorruptCheckpointError, match="bytes long"):
         copy(on_disk / "step-1", f"{container}/one", credential=KEY)

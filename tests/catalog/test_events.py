@@ -31,7 +31,6 @@ from tests.support.proxy import FaultProxy
 if TYPE_CHECKING:
     from tests.support.ranks import RankGroup
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 KEY = Azurite.account_key

@@ -15,7 +15,8 @@ from azure_torch_ckpt import BlobLocation, RequestRefusedError, remove_checkpoin
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import list_checkpoints, prune
 from tests.cli.command_process import cli
-from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, load, save
+from tests.support.containers import paths_below
+from tests.support.mixed_checkpoint import KEY, assert_right, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -35,7 +36,7 @@ def leased(url: str) -> Iterator[None]:
 
 def data_of(container: str, step: int) -> str:
     """The URL of a data blob of a checkpoint."""
-    [path] = [path for path in blobs_below(container) if f"/step-{step}/" in path and path.endswith(".distcp")]
+    [path] = [path for path in paths_below(container) if f"/step-{step}/" in path and path.endswith(".distcp")]
     return f"{container}/{path}"
 
 
@@ -67,12 +68,12 @@ def test_prune_goes_on_past_what_is_leased_at_every_run(run: str) -> None:
             assert isinstance(metadata.error, RequestRefusedError) and metadata.error.error_code == "LeaseIdMissing"
             # What could be deleted was, and what could not is counted neither as removed nor as freed.
             assert report.freed == sum(entry.size for entry in report.removed)
-            assert not any("/step-2/" in path for path in blobs_below(run))
+            assert not any("/step-2/" in path for path in paths_below(run))
             assert steps(run) == [0, 1, 3] == [entry.step for entry in report.kept]
             assert all(verify(f"{run}/run/step-{step}", credential=KEY).ok for step in (0, 1))
     report = prune(run, keep_last=1, grace=NO_GRACE, dry_run=False, credential=KEY)
     assert report.undeleted == [] and [entry.step for entry in report.removed] == [0, 1]
-    assert steps(run) == [3] and len(blobs_below(run)) == 2
+    assert steps(run) == [3] and len(paths_below(run)) == 2
 
 
 def test_data_that_is_leased_after_the_listing_is_found_by_the_next_prune(
@@ -94,7 +95,7 @@ def test_data_that_is_leased_after_the_listing_is_found_by_the_next_prune(
             removed = sum(entry.size for entry in report.removed)
             assert report.freed == removed + (0 if first else left.size) - left.size
     assert prune(run, grace=NO_GRACE, dry_run=False, credential=KEY).undeleted == []
-    assert steps(run) == [3] and len(blobs_below(run)) == 2
+    assert steps(run) == [3] and len(paths_below(run)) == 2
 
 
 def test_the_command_prune_tells_by_its_exit_code(run: str) -> None:

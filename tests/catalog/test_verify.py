@@ -25,9 +25,9 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.progress import Progress
 from tests.faults.tally import Tally
+from tests.support.containers import content, put
 from tests.support.faults import Answer
 from tests.support.mixed_checkpoint import KEY, SMALL, data_path, flip_in_storage, item_of, save, state
-from tests.support.planted import content, put
 from tests.support.proxy import FaultProxy
 from tests.support.without_collectives import save_without_collectives
 

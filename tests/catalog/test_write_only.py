@@ -14,8 +14,8 @@ from azure_torch_ckpt import AccessDeniedError, CheckpointExistsError
 from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import cli
+from tests.support.containers import content
 from tests.support.mixed_checkpoint import KEY, assert_right, load, save
-from tests.support.planted import content
 from tests.support.put_block_from_url import FromUrlServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")

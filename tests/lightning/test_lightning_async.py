@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from azure_torch_ckpt.objects.snapshot import Snapshot
 
 from azure_torch_ckpt import CheckpointError, CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.objects import Packed
 from azure_torch_ckpt.objects.background_saves import BackgroundSaves
-from azure_torch_ckpt.objects.snapshot import Snapshot
-from tests.support import jobs, trainers
+from tests.support import trainers
+from tests.support.containers import blob_names, live_blobs
 from tests.support.faults import Answer, Exchange, Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.trainers import KEY, Namespace
@@ -101,7 +102,7 @@ def test_saves_of_one_url_land_in_the_order_of_the_calls(plugin: Any, container:
         plugin.save_checkpoint(state(value), f"{container}/last")
     plugin.wait()
     assert value_at(f"{container}/last") == 4
-    assert jobs.blobs(f"{container}/last") == jobs.live_blobs(f"{container}/last")
+    assert blob_names(f"{container}/last") == live_blobs(f"{container}/last")
 
 
 def test_a_third_save_waits_for_the_first(plugin: Any, proxy: FaultProxy, proxied_container: str) -> None:

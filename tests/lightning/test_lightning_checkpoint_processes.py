@@ -20,7 +20,7 @@ from tests.lightning.lightning_support import LIGHTNING_WARNINGS, Namespace, eta
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.lightning.lightning_support", "tests.support.ranks")
+pytest_plugins = ("tests.lightning.lightning_support",)
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),

@@ -36,6 +36,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from tests.support import jobs, trainers
 from tests.support.alike import assert_alike, through_torch
+from tests.support.containers import blob_names, live_blobs
 from tests.support.faults import Call, Exchange, Kill
 from tests.support.proxy import FaultProxy
 from tests.support.states import DTYPES, fill
@@ -152,7 +153,7 @@ def test_a_path_of_a_url_is_understood(lightning: Namespace, url: str) -> None:
     plugin.save_checkpoint({"w": torch.ones(1)}, mangled)
     assert plugin.load_checkpoint(url)["w"] == 1
     plugin.remove_checkpoint(mangled)
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
 
 
 def test_a_url_that_is_no_place_is_refused(lightning: Namespace) -> None:
@@ -176,7 +177,7 @@ def test_storage_options_are_refused_as_lightning_refuses_them(lightning: Namesp
     for path in (url, tmp_path / "x.ckpt"):
         with pytest.raises(TypeError, match="storage_options"):
             lightning.plugin().save_checkpoint({}, path, storage_options={"a": 1})
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
 
 
 def test_a_shard_of_another_ranks_tensor_is_not_saved_for_the_whole(lightning: Namespace, url: str) -> None:
@@ -200,8 +201,8 @@ def test_a_save_over_a_checkpoint_leaves_the_new_one_and_nothing_else(lightning:
         plugin.save_checkpoint({"step": step, "w": torch.full((5,), float(step))}, url)
         loaded = plugin.load_checkpoint(url)
         assert (loaded["step"], loaded["w"].tolist()) == (step, [step] * 5)
-        assert jobs.blobs(url) == jobs.live_blobs(url)
-        assert len(jobs.blobs(url)) == 2
+        assert blob_names(url) == live_blobs(url)
+        assert len(blob_names(url)) == 2
 
 
 def test_removal_takes_everything_and_a_second_one_is_nothing_to_do(lightning: Namespace, url: str) -> None:
@@ -211,7 +212,7 @@ def test_removal_takes_everything_and_a_second_one_is_nothing_to_do(lightning: N
     plugin.save_checkpoint({"w": 1}, f"{url}-v1")
     plugin.remove_checkpoint(url)
     plugin.remove_checkpoint(url)
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
     assert plugin.load_checkpoint(f"{url}-v1") == {"w": 1}
     with pytest.raises(CheckpointNotFoundError):
         plugin.load_checkpoint(url)
@@ -405,7 +406,7 @@ def test_a_run_killed_between_data_and_metadata_of_an_overwritten_checkpoint_res
         job.go()
         assert job.end(seconds=60).exitcode == -signal.SIGKILL
     url = f"{container}/last.ckpt"
-    assert len(jobs.blobs(url)) > len(jobs.live_blobs(url)) == 2  # the second save's data is there, and invisible
+    assert len(blob_names(url)) > len(live_blobs(url)) == 2  # the second save's data is there, and invisible
     old = lightning.plugin().load_checkpoint(url)
     assert (old["epoch"], old["global_step"]) == (0, 4)
 

@@ -27,8 +27,6 @@ from tests.lightning.strategy_jobs import KEY, cloned
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 
 def loaded(url: str) -> Any:
     return load_object(AzureBlobReader(url, credential=KEY), weights_only=False)

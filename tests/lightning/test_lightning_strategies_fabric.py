@@ -23,8 +23,6 @@ from tests.lightning.strategy_jobs import KEY, STRATEGIES, adam, cloned, fsdp_on
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 FABRIC = {"lightning": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 
 

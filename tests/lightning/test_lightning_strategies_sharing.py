@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from azure_torch_ckpt.objects.sharing_planner import share_out
 from torch import nn
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.planner import SavePlan
@@ -24,17 +25,15 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
-from azure_torch_ckpt.objects.sharing_planner import share_out
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs
 from tests.support.alike import assert_alike
+from tests.support.containers import live_blobs
 from tests.support.faults import Exchange, Kill
 from tests.support.jobs import KEY, Job
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
-
-pytest_plugins = ("tests.support.ranks",)
 
 CPU = torch.device("cpu")
 
@@ -154,7 +153,7 @@ def test_one_rank_without_access_is_the_same_error_on_all(ranks: Ranks, containe
     ranks(2).run(save_trained, f"{container}/old", 8)
     first, second = ranks(2).run(refused_on_rank_1, f"{container}/new", 8)
     assert first == second
-    assert not jobs.live_blobs(f"{container}/new")
+    assert not live_blobs(f"{container}/new")
 
 
 def save_version(url: str, version: int) -> None:
@@ -173,7 +172,7 @@ def test_a_rank_killed_between_the_data_and_the_metadata_leaves_the_old_checkpoi
     url = f"{container}/last.ckpt"
     ends = jobs.run(save_version, (url, 1), (url, 1))
     assert [end.exitcode for end in ends] == [0, 0]
-    assert len(jobs.live_blobs(url)) == 3
+    assert len(live_blobs(url)) == 3
     through = f"{proxied_container}/last.ckpt"
     with Job(save_version, [(through, 2), (through, 2)]) as job:
 
