@@ -48,9 +48,9 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_told_of_an_earlier_test() -> None:
     """What an earlier test broke off would be told when this one begins a save or a load."""
-    figures = sys.modules.get("azure_torch_ckpt.dcp.report")
-    if figures is not None:
-        figures._tell_broken_off()
+    report = sys.modules.get("azure_torch_ckpt.dcp.report")
+    if report is not None:
+        report.report_abandoned()
 
 
 class UnsignedToken:

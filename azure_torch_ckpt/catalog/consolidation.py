@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pickle
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,12 +20,12 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog.copying.local_file import LocalFile
 from azure_torch_ckpt.catalog.copying.metrics import CopyMetrics
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, open_tree
-from azure_torch_ckpt.catalog.torch_file import Placeholders, outline
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, stand_at
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint_in
 from azure_torch_ckpt.dcp.report import job_rank
-from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, objects_of, parts_of, tensors_of
+from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, stored_objects, stored_tensors, stream_chunks
 from azure_torch_ckpt.dcp.tensors.memory import readable
+from azure_torch_ckpt.dcp.tensors.torch_file import Placeholders, load_saved, outline
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobExistsError,
@@ -42,7 +40,6 @@ from azure_torch_ckpt.huggingface.safetensors_header import as_text, dump_ordere
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
-from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["ConsolidateReport", "Format", "consolidate"]
 
@@ -143,9 +140,9 @@ def consolidate(
     tree = open_tree(dst, Access(credential if dst_credential is None else dst_credential, quarter, ca_file))
     stores = [store, tree.store] if isinstance(tree, BlobTree) else [store]
     with CopyMetrics("consolidate", str(location), str(tree), stores) as metrics:
-        checkpoint = stand_at(store, location)
+        checkpoint = open_checkpoint_in(store, location)
         output = _open_output(tree, overwrite)
-        tensors, object_keys = tensors_of(checkpoint, keys), objects_of(checkpoint, keys)
+        tensors, object_keys = stored_tensors(checkpoint, keys), stored_objects(checkpoint, keys)
         if keys is not None and not tensors and not object_keys:
             raise _no_key_error(checkpoint)
         objects = dict(_load_objects(checkpoint, object_keys, quarter.memory_budget))
@@ -167,7 +164,7 @@ def consolidate(
     return ConsolidateReport(str(tree), file_format, len(tensors), len(objects), size, metrics.seconds)
 
 
-def _no_key_error(checkpoint: StandingCheckpoint) -> ConfigurationError:
+def _no_key_error(checkpoint: OpenCheckpoint) -> ConfigurationError:
     keys = list(checkpoint.metadata.state_dict_metadata)
     if not keys:
         return ConfigurationError(f"{checkpoint.url} is empty, so keys= accepts nothing")
@@ -194,7 +191,7 @@ def _format(format: Format | None, dst: str | os.PathLike[str] | BlobLocation) -
 
 
 def _torch_file(
-    checkpoint: StandingCheckpoint,
+    checkpoint: OpenCheckpoint,
     tensors: Mapping[str, TensorStorageMetadata],
     objects: Mapping[str, object],
     window: int,
@@ -216,9 +213,9 @@ def _torch_file(
     file = outline(state, placeholders)
 
     def data() -> Generator[memoryview, None, None]:
-        in_order = [(key, tensors[key]) for key in file.pieces if isinstance(key, str)]
+        in_order = [(key, tensors[key]) for key in file.parts if isinstance(key, str)]
         with contextlib.closing(_tensor_views(checkpoint, in_order, window)) as stream:
-            for piece in file.pieces:
+            for piece in file.parts:
                 if isinstance(piece, bytes):
                     yield memoryview(piece)
                 elif isinstance(piece, torch.Tensor):
@@ -234,7 +231,7 @@ def _torch_file(
 
 
 def _safetensors_file(
-    checkpoint: StandingCheckpoint,
+    checkpoint: OpenCheckpoint,
     tensors: Mapping[str, TensorStorageMetadata],
     objects: Mapping[str, object],
     window: int,
@@ -257,9 +254,9 @@ def _safetensors_file(
 
 
 def _tensor_views(
-    checkpoint: StandingCheckpoint, tensors: list[tuple[str, TensorStorageMetadata]], window: int
+    checkpoint: OpenCheckpoint, tensors: list[tuple[str, TensorStorageMetadata]], window: int
 ) -> Generator[memoryview, None, None]:
-    with contextlib.closing(ahead(parts_of(checkpoint, tensors, window))) as windows:
+    with contextlib.closing(ahead(stream_chunks(checkpoint, tensors, window))) as windows:
         for parts in windows:
             for part in parts:
                 yield readable(part.elements)
@@ -269,22 +266,9 @@ def _nbytes(entry: TensorStorageMetadata) -> int:
     return math.prod(entry.size) * entry.properties.dtype.itemsize
 
 
-def _load_objects(checkpoint: StandingCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
+def _load_objects(checkpoint: OpenCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
     for key, stream in object_bytes(checkpoint, keys, budget):
-        what = f"{key!r} of {checkpoint.url}"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the save has warned already
-                value = torch.load(stream, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # torch raises it for classes and functions that it does not trust
-            raise UnsupportedCheckpointError(
-                f"{what} is of a class that torch.load does not trust. If you trust the checkpoint, name the class "
-                "with torch.serialization.add_safe_globals first, or leave the object out with keys= "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        except Exception as error:
-            raise CorruptCheckpointError(f"torch.load cannot read {what}: {error}") from error
-        yield key, value
+        yield key, load_saved(stream, f"{key!r} of {checkpoint.url}", ", or leave the object out with keys=")
 
 
 def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str) -> None:
@@ -347,7 +331,7 @@ class _FileOutput:
         self._position = 0
 
     def write(self, view: memoryview) -> None:
-        self._file.write(self._position, view, 0, Cancel())
+        self._file.write(self._position, view)
         self._position += view.nbytes
 
     def commit(self) -> None:

@@ -13,7 +13,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.blob_names import data_rank
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import open_standing
+from azure_torch_ckpt.dcp.open_checkpoint import open_checkpoint
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 
@@ -122,7 +122,7 @@ def inspect(
         UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: its metadata cannot be read.
         StoreError: a request failed.
     """
-    checkpoint = open_standing(url, Access(credential, options, ca_file))
+    checkpoint = open_checkpoint(url, Access(credential, options, ca_file))
     metadata = checkpoint.metadata
     tensors, objects = [], []
     for key in sorted(metadata.state_dict_metadata):

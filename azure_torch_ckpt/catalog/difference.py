@@ -19,9 +19,9 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.catalog.contents import dtype_name
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint, open_standing
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint
 from azure_torch_ckpt.dcp.report import job_rank
-from azure_torch_ckpt.dcp.tensor_stream import Part, ahead, object_bytes, parts_of, tensors_of
+from azure_torch_ckpt.dcp.tensor_stream import StreamedChunk, ahead, object_bytes, stored_tensors, stream_chunks
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
@@ -116,8 +116,8 @@ def diff(
     options = options or TransferOptions()
     # A third for each reader, of which half is for windows, and a third for the comparison.
     third = dataclasses.replace(options, memory_budget=max(options.memory_budget // 3, _MIB))
-    one = open_standing(a, Access(credential, third, ca_file))
-    other = open_standing(b, Access(credential if b_credential is None else b_credential, third, ca_file))
+    one = open_checkpoint(a, Access(credential, third, ca_file))
+    other = open_checkpoint(b, Access(credential if b_credential is None else b_credential, third, ca_file))
     mine, theirs = one.metadata.state_dict_metadata, other.metadata.state_dict_metadata
     both = sorted(mine.keys() & theirs.keys())
     changes: dict[str, list[Change]] = {key: _compare_metadata(key, mine[key], theirs[key]) for key in both}
@@ -147,14 +147,14 @@ def _compare_metadata(key: str, one: object, other: object) -> list[Change]:
 
 
 def _compare_values(
-    one: StandingCheckpoint,
-    other: StandingCheckpoint,
+    one: OpenCheckpoint,
+    other: OpenCheckpoint,
     keys: list[str],
     options: TransferOptions,
     progress: ProgressOption,
 ) -> list[Change]:
     may_differ = {key for key in keys if not _same_checksums(one, other, key)}
-    mine, theirs = tensors_of(one, may_differ.__contains__), tensors_of(other, may_differ.__contains__)
+    mine, theirs = stored_tensors(one, may_differ.__contains__), stored_tensors(other, may_differ.__contains__)
     tensors = [key for key in keys if key in mine]
     objects = [key for key in keys if key in may_differ and key not in mine]
     lengths = [_length(checkpoint, key) for checkpoint in (one, other) for key in objects]
@@ -164,8 +164,8 @@ def _compare_values(
         # Three windows of each may exist at a time.
         window = options.memory_budget // 8
         with (
-            contextlib.closing(ahead(parts_of(one, [(key, mine[key]) for key in tensors], window))) as left,
-            contextlib.closing(ahead(parts_of(other, [(key, theirs[key]) for key in tensors], window))) as right,
+            contextlib.closing(ahead(stream_chunks(one, [(key, mine[key]) for key in tensors], window))) as left,
+            contextlib.closing(ahead(stream_chunks(other, [(key, theirs[key]) for key in tensors], window))) as right,
         ):
             differences: dict[str, _TensorDifference] = {}
             for part, twin in zip(
@@ -180,7 +180,7 @@ def _compare_values(
     ]
 
 
-def _same_checksums(one: StandingCheckpoint, other: StandingCheckpoint, key: str) -> bool:
+def _same_checksums(one: OpenCheckpoint, other: OpenCheckpoint, key: str) -> bool:
     """Whether both checkpoints stored bytes with the same CRC64 and length under `key`.
 
     An item's bytes are the tensor's in an envelope that depends on dtype, shape and torch's version. So equal checksums
@@ -202,7 +202,7 @@ def _same_checksums(one: StandingCheckpoint, other: StandingCheckpoint, key: str
     return items[0] == items[1]
 
 
-def _length(checkpoint: StandingCheckpoint, key: str) -> int:
+def _length(checkpoint: OpenCheckpoint, key: str) -> int:
     return stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)]).length
 
 
@@ -213,7 +213,7 @@ class _TensorDifference:
         self.elements = 0
         self.max_abs: float | None = None
 
-    def add(self, part: Part, twin: Part) -> None:
+    def add(self, part: StreamedChunk, twin: StreamedChunk) -> None:
         left, right = part.elements.reshape(-1), twin.elements.reshape(-1)
         for start in range(0, left.numel(), _SLICE):
             self._compare(left[start : start + _SLICE], right[start : start + _SLICE])
@@ -250,7 +250,7 @@ def _largest_difference(left: torch.Tensor, right: torch.Tensor, where: torch.Te
 
 
 def _compare_objects(
-    one: StandingCheckpoint, other: StandingCheckpoint, keys: list[str], budget: int, meter: Meter
+    one: OpenCheckpoint, other: OpenCheckpoint, keys: list[str], budget: int, meter: Meter
 ) -> list[Change]:
     changes = []
     for (key, left), (_, right) in zip(object_bytes(one, keys, budget), object_bytes(other, keys, budget), strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.survey import Place, survey
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, group_by_checkpoint
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
 from azure_torch_ckpt.huggingface.leftovers import folders_of_mixed_saves
 from azure_torch_ckpt.location import BlobLocation
@@ -135,11 +135,11 @@ def age_key(entries: Sequence[CheckpointEntry]) -> Callable[[CheckpointEntry], t
     return key
 
 
-def entries_of(location: BlobLocation, blobs: Iterable[BlobInfo]) -> list[tuple[CheckpointEntry, Place]]:
+def entries_of(location: BlobLocation, blobs: Iterable[BlobInfo]) -> list[tuple[CheckpointEntry, ListedCheckpoint]]:
     """Return the checkpoints among `blobs`, which are below `location`, in the order of `list_checkpoints`."""
     prefix = location.prefix
     entries = []
-    for place in survey(blobs, prefix):
+    for place in group_by_checkpoint(blobs, prefix):
         name = place.path[len(prefix) :]
         try:
             url = str(location.join(name) if name else location)
@@ -165,7 +165,7 @@ def step_of(name: str) -> int | None:
     return None if only is None else int(only[1])
 
 
-def _entry(place: Place, url: str, name: str, step: int | None) -> CheckpointEntry:
+def _entry(place: ListedCheckpoint, url: str, name: str, step: int | None) -> CheckpointEntry:
     complete = place.complete
     dated: Iterable[BlobInfo] = place.blobs
     if complete:

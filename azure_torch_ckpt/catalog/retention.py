@@ -17,9 +17,9 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
 from azure_torch_ckpt.dcp.leftovers import Remains, find_leftovers, path_location, remove_leftovers
-from azure_torch_ckpt.dcp.open_checkpoint import read_standing
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, empty_save_folders
+from azure_torch_ckpt.dcp.open_checkpoint import read_metadata
 from azure_torch_ckpt.dcp.removal import remove_blobs, remove_empty_folders
-from azure_torch_ckpt.dcp.survey import Place, empty_save_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
 from azure_torch_ckpt.huggingface.leftovers import find_model_leftovers, has_saved_files
 from azure_torch_ckpt.location import BlobLocation
@@ -208,7 +208,7 @@ def _check_rules(
             raise ValueError(f"{name} must not be negative, not {time}")
 
 
-def _leased(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
+def _leased(store: BlobStore, url: str, place: ListedCheckpoint) -> list[Undeleted]:
     """Return the leased data of a checkpoint as one entry, or none."""
     blobs = [blob for blobs in place.saves.values() for blob in blobs if blob.leased]
     if not blobs:
@@ -220,7 +220,7 @@ def _leased(store: BlobStore, url: str, place: Place) -> list[Undeleted]:
     return [Undeleted(url, [blob.path for blob in blobs], sum(blob.size for blob in blobs), error)]
 
 
-def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
+def _may_be_in_use(place: ListedCheckpoint, oldest_to_keep: datetime.datetime) -> bool:
     """Whether a running save may have written data there: data younger than the grace period and than the metadata."""
     committed = max(blob.last_modified for blob in place.metadata.values())
     return any(
@@ -231,7 +231,10 @@ def _may_be_in_use(place: Place, oldest_to_keep: datetime.datetime) -> bool:
 
 
 def _remove(
-    store: BlobStore, location: BlobLocation, to_remove: list[tuple[CheckpointEntry, Place]], sizes: Mapping[str, int]
+    store: BlobStore,
+    location: BlobLocation,
+    to_remove: list[tuple[CheckpointEntry, ListedCheckpoint]],
+    sizes: Mapping[str, int],
 ) -> tuple[set[str], list[Undeleted], list[Undeleted]]:
     """Remove checkpoints; return the URLs of the removed ones, and undeleted metadata and data.
 
@@ -241,9 +244,9 @@ def _remove(
     data_paths: dict[str, list[str]] = {}  # by the checkpoint's URL
     etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
-    def read_metadata(entry: CheckpointEntry, place: Place) -> None:
+    def read_one(entry: CheckpointEntry, place: ListedCheckpoint) -> None:
         checkpoint = path_location(location, place.path)
-        parts = read_standing(store, checkpoint, place.metadata)
+        parts = read_metadata(store, checkpoint, place.metadata)
         listed_etags = {rank: blob.etag for rank, blob in place.metadata.items()}
         if {part.rank: part.stored.etag for part in parts} != listed_etags:
             _log.info("%s stays, because it was replaced or removed a moment ago", entry.url)
@@ -276,7 +279,7 @@ def _remove(
     def run_tasks(tasks: Iterable[Callable[[], None]]) -> None:
         run_all(tasks, store.options.concurrency, "blob-prune", cancel.cancel)
 
-    run_tasks(functools.partial(read_metadata, entry, place) for entry, place in to_remove)
+    run_tasks(functools.partial(read_one, entry, place) for entry, place in to_remove)
     run_tasks(functools.partial(remove_metadata, url) for url in data_paths)
     urls = sorted(removed)
     errors = remove_blobs(

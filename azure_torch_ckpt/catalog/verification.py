@@ -7,7 +7,7 @@ import os
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, compare
+from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, verify_items
 from azure_torch_ckpt.dcp.verification import verify as verify_checkpoint
 from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.huggingface.leftovers import saved_files_at
@@ -57,7 +57,7 @@ def verify(
         except (CheckpointNotFoundError, AccessDeniedError, RequestRefusedError):
             raise error from None  # its message is about the checkpoint that the user asked for
     store = BlobStore(location, Access(credential, options, ca_file))
-    report = compare(store, location, metadata, sample, progress)
+    report = verify_items(store, location, metadata, sample, progress)
     indexed = {blob.name for blob in report.blobs}
     leftovers = [
         BlobReport(

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.report import Figures
+from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation
 
@@ -48,12 +48,12 @@ class BaseStorage:
         self,
         url: str | os.PathLike[str] | BlobLocation,
         access: Access,
-        figures: Figures,
+        report: TransferReport,
     ) -> None:
         super().__init__()
         self._location = BlobLocation.parse(url)
         self._store = BlobStore(self._location, access)
-        self._figures = figures
+        self._report = report
         self._threads: _ThreadState | None = _ThreadState()  # None in the copies
         self._latest: Any = None  # the copy that was begun last, by any thread
         self._failed = False
@@ -105,7 +105,7 @@ class BaseStorage:
         """Copy this object, or another copy of it, for what this thread does next."""
         operation = object.__new__(type(self))
         operation.__dict__.update(self.__dict__ if like is None else like.__dict__, _threads=None, _latest=None)
-        operation._figures = copy.copy(self._figures)
+        operation._report = copy.copy(self._report)
         if like is None:
             operation._location, operation._store = self._turned_to()
         if self._threads is not None:
@@ -133,7 +133,7 @@ def step(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_
             return method(operation, *args, **kwargs)
         except BaseException as error:
             operation._failed = True
-            operation._figures.end(error)
+            operation._report.end(error)
             raise
 
     return on_the_copy

@@ -28,7 +28,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.dcp.base import BaseStorage
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.dcp.removal import remove_blobs
-from azure_torch_ckpt.dcp.report import Figures
+from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointError, CommitConflictError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.progress import ProgressOption
@@ -87,13 +87,9 @@ class BaseWriter(BaseStorage, StorageWriter):
     """
 
     def __init__(
-        self,
-        url: str | os.PathLike[str] | BlobLocation,
-        access: Access,
-        progress: ProgressOption,
-        overwrite: bool,
+        self, url: str | os.PathLike[str] | BlobLocation, access: Access, progress: ProgressOption, overwrite: bool
     ) -> None:
-        super().__init__(url, access, Figures("save", progress))
+        super().__init__(url, access, TransferReport("save", progress))
         self._overwrite = overwrite
         self._is_coordinator = True
         self._nonce = new_save_id()
@@ -131,7 +127,7 @@ class BaseWriter(BaseStorage, StorageWriter):
         self._begun_saves.append(_BegunSave(save))
         save._is_coordinator = is_coordinator
         save._nonce = new_save_id()
-        save._figures.begin(save.checkpoint_id, save._store, leads=is_coordinator)
+        save._report.begin(save.checkpoint_id, save._store, leads=is_coordinator)
         return save
 
     def _within_account(self) -> str:
@@ -152,7 +148,7 @@ class BaseWriter(BaseStorage, StorageWriter):
     def _end_of_write(self, results: list[WriteResult]) -> Future[list[WriteResult]]:
         """What `write_data` returns."""
         if not self._has_finish():
-            self._figures.end()
+            self._report.end()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

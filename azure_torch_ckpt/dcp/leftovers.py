@@ -14,9 +14,9 @@ from typing import Protocol, TypeVar
 
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.dcp.open_checkpoint import read_standing
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint
+from azure_torch_ckpt.dcp.open_checkpoint import read_metadata
 from azure_torch_ckpt.dcp.removal import remove_blobs
-from azure_torch_ckpt.dcp.survey import Place
 from azure_torch_ckpt.errors import AzureCheckpointError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel
@@ -114,7 +114,7 @@ def leftovers_in(
 
 
 def find_leftovers(
-    store: BlobStore, location: BlobLocation, places: Iterable[Place], oldest_to_keep: datetime.datetime
+    store: BlobStore, location: BlobLocation, places: Iterable[ListedCheckpoint], oldest_to_keep: datetime.datetime
 ) -> list[Remains]:
     """Find the leftovers of saves by `AzureBlobWriter`.
 
@@ -131,7 +131,7 @@ def find_leftovers(
         StoreError: the service could not be asked.
     """
 
-    def is_plainly_sound(place: Place) -> bool:
+    def is_plainly_sound(place: ListedCheckpoint) -> bool:
         # Younger than the data, and there is no other save that the metadata could name.
         metadata = place.metadata.get(None)
         if metadata is None or len(place.metadata) > 1 or len(place.saves) != 1:
@@ -139,9 +139,9 @@ def find_leftovers(
         [blobs] = place.saves.values()
         return newest(blobs) <= metadata.last_modified
 
-    def named_in(place: Place) -> set[str]:
+    def named_in(place: ListedCheckpoint) -> set[str]:
         where = path_location(location, place.path)
-        parts = read_standing(store, where, {None, *place.metadata})
+        parts = read_metadata(store, where, {None, *place.metadata})
         return {where.join(name).path for part in parts for name in part.names}
 
     return leftovers_in(store, location, places, oldest_to_keep, is_plainly_sound, named_in)

@@ -1,4 +1,4 @@
-"""The checkpoint that stands at a URL: its metadata, in one piece or of single ranks, read and checked."""
+"""`OpenCheckpoint`: the checkpoint at a URL, its metadata read and checked, of all ranks in one or of each rank."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob, read_metadata_blob
+from azure_torch_ckpt.dcp.listed_checkpoint import group_by_checkpoint
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, data_paths, load_metadata
-from azure_torch_ckpt.dcp.survey import survey
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
+    BlobNotFoundError,
     CheckpointNotFoundError,
+    CheckpointReplacedError,
     RequestRefusedError,
     UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.location import BlobLocation
 
 __all__ = [
-    "Standing",
-    "StandingCheckpoint",
+    "OpenCheckpoint",
+    "OpenMetadata",
+    "is_replaced",
     "metadata_ranks",
-    "nothing_at",
-    "open_standing",
-    "read_standing",
-    "stand_at",
+    "not_found_error",
+    "open_checkpoint",
+    "open_checkpoint_in",
+    "read_metadata",
+    "replaced_error",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """One metadata blob of a checkpoint.
+class OpenMetadata:
+    """One metadata blob of a checkpoint, read and checked.
 
     Attributes:
-        rank: None if it is that of all ranks.
+        rank: whose metadata it is; None for the metadata of all ranks.
         stored: its bytes, ETag and time.
         metadata: has passed `check_metadata`.
     """
@@ -59,20 +64,20 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class StandingCheckpoint:
-    """A complete checkpoint, and the way to it.
+class OpenCheckpoint:
+    """A complete checkpoint whose metadata was read, and the store to read the rest from.
 
     Attributes:
-        location: its place.
+        location: of the checkpoint.
         store: its container.
         parts: its metadata: one blob, or one of each rank.
-        metadata: all of it. Of ranks that saved without collectives, the entries of all of them together.
+        metadata: all of it. After a save without collectives, the entries of all ranks together.
         modified: when it was completed.
     """
 
     location: BlobLocation
     store: BlobStore
-    parts: list[Standing]
+    parts: list[OpenMetadata]
     metadata: Metadata
     modified: datetime.datetime
 
@@ -81,10 +86,7 @@ class StandingCheckpoint:
         return str(self.location)
 
 
-def open_standing(
-    url: str | os.PathLike[str] | BlobLocation,
-    access: Access,
-) -> StandingCheckpoint:
+def open_checkpoint(url: str | os.PathLike[str] | BlobLocation, access: Access) -> OpenCheckpoint:
     """Read the metadata of the checkpoint at a URL.
 
     Raises:
@@ -93,21 +95,21 @@ def open_standing(
         StoreError: the service could not be asked.
     """
     location = BlobLocation.parse(url)
-    return stand_at(BlobStore(location, access), location)
+    return open_checkpoint_in(BlobStore(location, access), location)
 
 
-def stand_at(store: BlobStore, location: BlobLocation) -> StandingCheckpoint:
-    """`open_standing` with a store that exists."""
-    parts = read_standing(store, location, [None])
+def open_checkpoint_in(store: BlobStore, location: BlobLocation) -> OpenCheckpoint:
+    """`open_checkpoint` with a store that exists."""
+    parts = read_metadata(store, location, [None])
     if not parts:
         ranks: list[int] = []
-        with contextlib.suppress(AccessDeniedError):  # `nothing_at` says what is not known
+        with contextlib.suppress(AccessDeniedError):  # `not_found_error` says what is unknown then
             ranks = metadata_ranks(store, location)
-        parts = read_standing(store, location, ranks)
+        parts = read_metadata(store, location, ranks)
     if not parts:
-        raise nothing_at(store, location, metadata_name())
+        raise not_found_error(store, location, metadata_name())
     modified = max(part.stored.modified for part in parts)
-    return StandingCheckpoint(location, store, parts, _merged(parts), modified)
+    return OpenCheckpoint(location, store, parts, _merged(parts), modified)
 
 
 def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
@@ -115,36 +117,61 @@ def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
     prefix = location.prefix
     try:
         listed = [entry for entry in store.list_folder(prefix + "__") if not isinstance(entry, str)]
-    except RequestRefusedError:  # in an account with directories, where `location` is that of a blob
+    except RequestRefusedError:  # in an account with directories, where `location` is a blob
         return []
-    return sorted(rank for place in survey(listed, prefix) for rank in place.metadata if rank is not None)
+    return sorted(rank for one in group_by_checkpoint(listed, prefix) for rank in one.metadata if rank is not None)
 
 
-def read_standing(store: BlobStore, location: BlobLocation, ranks: Iterable[int | None]) -> list[Standing]:
-    """The metadata of `ranks` (None for that of all), as far as it is there, fetched in parallel.
+def read_metadata(store: BlobStore, location: BlobLocation, ranks: Iterable[int | None]) -> list[OpenMetadata]:
+    """Read those metadata blobs of `ranks` (None for the metadata of all ranks) that exist, in parallel.
 
-    Raises: as `open_standing`.
+    Raises:
+        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: one cannot be trusted or read.
+        StoreError: the service could not be asked.
     """
-    found: dict[int | None, Standing] = {}
+    parts: dict[int | None, OpenMetadata] = {}
 
     def read(rank: int | None) -> None:
         stored = read_metadata_blob(store, location, rank)
         if stored is not None:
             where = f"{location}/{metadata_name(rank)}"
-            metadata = load_metadata(stored.data, where)
-            check_metadata(metadata, where)
-            found[rank] = Standing(rank, stored, metadata)
+            with CollectorPause():
+                metadata = load_metadata(stored.data, where)
+                check_metadata(metadata, where)
+            parts[rank] = OpenMetadata(rank, stored, metadata)
 
     wanted = list(ranks)
     if len(wanted) == 1:
         read(wanted[0])
     else:
         run_all((functools.partial(read, rank) for rank in wanted), store.options.concurrency, "blob-metadata")
-    return [found[rank] for rank in sorted(found, key=lambda rank: -1 if rank is None else rank)]
+    return [parts[rank] for rank in sorted(parts, key=lambda rank: -1 if rank is None else rank)]
 
 
-def _merged(parts: list[Standing]) -> Metadata:
-    """One metadata for the parts of all ranks: where two stored the same chunk or object, the first one counts."""
+def is_replaced(store: BlobStore, location: BlobLocation, etags: Mapping[str, str]) -> bool:
+    """Whether a metadata blob of the checkpoint is gone, or has another ETag than when it was read.
+
+    Args:
+        etags: by the name of the blob.
+    """
+    for name, etag in etags.items():
+        try:
+            if store.stat(location.join(name).path).etag != etag:
+                return True
+        except BlobNotFoundError:
+            return True
+    return False
+
+
+def replaced_error(location: BlobLocation) -> CheckpointReplacedError:
+    """Make the error of a load that found out that the checkpoint was replaced meanwhile."""
+    return CheckpointReplacedError(
+        f"The checkpoint at {location} was replaced or removed while it was being read. Load again"
+    )
+
+
+def _merged(parts: list[OpenMetadata]) -> Metadata:
+    """Merge the metadata of all ranks. Where two stored the same chunk or object, the first one counts."""
     if len(parts) == 1:
         return parts[0].metadata
     first = parts[0].metadata
@@ -174,10 +201,10 @@ def _merged(parts: list[Standing]) -> Metadata:
     return Metadata(entries, paths, storage, first.storage_meta, first.version)
 
 
-def nothing_at(store: BlobStore, location: BlobLocation, name: str) -> CheckpointNotFoundError:
-    """The error for a place without the metadata blob `name`, with a hint at what is there instead.
+def not_found_error(store: BlobStore, location: BlobLocation, name: str) -> CheckpointNotFoundError:
+    """Make the error for a URL without the metadata blob `name`, with a hint at what is there instead.
 
-    One listing, of a thousand blobs at most: a hint, not an inventory.
+    The hint costs one listing, of a thousand blobs at most.
 
     Raises:
         StoreError: the service could not be asked.
@@ -186,15 +213,15 @@ def nothing_at(store: BlobStore, location: BlobLocation, name: str) -> Checkpoin
     prefix = location.prefix
     try:
         listed = [blob for blob in store.list(prefix, limit=1_000) if not blob.is_folder]
-    except RequestRefusedError:  # in an account with directories, where the URL is that of a blob
+    except RequestRefusedError:  # in an account with directories, where the URL is a blob's
         listed = []
     except AccessDeniedError:
         return CheckpointNotFoundError(
             f"{missing}. What lies there instead is unknown, for the credential does not allow listing; check the URL"
         )
-    places = survey(listed, prefix)
-    here = next((place for place in places if place.path == location.path), None)
-    below = [place.path[len(prefix) :] for place in places if place.complete and place is not here]
+    checkpoints = group_by_checkpoint(listed, prefix)
+    here = next((one for one in checkpoints if one.path == location.path), None)
+    below = [one.path[len(prefix) :] for one in checkpoints if one.complete and one is not here]
     ranks = [] if here is None else sorted(rank for rank in here.metadata if rank is not None)
     if not listed:
         hint = "Nothing lies there at all; check the URL"
@@ -220,6 +247,6 @@ def _first_part(path: str) -> str:
 
 
 def _some(names: Iterable[str], noun: str = "") -> str:
-    found = list(names)
-    listed = f"{', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
-    return f"{noun}{'' if len(found) == 1 else 's'} {listed}" if noun else listed
+    every = list(names)
+    listed = f"{', '.join(every[:5])}{', ...' if len(every) > 5 else ''}"
+    return f"{noun}{'' if len(every) == 1 else 's'} {listed}" if noun else listed

@@ -1,14 +1,17 @@
-"""What planners of torch are known for, and others are not."""
+"""What planners may do: which of them keep to the order and the memory of torch's, and which keys their plans have."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
 
-__all__ = ["keeps_its_memory", "takes_any_order"]
+from azure_torch_ckpt.errors import CheckpointError
+
+__all__ = ["keeps_its_memory", "takes_any_order", "with_plain_keys"]
 
 _Methods = Mapping[str, Callable[..., Any]]
 
@@ -17,7 +20,7 @@ def _methods(kind: type, *names: str) -> _Methods:
     return {name: vars(kind)[name] for name in names}
 
 
-# As they are before anybody patches the classes.
+# As they are before the classes are patched.
 _LOADS = _methods(
     DefaultLoadPlanner, "load_bytes", "resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor"
 )
@@ -36,7 +39,7 @@ def takes_any_order(planner: LoadPlanner) -> bool:
 def keeps_its_memory(planner: SavePlanner) -> bool:
     """Whether the planner gives tensors of the state dict itself, so that each stays as it is until the save ends.
 
-    torch's writers are done with an item before they ask for the next, and a planner may give the same memory again.
+    torch's writers have written an item before they ask for the next, and a planner may give the same memory again.
     """
     return _has(planner, _SAVES)
 
@@ -52,3 +55,26 @@ def _has(planner: object, methods: _Methods) -> bool:
             for name, method in methods.items()
         )
     )
+
+
+def with_plain_keys(plan: SavePlan) -> SavePlan:
+    """Return the plan with every key a ``str``, and not of a subclass, which a reader's process might not have.
+
+    Raises:
+        CheckpointError: a key of the state dict is not a string. torch's ``DefaultSavePlanner`` makes strings of all
+            keys unless it is told not to flatten the state dict.
+    """
+    if {type(item.index.fqn) for item in plan.items} <= {str}:
+        return plan
+    items = []
+    for item in plan.items:
+        name: object = item.index.fqn
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"The state dict has the key {repr(name)[:200]}, of type {type(name).__name__}, and keys of a "
+                "checkpoint are strings. Rename it, or let the planner flatten the state dict"
+            )
+        if type(name) is not str:
+            item = dataclasses.replace(item, index=dataclasses.replace(item.index, fqn=str.__str__(name)))
+        items.append(item)
+    return dataclasses.replace(plan, items=items)

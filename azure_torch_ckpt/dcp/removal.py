@@ -15,7 +15,7 @@ from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
-from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_standing
+from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_metadata
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -64,7 +64,7 @@ def remove_checkpoint(
         ranks = metadata_ranks(store, location)
     except AccessDeniedError as error:
         denied = error  # the metadata of all ranks needs no listing
-    parts = read_standing(store, location, [None, *ranks])
+    parts = read_metadata(store, location, [None, *ranks])
     if not parts:
         raise denied or CheckpointNotFoundError(f"No complete checkpoint at {location}: {metadata_name()} is not there")
     for part in parts:

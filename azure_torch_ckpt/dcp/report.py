@@ -1,4 +1,4 @@
-"""What a save or a load of this rank came to: counted while it runs, told in its log line and its event."""
+"""`TransferReport`: counts what a save or a load of this rank does, and reports it: progress, log line, event."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
+from azure_torch_ckpt.blobs.download import Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Read
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.events import TransferEvent, emit
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 from azure_torch_ckpt.transport.throttle import RequestCounts
 
-__all__ = ["Figures", "figures_log", "job_rank", "rate_and_requests"]
+__all__ = ["TransferReport", "job_rank", "rate_and_requests", "report_abandoned", "report_log"]
 
-figures_log = logging.getLogger("azure_torch_ckpt")
-"""Of the package, so that the lines of all modules can be had with one name."""
+report_log = logging.getLogger("azure_torch_ckpt")
+"""The package's logger, so that one name selects the lines of all modules."""
 
 _PAST = {"save": "saved", "load": "loaded"}
 _DIRECTION = {"save": "to", "load": "from"}
@@ -42,7 +42,7 @@ class _Running:
     url: str
     store: BlobStore
     begin: _Moment
-    sign: _Moment  # of life
+    last_step: _Moment
     counts: RequestCounts
     leads: bool
     is_certain: bool
@@ -53,11 +53,12 @@ class _Running:
     meter: Meter | None = None
 
 
-class Figures:
-    """Of one save or load. Pickles and copies are without what is running.
+class TransferReport:
+    """Reports one save or load. A pickle or copy is of a report that has not begun.
 
-    How it ends may remain unknown here: torch tells nobody of an error of the planner before there is a plan (a missing
-    key), nor of one of another rank. That is told once its thread begins something else, or the process ends.
+    How it ends may remain unknown here: torch does not pass on an error that the planner raises before there is a plan
+    (a missing key), nor an error of another rank. Such an end is reported once its thread begins something else, or the
+    process ends.
 
     Args:
         operation: ``"save"`` or ``"load"``.
@@ -73,47 +74,49 @@ class Figures:
         self._progress = progress
         self._running: _Running | None = None
 
-    def __reduce__(self) -> tuple[type[Figures], tuple[str, ProgressOption]]:
+    def __reduce__(self) -> tuple[type[TransferReport], tuple[str, ProgressOption]]:
         return type(self), (self._operation, self._progress)
 
     def begin(self, url: str, store: BlobStore, *, leads: bool | None = None) -> None:
-        """A save or a load of `url` begins here; `leads` as for `lead`, if it is known already."""
+        """Begin a save or a load of `url`; `leads` as for `confirm`, if it is known already."""
         thread = threading.current_thread()
-        _tell_broken_off(thread)
+        report_abandoned(thread)
         now = _Moment()
         self._running = _Running(url, store, now, now, store.counts, leads is None or leads, leads is not None)
         _begun[id(self)] = thread, self
 
-    def lead(self, leads: bool) -> None:
-        """Say that this is a save or a load, and no mere look, and whether this rank is the one whose log line is at
-        INFO; the others' are at DEBUG.
+    def confirm(self, leads: bool) -> None:
+        """Record that this is a save or a load, and not only a look at the metadata.
+
+        Args:
+            leads: whether the log line of this rank is at INFO. The other ranks' are at DEBUG.
         """
         if self._running is not None:
-            self._running.leads, self._running.is_certain, self._running.sign = leads, True, _Moment()
+            self._running.leads, self._running.is_certain, self._running.last_step = leads, True, _Moment()
 
-    def doubt(self, error: BaseException | None) -> None:
-        """With this error it has ended, unless something else follows."""
+    def may_have_ended(self, error: BaseException | None) -> None:
+        """Record that it has ended with this error unless something else follows; None takes that back."""
         if self._running is not None:
             self._running.error = error
 
-    def _break_off(self) -> None:
-        """It will not go on: say so, unless it was a mere look, or is the affair of another process."""
+    def _abandon(self) -> None:
+        """Report that it will not continue, unless it was only a look at the metadata, or runs in another process."""
         running = self._running
         if running is not None and running.process == os.getpid() and (running.error is not None or running.is_certain):
-            self._tell(running.error or _unknown_end(self._operation, running.url), None, running.sign)
+            self._finish(running.error or _unknown_end(self._operation, running.url), None, running.last_step)
         self._running = None
 
     def transfer(self, items: int, total: int | None) -> Meter:
-        """The meter for this rank's share: `items`, of about `total` bytes, or of as many as `expecting` sees."""
+        """Make the meter for this rank's `items`, of about `total` bytes, or of as many as `expecting` sees."""
         running = self._running
         url = "" if running is None else running.url
         meter = Meter(self._progress, Progress(self._operation, url, job_rank(), 0, total, 0.0))
         if running is not None:
-            running.items, running.meter, running.sign = items, meter, _Moment()
+            running.items, running.meter, running.last_step = items, meter, _Moment()
         return meter
 
     def paused(self) -> AbstractContextManager[Meter | None]:
-        """The meter of this rank's share, to go on with."""
+        """Return the meter that `transfer` made, to continue with."""
         running = self._running
         return nullcontext() if running is None or running.meter is None else running.meter
 
@@ -124,7 +127,7 @@ class Figures:
             running.meter.moved(nbytes)
 
     def expecting(self, reads: Iterable[Read]) -> Iterable[Read]:
-        """The same reads, whose bytes are expected from now on."""
+        """Return the same reads, after the meter was told their bytes."""
         meter = None if self._running is None else self._running.meter
         if meter is None or not meter.reports:
             return reads
@@ -133,11 +136,11 @@ class Figures:
         return expected
 
     def end(self, error: BaseException | None = None, checkpoint_bytes: int | None = None) -> None:
-        """It has ended: write the log line, unless there was an error, which speaks for itself; tell the listeners."""
+        """End it: write the log line unless there was an error, and emit the event."""
         if self._running is not None:
-            self._tell(error, checkpoint_bytes, _Moment())
+            self._finish(error, checkpoint_bytes, _Moment())
 
-    def _tell(self, error: BaseException | None, checkpoint_bytes: int | None, end: _Moment) -> None:
+    def _finish(self, error: BaseException | None, checkpoint_bytes: int | None, end: _Moment) -> None:
         running, self._running = self._running, None
         _begun.pop(id(self), None)
         assert running is not None
@@ -157,32 +160,33 @@ class Figures:
             finished=end.at,
         )
         if error is None:
-            figures_log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
+            report_log.log(logging.INFO if running.leads else logging.DEBUG, "%s", _line(event))
         emit(event)
 
 
 # What was begun and has not ended, by id, with its thread. torch takes all steps of one save or load in one thread.
-_begun: dict[int, tuple[threading.Thread, Figures]] = {}
+_begun: dict[int, tuple[threading.Thread, TransferReport]] = {}
 
 
-def _tell_broken_off(thread: threading.Thread | None = None) -> None:
-    """`thread` turns to something else, or (None) the process ends: what it has begun will not go on.
+def report_abandoned(thread: threading.Thread | None = None) -> None:
+    """Report what `thread` has begun and abandons now, and what threads have begun that have ended since.
 
-    What a thread has begun that is no more will not, either.
+    Args:
+        thread: it begins something else. None: the process ends.
     """
-    for key, (its_thread, figures) in list(_begun.items()):
+    for key, (its_thread, report) in list(_begun.items()):
         if thread is None or its_thread is thread or not its_thread.is_alive():
             _begun.pop(key, None)
-            figures._break_off()
+            report._abandon()
 
 
-atexit.register(_tell_broken_off)
+atexit.register(report_abandoned)
 
 
 def _unknown_end(operation: str, url: str) -> CheckpointError:
     return CheckpointError(
         f"The {operation} {_DIRECTION[operation]} {url} was broken off, by an error of its planner or of another rank. "
-        "What torch raised there has the reason"
+        "The exception that torch raised there has the reason"
     )
 
 
@@ -191,14 +195,14 @@ def _line(event: TransferEvent) -> str:
     took = format_duration(event.seconds)
     if event.checkpoint_bytes is not None and _world_size() > 1:
         rate = format_rate(event.checkpoint_bytes, event.seconds)
-        whole = f"saved {format_bytes(event.checkpoint_bytes)} in {took} ({rate}) to {event.url}"
-        return f"{whole}; rank {event.rank} sent {format_bytes(event.bytes)} of it ({_requests(event)})"
+        checkpoint = f"saved {format_bytes(event.checkpoint_bytes)} in {took} ({rate}) to {event.url}"
+        return f"{checkpoint}; rank {event.rank} sent {format_bytes(event.bytes)} of it ({_requests(event)})"
     who = f"rank {event.rank} " if _world_size() > 1 else ""
     return f"{who}{past} {format_bytes(event.bytes)} in {took} ({rate_and_requests(event)}) {direction} {event.url}"
 
 
 def rate_and_requests(event: TransferEvent) -> str:
-    """``"3.9 GB/s, 391 requests, 0 retries"``."""
+    """Format as ``"3.9 GB/s, 391 requests, 0 retries"``."""
     return f"{format_rate(event.bytes, event.seconds)}, {_requests(event)}"
 
 
@@ -207,7 +211,7 @@ def _requests(event: TransferEvent) -> str:
 
 
 def job_rank() -> int:
-    """The rank of this process in the whole job; 0 without ``torch.distributed``."""
+    """Return the rank of this process in the whole job; 0 without ``torch.distributed``."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -1,4 +1,7 @@
-"""Whole tensors of a checkpoint as a stream of parts, in row-major order, in bounded memory, checksums compared."""
+"""`TensorStream`: whole tensors of a checkpoint as a stream of parts, in row-major order, in bounded memory.
+
+Checksums are compared on the way.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +20,53 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from azure_torch_ckpt.blobs.transfer import Check, Download, Read
+from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.workers import WAIT_SECONDS
+from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.items import ItemReader, batches, open_item, run_reads
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint
-from azure_torch_ckpt.dcp.tensors.chunks import Box, boxes
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, is_replaced, replaced_error
+from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, cut
+from azure_torch_ckpt.dcp.tensors.copies import copy_elements
 from azure_torch_ckpt.dcp.tensors.coverage import is_whole
-from azure_torch_ckpt.dcp.tensors.memory import copy_elements, is_plain
-from azure_torch_ckpt.dcp.tensors.reads import region_reads
-from azure_torch_ckpt.dcp.tensors.torch_items import load_tensor, open_item
-from azure_torch_ckpt.errors import (
-    BlobNotFoundError,
-    CorruptCheckpointError,
-    RequestRefusedError,
-    UnsupportedCheckpointError,
-)
+from azure_torch_ckpt.dcp.tensors.memory import is_plain
+from azure_torch_ckpt.dcp.tensors.regions import region_reads
+from azure_torch_ckpt.dcp.tensors.torch_file import load_tensor
+from azure_torch_ckpt.errors import AzureCheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 
-__all__ = ["Part", "ahead", "object_bytes", "objects_of", "parts_of", "tensors_of"]
+__all__ = [
+    "StreamedChunk",
+    "TensorStream",
+    "ahead",
+    "object_bytes",
+    "stored_objects",
+    "stored_tensors",
+    "stream_chunks",
+]
 
 _T = TypeVar("_T")
 _Chunk = tuple[str, torch.Size]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a tensor: the elements of `box`, contiguous and on the CPU."""
+class StreamedChunk:
+    """A part of a tensor: the elements of `chunk`, contiguous and on the CPU."""
 
     key: str
-    box: Box
+    chunk: TensorChunk
     elements: torch.Tensor
 
 
-def tensors_of(
-    checkpoint: StandingCheckpoint, keys: Callable[[str], bool] | None = None
+def stored_tensors(
+    checkpoint: OpenCheckpoint, keys: Callable[[str], bool] | None = None
 ) -> dict[str, TensorStorageMetadata]:
-    """The tensors of a checkpoint by their keys, those that `keys` accepts.
+    """Return the tensors of a checkpoint by their keys, as far as `keys` accepts them.
 
     Raises:
-        CorruptCheckpointError: the chunks of one do not make it up.
-        UnsupportedCheckpointError: one is of a dtype that has no raw form (a quantized one, say).
+        CorruptCheckpointError: the stored chunks do not cover a tensor.
+        UnsupportedCheckpointError: a tensor is of a dtype that has no raw form (a quantized one, say).
     """
-    found = {}
+    tensors = {}
     for key, entry in checkpoint.metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata) or (keys is not None and not keys(key)):
             continue
@@ -68,34 +77,39 @@ def tensors_of(
             raise UnsupportedCheckpointError(
                 f"{what} is of {entry.properties.dtype}, which has no raw form. Load it with dcp.load"
             )
-        found[key] = entry
-    return found
+        tensors[key] = entry
+    return tensors
 
 
-def objects_of(checkpoint: StandingCheckpoint, keys: Callable[[str], bool] | None = None) -> list[str]:
-    """The keys of everything that is no tensor, those that `keys` accepts."""
+def _has_raw_form(dtype: torch.dtype) -> bool:
+    try:
+        return is_plain(torch.empty(0, dtype=dtype, device="cpu"))
+    except (RuntimeError, TypeError):
+        return False
+
+
+def stored_objects(checkpoint: OpenCheckpoint, keys: Callable[[str], bool] | None = None) -> list[str]:
+    """Return the keys of everything that is not a tensor, as far as `keys` accepts them."""
     entries = checkpoint.metadata.state_dict_metadata.items()
     return [key for key, entry in entries if isinstance(entry, BytesStorageMetadata) and (keys is None or keys(key))]
 
 
-def object_bytes(checkpoint: StandingCheckpoint, keys: Iterable[str], budget: int) -> Iterator[tuple[str, io.BytesIO]]:
-    """What ``torch.save`` wrote for each of some objects, fetched as many at a time as the budget holds."""
-    batch: list[tuple[str, StoredItem]] = []
-    room = budget
-    for key in keys:
-        item = stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)])
-        if batch and item.length > room:
-            yield from _fetched(checkpoint, batch)
-            batch, room = [], budget
-        batch.append((key, item))
-        room -= item.length
-    yield from _fetched(checkpoint, batch)
+def object_bytes(checkpoint: OpenCheckpoint, keys: Iterable[str], budget: int) -> Iterator[tuple[str, io.BytesIO]]:
+    """Yield what ``torch.save`` wrote for each of some objects, fetched as many at a time as the budget holds.
+
+    Raises: as `stream_chunks`.
+    """
+    stream = TensorStream(checkpoint)
+    indexed = ((MetadataIndex(key), stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)])) for key in keys)
+    for batch in batches(indexed, lambda one: one[1].length, budget):
+        for (index, _), opened in zip(batch, stream.fetch_whole(batch), strict=True):
+            yield index.fqn, opened
 
 
-def parts_of(
-    checkpoint: StandingCheckpoint, tensors: Iterable[tuple[str, TensorStorageMetadata]], window: int
-) -> Iterator[list[Part]]:
-    """The parts of the tensors in turn, as lists of about `window` bytes at most that are fetched at once.
+def stream_chunks(
+    checkpoint: OpenCheckpoint, tensors: Iterable[tuple[str, TensorStorageMetadata]], window: int
+) -> Iterator[list[StreamedChunk]]:
+    """Yield the tensors in turn, cut into lists of about `window` bytes at most that are fetched at once.
 
     The cuts follow from sizes, dtypes and `window` alone, so two checkpoints with the same tensors can be read side by
     side. A tensor that torch's own writer stored, or of a class of its own, can only be read chunk by chunk: its chunks
@@ -103,31 +117,30 @@ def parts_of(
 
     Raises:
         CorruptCheckpointError: a blob is missing or short, or a checksum does not match.
+        CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
         StoreError: the service could not be asked.
     """
-    stream = _Stream(checkpoint)
-    parts: list[Part] = []
-    size = 0
-    for key, entry in tensors:
-        dtype = entry.properties.dtype
-        for box in boxes(entry.size, window // dtype.itemsize):
-            nbytes = math.prod(box.sizes) * dtype.itemsize
-            if parts and size + nbytes > window:
-                stream.fill(parts)
-                yield parts
-                parts, size = [], 0
-            parts.append(Part(key, box, torch.empty(box.sizes, dtype=dtype, device="cpu")))
-            size += nbytes
-    if parts:
-        stream.fill(parts)
-        yield parts
+    stream = TensorStream(checkpoint)
+    cuts = (
+        (key, entry.properties.dtype, chunk)
+        for key, entry in tensors
+        for chunk in cut(entry.size, window // entry.properties.dtype.itemsize)
+    )
+    for batch in batches(cuts, lambda one: math.prod(one[2].sizes) * one[1].itemsize, window):
+        chunks = [
+            StreamedChunk(key, chunk, torch.empty(chunk.sizes, dtype=dtype, device="cpu"))
+            for key, dtype, chunk in batch
+        ]
+        stream.fill(chunks)
+        yield chunks
+        del chunks  # before the next ones are made
 
 
 def ahead(values: Iterator[_T]) -> Generator[_T, None, None]:
-    """The same values, each made while the caller works on the one before. Two exist at a time."""
+    """Yield the same values, each made while the caller works on the one before. Two exist at a time."""
     wanted, made = threading.Semaphore(1), threading.Semaphore(0)
     ended = threading.Event()  # not Thread.join: see workers.py
-    box: list[tuple[_T | None, BaseException | None]] = []
+    handed: list[tuple[_T | None, BaseException | None]] = []
     stopped = False
 
     def make() -> None:
@@ -137,23 +150,23 @@ def ahead(values: Iterator[_T]) -> Generator[_T, None, None]:
                 if stopped:
                     return
                 try:
-                    box.append((next(values), None))
+                    handed.append((next(values), None))
                 except BaseException as error:
-                    box.append((None, error))
+                    handed.append((None, error))
                     return
                 finally:
                     made.release()
         finally:
             ended.set()
 
-    # Not an executor: see workers.py. Whoever stops early waits for the value that is being made.
+    # Not an executor: see workers.py. A caller that stops early waits for the value that is being made.
     thread = threading.Thread(target=make, name="read-ahead", daemon=True)
     thread.start()
     try:
         while True:
             while not made.acquire(timeout=WAIT_SECONDS):
                 pass
-            value, error = box.pop()
+            value, error = handed.pop()
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -168,144 +181,118 @@ def ahead(values: Iterator[_T]) -> Generator[_T, None, None]:
             pass
 
 
-class _Stream:
-    def __init__(self, checkpoint: StandingCheckpoint) -> None:
+class TensorStream:
+    """Reads items of a checkpoint that are consumed from first to last byte, in any number of steps."""
+
+    def __init__(self, checkpoint: OpenCheckpoint) -> None:
         self._checkpoint = checkpoint
+        self._items = ItemReader(checkpoint.store, checkpoint.location, self._run)
         self._checks: dict[_Chunk, Check | None] = {}
-        self._whole: dict[_Chunk, torch.Tensor] = {}
+        self._loaded: dict[_Chunk, torch.Tensor] = {}
 
-    def fill(self, parts: list[Part]) -> None:
-        total = sum(part.elements.nbytes for part in parts)
-        download = Download(self._checkpoint.store, total)
-        _run(self._checkpoint, download, [read for part in parts for read in self._reads(part, download.part_size)])
+    def fill(self, chunks: list[StreamedChunk]) -> None:
+        """Fetch the elements of `chunks`, which follow those of the call before.
 
-    def _reads(self, part: Part, limit: int) -> Iterator[Read]:
-        entry: Any = self._checkpoint.metadata.state_dict_metadata[part.key]
+        Raises: as `stream_chunks`.
+        """
+        download = Download(self._checkpoint.store, sum(chunk.elements.nbytes for chunk in chunks))
+        self._run(download, [read for chunk in chunks for read in self._reads(chunk, download.part_size)])
+
+    def fetch_whole(self, indexed: list[tuple[MetadataIndex, StoredItem]]) -> list[io.BytesIO]:
+        """Fetch whole items.
+
+        Raises: as `stream_chunks`.
+        """
+        fetched = [self._items.whole(item, index) for index, item in indexed]
+        download = Download(self._checkpoint.store, sum(len(buffer) for buffer, _ in fetched))
+        self._run(download, [read for _, read in fetched])
+        return [
+            open_item(buffer, item, self._items.name(index))
+            for (index, item), (buffer, _) in zip(indexed, fetched, strict=True)
+        ]
+
+    def _run(self, download: Download, reads: Iterable[Read]) -> None:
+        run_reads(download, reads, self._raise_if_replaced, lambda: replaced_error(self._checkpoint.location))
+
+    def _raise_if_replaced(self, error: AzureCheckpointError) -> None:
+        location = self._checkpoint.location
+        etags = {metadata_name(part.rank): part.stored.etag for part in self._checkpoint.parts}
+        if is_replaced(self._checkpoint.store, location, etags):
+            raise replaced_error(location) from error
+
+    def _reads(self, wanted: StreamedChunk, limit: int) -> Iterator[Read]:
+        entry: Any = self._checkpoint.metadata.state_dict_metadata[wanted.key]
         for chunk in entry.chunks:
-            common = part.box.overlap(chunk.offsets, chunk.sizes)
+            common = wanted.chunk.overlap(chunk.offsets, chunk.sizes)
             if common is None:
                 continue
-            item = stored_item(self._checkpoint.metadata.storage_data[MetadataIndex(part.key, chunk.offsets)])
-            target = part.elements
+            index = MetadataIndex(wanted.key, chunk.offsets)
+            item = stored_item(self._checkpoint.metadata.storage_data[index])
+            target = wanted.elements
             for dim, (start, size) in enumerate(zip(common.offsets, common.sizes, strict=True)):
-                target = target.narrow(dim, start - part.box.offsets[dim], size)
+                target = target.narrow(dim, start - wanted.chunk.offsets[dim], size)
             offsets = [start - first for start, first in zip(common.offsets, chunk.offsets, strict=True)]
-            ends = all(
+            is_last = all(
                 start + size == extent for start, size, extent in zip(offsets, common.sizes, chunk.sizes, strict=True)
             )
             if item.payload_offset is None or item.transforms:
-                self._copy_whole(part.key, chunk, item, offsets, target, ends)
+                self._copy_loaded(index, chunk, item, offsets, target, is_last)
             else:
-                yield from self._region(part.key, chunk, item, entry.properties.dtype, offsets, target, ends, limit)
+                yield from self._region(index, chunk, item, entry.properties.dtype, offsets, target, is_last, limit)
 
     def _region(
         self,
-        key: str,
+        index: MetadataIndex,
         chunk: ChunkStorageMetadata,
         item: StoredItem,
         dtype: torch.dtype,
         offsets: list[int],
         target: torch.Tensor,
-        ends: bool,
+        is_last: bool,
         limit: int,
     ) -> Iterator[Read]:
-        """The reads of one run of a chunk, whose runs come in order and make it up: its checksum can be compared."""
+        """Yield the reads of one run of a chunk.
+
+        The runs of a chunk come in order and make it up, so its checksum can be compared.
+        """
         assert item.payload_offset is not None
-        path = self._checkpoint.location.join(item.relative_path).path
+        path = self._items.path(item)
         payload = item.offset + item.payload_offset
         after = payload + math.prod(chunk.sizes) * dtype.itemsize
+        key = index.fqn, chunk.offsets
         if not any(offsets):
-            self._checks[key, chunk.offsets] = self._check(key, item)
-        check = self._checks[key, chunk.offsets]
+            self._checks[key] = self._items.check(item, index)
+        check = self._checks[key]
         if check is not None:
-            around = [(item.offset, payload)] * (not any(offsets)) + [(after, item.offset + item.length)] * ends
+            around = [(item.offset, payload)] * (not any(offsets)) + [(after, item.offset + item.length)] * is_last
             for start, end in around:
                 yield Read(path, start, end - start, memoryview(bytearray(end - start)), None, check)
-        if ends:
-            del self._checks[key, chunk.offsets]
+        if is_last:
+            del self._checks[key]
         yield from region_reads(path, payload, dtype, chunk.sizes, offsets, target, limit=limit, check=check)
 
-    def _copy_whole(
+    def _copy_loaded(
         self,
-        key: str,
+        index: MetadataIndex,
         chunk: ChunkStorageMetadata,
         item: StoredItem,
         offsets: list[int],
         target: torch.Tensor,
-        ends: bool,
+        is_last: bool,
     ) -> None:
-        index = (key, chunk.offsets)
-        if index not in self._whole:
-            [(_, stream)] = _fetched(self._checkpoint, [(key, item)])
-            self._whole[index] = load_tensor(stream, f"{key!r} at {list(chunk.offsets)} of {self._checkpoint.url}")
-        region = self._whole[index]
+        """Copy a run of a chunk that only ``torch.load`` can read. The chunk is fetched for its first run."""
+        key = index.fqn, chunk.offsets
+        if key not in self._loaded:
+            [opened] = self.fetch_whole([(index, item)])
+            self._loaded[key] = load_tensor(opened, self._items.name(index))
+        region = self._loaded[key]
         if region.shape != chunk.sizes:
             raise CorruptCheckpointError(
-                f"{key!r} at {list(chunk.offsets)} of {self._checkpoint.url} has the shape {tuple(region.shape)} where "
-                f"its metadata says {tuple(chunk.sizes)}. Use another checkpoint"
+                f"{self._items.name(index)} has the shape {tuple(region.shape)} where its metadata says "
+                f"{tuple(chunk.sizes)}. Use another checkpoint"
             )
         for dim, (start, size) in enumerate(zip(offsets, target.shape, strict=True)):
             region = region.narrow(dim, start, size)
-        copy_elements(region, target, f"{key!r} of {self._checkpoint.url}")
-        if ends:
-            del self._whole[index]
-
-    def _check(self, key: str, item: StoredItem) -> Check | None:
-        return _check(self._checkpoint, key, item)
-
-
-def _check(checkpoint: StandingCheckpoint, key: str, item: StoredItem) -> Check | None:
-    if item.crc64 is None or not checkpoint.store.options.checksums:
-        return None
-
-    def mismatch(found: int) -> None:
-        raise CorruptCheckpointError(
-            f"{key!r} of {checkpoint.url}: the {item.length} bytes at offset {item.offset} of blob "
-            f"{item.relative_path} have CRC64 {found:016x} where {item.crc64:016x} was saved. They were damaged in "
-            "storage or on the way. Use another checkpoint, or try again to rule out the way"
-        )
-
-    return Check(item.crc64, item.length, mismatch)
-
-
-def _fetched(checkpoint: StandingCheckpoint, items: list[tuple[str, StoredItem]]) -> list[tuple[str, io.BytesIO]]:
-    buffers = [bytearray(item.length) for _, item in items]
-    reads = [
-        Read(
-            checkpoint.location.join(item.relative_path).path,
-            item.offset,
-            item.length,
-            memoryview(buffer),
-            None,
-            _check(checkpoint, key, item),
-        )
-        for (key, item), buffer in zip(items, buffers, strict=True)
-    ]
-    _run(checkpoint, Download(checkpoint.store, sum(map(len, buffers))), reads)
-    return [
-        (key, open_item(buffer, item.transforms, f"{key!r} of {checkpoint.url}"))
-        for (key, item), buffer in zip(items, buffers, strict=True)
-    ]
-
-
-def _run(checkpoint: StandingCheckpoint, download: Download, reads: list[Read]) -> None:
-    try:
-        download.run(reads)
-    except BlobNotFoundError as error:
-        raise CorruptCheckpointError(
-            f"A data blob of {checkpoint.url} is missing: {error}. Somebody deleted it, or replaced the checkpoint "
-            "while it was being read"
-        ) from error
-    except RequestRefusedError as error:
-        if error.status != 416:
-            raise
-        raise CorruptCheckpointError(
-            f"A data blob of {checkpoint.url} is shorter than its metadata says: {error}. Use another checkpoint"
-        ) from error
-
-
-def _has_raw_form(dtype: torch.dtype) -> bool:
-    try:
-        return is_plain(torch.empty(0, dtype=dtype, device="cpu"))
-    except (RuntimeError, TypeError):
-        return False
+        copy_elements(region, target, self._items.name(index))
+        if is_last:
+            del self._loaded[key]

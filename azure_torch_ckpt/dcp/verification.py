@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from torch.distributed.checkpoint.metadata import Metadata
 
 from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.dcp.items import crc64_mismatch, item_name
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import open_standing
+from azure_torch_ckpt.dcp.open_checkpoint import open_checkpoint
 from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError
 from azure_torch_ckpt.location import BlobLocation
@@ -25,20 +26,20 @@ from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 from azure_torch_ckpt.transport.buffers import Cancel
 
-__all__ = ["BlobReport", "VerifyReport", "compare", "verify"]
+__all__ = ["BlobReport", "VerifyReport", "verify", "verify_items"]
 
 
 @dataclass(slots=True)
 class BlobReport:
-    """What was found out about one data blob.
+    """The result for one data blob.
 
     Attributes:
         name: below the checkpoint's URL.
-        size: bytes that it has; None if it is missing.
+        size: its bytes; None if it is missing.
         expected_size: bytes that it must have at least.
         items: how many items the metadata places in it.
         checked: items whose bytes were read and compared.
-        without_checksum: items that cannot be compared, because whoever wrote them kept no CRC64.
+        without_checksum: items that cannot be compared, because their writer stored no CRC64.
         problems: one sentence each, naming the tensor or object.
     """
 
@@ -81,7 +82,7 @@ def verify(
     The sizes come from a listing, or where the credential does not allow one from a request for each blob.
 
     Args:
-        url: the checkpoint's place.
+        url: of the checkpoint.
         sample: share of the items that are read, 0 to 1, chosen at random. The sizes of all blobs are checked anyway.
         progress: as for `AzureBlobReader`; counts the bytes read.
 
@@ -93,19 +94,18 @@ def verify(
     if not 0 <= sample <= 1:
         raise ValueError(f"sample is a share between 0 and 1, not {sample}")
     check_progress(progress)
-    checkpoint = open_standing(url, Access(credential, options, ca_file))
-    return compare(checkpoint.store, checkpoint.location, checkpoint.metadata, sample, progress)
+    checkpoint = open_checkpoint(url, Access(credential, options, ca_file))
+    return verify_items(checkpoint.store, checkpoint.location, checkpoint.metadata, sample, progress)
 
 
-def compare(
+def verify_items(
     store: BlobStore, location: BlobLocation, metadata: Metadata, sample: float, progress: ProgressOption
 ) -> VerifyReport:
-    """`verify` by metadata that was read already."""
+    """`verify` with metadata that was read already."""
     by_blob: dict[str, list[tuple[str, StoredItem]]] = {}
     for index, info in metadata.storage_data.items():
         item = stored_item(info)
-        name = repr(index.fqn) if index.offset is None else f"{index.fqn!r} at {list(index.offset)}"
-        by_blob.setdefault(item.relative_path, []).append((name, item))
+        by_blob.setdefault(item.relative_path, []).append((item_name(index), item))
     reports = _sizes(store, location, by_blob)
     chosen = [
         (reports[path], name, item)
@@ -126,9 +126,9 @@ def _sizes(
     store: BlobStore, location: BlobLocation, by_blob: dict[str, list[tuple[str, StoredItem]]]
 ) -> dict[str, BlobReport]:
     try:
-        sizes = _listed(store, location, by_blob)
+        sizes = _listed_sizes(store, location, by_blob)
     except AccessDeniedError:
-        sizes = _asked(store, location, by_blob)
+        sizes = _requested_sizes(store, location, by_blob)
     reports: dict[str, BlobReport] = {}
     for path, items in by_blob.items():
         size = sizes.get(path)
@@ -144,10 +144,10 @@ def _sizes(
     return reports
 
 
-def _listed(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
-    """The sizes of the blobs at `paths` that are there, by a listing of each folder that one of them lies in.
+def _listed_sizes(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
+    """Return the sizes of those blobs at `paths` that exist, from a listing of each folder of theirs.
 
-    That is one folder for each save; what else lies below the URL, other checkpoints perhaps, is not listed.
+    That is one folder for each save. Other blobs below the URL, such as other checkpoints, are not listed.
     """
     prefix = location.prefix
     sizes = {}
@@ -158,8 +158,8 @@ def _listed(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> d
     return sizes
 
 
-def _asked(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
-    """The sizes of the blobs at `paths` that are there, by a request for each."""
+def _requested_sizes(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
+    """Return the sizes of those blobs at `paths` that exist, with a request for each."""
     sizes: dict[str, int] = {}
     cancel = Cancel()
 
@@ -179,10 +179,7 @@ def _reads(location: BlobLocation, report: BlobReport, name: str, item: StoredIt
     else:
 
         def mismatch(found: int) -> None:
-            report.problems.append(
-                f"{name}: the {item.length} bytes at offset {item.offset} of blob {report.name} have CRC64 "
-                f"{found:016x} where {item.crc64:016x} was saved"
-            )
+            report.problems.append(crc64_mismatch(name, item, found))
 
         check = Check(item.crc64, item.length, mismatch)
     path = location.join(item.relative_path).path

@@ -21,7 +21,7 @@ from torch.futures import Future
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.transfer import Item, Upload
+from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
@@ -35,12 +35,11 @@ from azure_torch_ckpt.dcp.metadata.schema import (
     storage_info,
     storage_meta,
 )
-from azure_torch_ckpt.dcp.plan_keys import with_plain_names
-from azure_torch_ckpt.dcp.planners import keeps_its_memory
+from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
-from azure_torch_ckpt.dcp.tensors.envelope import envelope, serialize
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
@@ -124,7 +123,7 @@ class AzureBlobWriter(BaseWriter):
             CheckpointExistsError: there is a checkpoint and ``overwrite`` is False, or it is of the other kind (saved
                 with collectives, and this save is without).
         """
-        plan = with_plain_names(plan)
+        plan = with_plain_keys(plan)
         if self._is_coordinator or not self._use_collectives:
             self._remove_abandoned()
             self._replaces = self._look_at_url()
@@ -175,7 +174,7 @@ class AzureBlobWriter(BaseWriter):
         path = self._location.join(name).path
         lent = not keeps_its_memory(planner)
         with (
-            self._figures.transfer(len(plan.items), total) as meter,
+            self._report.transfer(len(plan.items), total) as meter,
             Upload(self._store, path, total, moved=meter.moved) as upload,
         ):
             for write_item in without_collector(plan.items):
@@ -235,7 +234,7 @@ class AzureBlobWriter(BaseWriter):
             self._remove_replaced(self._replaces, names)
         self._committed.clear()
         self._committed[self.checkpoint_id] = (etag, names)
-        self._figures.end(
+        self._report.end(
             checkpoint_bytes=sum(result.size_in_bytes for rank_results in results for result in rank_results)
         )
 
@@ -341,7 +340,7 @@ def _views(
     head, trailer = memoryview(around.head), memoryview(around.trailer)
     if own is not None and not lent:
         return (head, own, trailer), payload_offset, False
-    return itertools.chain((head,), pieces(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
+    return itertools.chain((head,), tensor_views(tensor.detach(), limit, copies=lent), (trailer,)), payload_offset, True
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.dcp.metadata.schema import storage_info
-from azure_torch_ckpt.dcp.open_checkpoint import StandingCheckpoint
-from azure_torch_ckpt.dcp.tensor_stream import ahead, parts_of
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint
+from azure_torch_ckpt.dcp.tensor_stream import ahead, stream_chunks
 from azure_torch_ckpt.dcp.tensors.memory import readable
 from azure_torch_ckpt.errors import CorruptCheckpointError, IncompleteSaveError
 from azure_torch_ckpt.huggingface.block_stager import BlockStager, StagedBlock
@@ -85,7 +85,7 @@ def join(
     try:
         with (
             BlockStager(store, save_id, _RANK, block_size, moved) as stager,
-            contextlib.closing(ahead(parts_of(checkpoint, entries, window))) as windows,  # type: ignore[arg-type]
+            contextlib.closing(ahead(stream_chunks(checkpoint, entries, window))) as windows,  # type: ignore[arg-type]
         ):
             for parts in windows:
                 for part in parts:
@@ -107,7 +107,7 @@ def _as_checkpoint(
     location: BlobLocation,
     tensors: Mapping[str, JoinedTensor],
     crc64: Mapping[tuple[str, int], int | None],
-) -> StandingCheckpoint:
+) -> OpenCheckpoint:
     """The ranks' chunks as a sharded checkpoint, which the reading code takes."""
     entries = {}
     storage = {}
@@ -126,4 +126,4 @@ def _as_checkpoint(
             )
         entries[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks)
     metadata = Metadata(entries, storage_data=storage)  # type: ignore[arg-type]
-    return StandingCheckpoint(location, store, [], metadata, datetime.datetime.now(datetime.timezone.utc))
+    return OpenCheckpoint(location, store, [], metadata, datetime.datetime.now(datetime.timezone.utc))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -21,17 +22,16 @@ from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.outcome import Outcome
-from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
 from azure_torch_ckpt.dcp.commit import commit
-from azure_torch_ckpt.dcp.plan_keys import with_plain_names
-from azure_torch_ckpt.dcp.planners import keeps_its_memory
+from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -151,7 +151,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
             error = CheckpointError(
                 "All ranks write a HuggingFace file together, which use_collectives=False does not allow. Omit it"
             )
-            save._figures.end(error)
+            save._report.end(error)
             raise error
 
     @step
@@ -162,7 +162,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
             CheckpointError: a value of the state dict is not a tensor, or a key not a string.
             CheckpointExistsError: a model or another safetensors file is there and ``overwrite`` is False.
         """
-        plan = with_plain_names(plan)
+        plan = with_plain_keys(plan)
         others = [item.index.fqn for item in plan.items if item.type == WriteItemType.BYTE_IO]
         if others:
             raise CheckpointError(
@@ -233,7 +233,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         written = []
         lent = not keeps_its_memory(planner)
         with (
-            self._figures.transfer(len(items), own + to_join) as meter,
+            self._report.transfer(len(items), own + to_join) as meter,
             BlockStager(self._store, ticket.save_id, ticket.rank, ticket.block_size, meter.moved) as stager,
         ):
             for item in items:
@@ -300,7 +300,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         )
         self._commit_or_remove(write_index, [file.name for file in self._layout.files])
         self._remove_replaced(strays)
-        self._figures.end(checkpoint_bytes=sum(file.length for file in self._layout.files))
+        self._report.end(checkpoint_bytes=sum(file.length for file in self._layout.files))
 
     def _join(self, blocks: dict[str, list[StagedBlock]], written: list[WrittenItem]) -> dict[str, list[Item]]:
         """Join the tensors of which the ranks have stored chunks; return the items that each consists of.
@@ -316,7 +316,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
             for one in written
             if one.runs.length
         }
-        with self._figures.paused():
+        with self._report.paused():
             joined = join(
                 self._store,
                 self._location,
@@ -324,7 +324,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
                 sums,
                 self._save_id,
                 self._joined_block_size,
-                self._figures.moved,
+                self._report.moved,
             )
         for block in joined.blocks:
             blocks.setdefault(block.path, []).append(block)
@@ -364,20 +364,19 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         return listed >= {file.name for file in self._layout.files}
 
     def _look_at_url(self) -> _OldModel:
-        index = self._read(INDEX)
-        try:
-            single = self._store.stat(self._location.join(SINGLE).path).etag
-        except BlobNotFoundError:
-            single = None
-        if (index or single) and not self._overwrite:
+        index = index_etag = single_etag = None
+        with contextlib.suppress(BlobNotFoundError):
+            index, index_etag = self._store.read(self._location.join(INDEX).path, limit=INDEX_LIMIT)
+        with contextlib.suppress(BlobNotFoundError):
+            single_etag = self._store.stat(self._location.join(SINGLE).path).etag
+        if (index_etag or single_etag) and not self._overwrite:
             raise CheckpointExistsError(
                 f"There is a model at {self.checkpoint_id} and overwrite=False. Use another URL; or overwrite=True to "
                 "replace it, if no reader that lists files instead of reading the index (vLLM, SGLang) comes meanwhile"
             )
         if not self._overwrite:
             self._check_alone()
-        data, etag = index or (None, None)
-        return _OldModel(data, etag, single)
+        return _OldModel(index, index_etag, single_etag)
 
     def _check_alone(self) -> None:
         """Check that there are no other safetensors files at the URL, which readers that list files would load, too.
@@ -395,12 +394,6 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
                 "files (vLLM, SGLang) would load it together with this model. Use another URL, or remove it first; "
                 "overwrite=True saves beside it, for readers that follow the index"
             )
-
-    def _read(self, name: str) -> tuple[bytes, str] | None:
-        try:
-            return self._store.read(self._location.join(name).path, limit=INDEX_LIMIT)
-        except BlobNotFoundError:
-            return None
 
     def _strays(self) -> set[str]:
         """List the files of other saves at the URL, which no model needs once this save has written its index.
@@ -479,4 +472,4 @@ def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: b
             f"{name!r} is a {type(data).__name__} with layout {data.layout}, and safetensors holds plain tensors only. "
             "Make it dense, or save it with AzureBlobWriter"
         )
-    return pieces(tensor, max(limit, 1), copies=lent)
+    return tensor_views(tensor, max(limit, 1), copies=lent)

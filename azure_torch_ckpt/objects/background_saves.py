@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from azure_torch_ckpt.blobs.workers import WAIT_SECONDS
-from azure_torch_ckpt.dcp.tensors.memory import copy_elements
+from azure_torch_ckpt.dcp.tensors.copies import copy_elements
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.objects.codec import SKELETON, Packed
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import CheckpointError
 
 __all__ = ["DedupSavePlanner", "dedup_save_plans"]
@@ -66,7 +66,7 @@ class DedupSavePlanner(DefaultSavePlanner):
 
         def compute(position: int, tensor: torch.Tensor) -> None:
             crc = 0
-            for view in pieces(tensor, _VIEW_SIZE):
+            for view in tensor_views(tensor, _VIEW_SIZE):
                 crc = crc64(view, crc)
             checksums[position] = crc
 

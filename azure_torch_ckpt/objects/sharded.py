@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
-from azure_torch_ckpt.dcp.tensors.memory import copy_elements, copyable
+from azure_torch_ckpt.dcp.tensors.copies import copy_elements, copyable
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.objects.codec import Placeholder, Unpacked, pack, unpack
 from azure_torch_ckpt.objects.collective import run_on_all_ranks

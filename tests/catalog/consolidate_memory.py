@@ -10,7 +10,7 @@ import sys
 
 from azure_torch_ckpt import AzureBlobWriter, TransferOptions
 from azure_torch_ckpt.catalog import consolidate
-from tests.dcp.memory_child import full, measured, settle
+from tests.dcp.memory_growth import full, measured, settle
 
 
 def main(url: str, target: str, key: str, budget: int) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -24,6 +22,7 @@ from azure_torch_ckpt import (
     BlobExistsError,
     CheckpointExistsError,
     CheckpointNotFoundError,
+    ConfigurationError,
     CorruptCheckpointError,
     LocationError,
     TransferOptions,
@@ -31,11 +30,10 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from azure_torch_ckpt.dcp.tensors.chunks import boxes
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
-from tests.dcp.memory_child import ENVIRONMENT
+from tests.dcp.memory_growth import ENVIRONMENT
 from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call
 from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, state
@@ -88,7 +86,7 @@ def assert_equal(found: Any, wanted: Any, where: str = "") -> None:
 
 
 def by_torch(url: str, folder: Path) -> Any:
-    """What torch's own converter makes of a checkpoint."""
+    """Convert a checkpoint with torch's own converter."""
     copy(url, folder / "dcp", credential=KEY)
     dcp_to_torch_save(folder / "dcp", folder / "torch.pt")
     return torch.load(folder / "torch.pt", weights_only=True)
@@ -153,7 +151,7 @@ def test_a_model_and_optimizer_under_fsdp(ranks: Ranks, container: str, tmp_path
     assert found["model"]["0.weight"].shape == (53, 37) and found["step"] == 7
 
 
-def test_columns_of_a_matrix_are_put_together(container: str, tmp_path: Path) -> None:
+def test_columns_of_a_matrix_are_joined(container: str, tmp_path: Path) -> None:
     """Shards along the second dimension, whose rows lie apart in the file, larger than a window."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
@@ -179,7 +177,7 @@ def test_columns_of_a_matrix_are_put_together(container: str, tmp_path: Path) ->
     put(container, "columns/.metadata", pickle.dumps(metadata))
     consolidate(url, tmp_path / "x.pt", credential=KEY, options=TIGHT)
     assert_same(torch.load(tmp_path / "x.pt", weights_only=True)["x"], whole)
-    # The checksum of each shard is compared, though it comes in pieces.
+    # The checksum of each shard is compared, though its bytes come in parts.
     flip_in_storage(url, stored_item(infos["b"]), infos["b"].length - 2000)
     with pytest.raises(CorruptCheckpointError, match="CRC64"):
         consolidate(url, tmp_path / "y.pt", credential=KEY, options=TIGHT)
@@ -281,7 +279,7 @@ def test_a_blob_is_written_in_one_go_and_replaced_only_on_request(container: str
             consolidate(f"{container}/a", tmp_path / name, credential=KEY)
 
 
-def test_a_file_that_somebody_wrote_meanwhile_stays(
+def test_a_file_that_another_process_wrote_meanwhile_stays(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path
 ) -> None:
     save(f"{container}/a", 1)
@@ -335,15 +333,26 @@ def test_what_is_refused_at_once(container: str, tmp_path: Path) -> None:
 
 
 class Unsafe:
-    """Of a class that torch.load does not know."""
+    """A class that torch.load does not trust."""
 
 
-def test_an_object_that_torch_takes_for_unsafe_is_refused_by_name(container: str, tmp_path: Path) -> None:
+def test_an_object_that_torch_does_not_trust_is_refused_by_name(container: str, tmp_path: Path) -> None:
     dcp.save({"x": torch.ones(2), "config": Unsafe()}, storage_writer=writer(f"{container}/a"))
     with pytest.raises(UnsupportedCheckpointError, match=r"'config'.*add_safe_globals"):
         consolidate(f"{container}/a", tmp_path / "x.pt", credential=KEY)
     consolidate(f"{container}/a", tmp_path / "x.pt", credential=KEY, keys=lambda key: key == "x")
     assert torch.load(tmp_path / "x.pt", weights_only=True).keys() == {"x"}
+
+
+def test_keys_that_accept_nothing_are_refused_and_nothing_is_written(container: str, tmp_path: Path) -> None:
+    save(f"{container}/run", 1)
+    for target in (str(tmp_path / "a.pt"), f"{container}/a.safetensors"):
+        with pytest.raises(ConfigurationError, match=r"none of the 4 keys of .*/run.*'large'"):
+            consolidate(f"{container}/run", target, keys=lambda key: key.startswith("model."), credential=KEY)
+    assert not list(tmp_path.iterdir())
+    dcp.save({}, storage_writer=AzureBlobWriter(f"{container}/empty", credential=KEY))
+    with pytest.raises(ConfigurationError, match="is empty"):
+        consolidate(f"{container}/empty", tmp_path / "b.pt", keys=lambda key: True, credential=KEY)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -380,19 +389,3 @@ def large(azurite: Azurite) -> str:
     tensors = {f"t{n}": torch.full((4096, 4096), n, dtype=torch.int32) for n in range(5)}
     dcp.save({"deep": tensors}, storage_writer=AzureBlobWriter(url, credential=KEY))
     return url
-
-
-# ---- cutting ---------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 40))
-def test_boxes_make_up_a_tensor_in_row_major_order(sizes: list[int], limit: int) -> None:
-    numbers = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
-    cut = list(boxes(sizes, limit))
-    parts = [
-        numbers[tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))].flatten()
-        for box in cut
-    ]
-    assert all(0 < len(part) <= limit for part in parts)
-    joined = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    assert joined.tolist() == numbers.flatten().tolist()

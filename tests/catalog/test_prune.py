@@ -10,20 +10,17 @@ from typing import Any
 import pytest
 
 from azure_torch_ckpt import (
-    BlobLocation,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     ServiceUnavailableError,
     TransferOptions,
     UnsafeMetadataError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, prune, verify
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from tests.catalog.catalog_process import start
 from tests.faults.tally import Tally
-from tests.support.containers import paths_below, put
+from tests.support.containers import paths_below, put, store_of
 from tests.support.faults import Answer, Call, Kill, Kind
 from tests.support.mixed_checkpoint import KEY, assert_right, load, save
 from tests.support.planted import plant, plant_leftovers
@@ -59,9 +56,7 @@ def steps(*numbers: int) -> list[str]:
     ],
     ids=str,
 )
-def test_a_checkpoint_goes_only_if_every_rule_gives_it_up(
-    container: str, rules: dict[str, Any], removed: list[int]
-) -> None:
+def test_a_checkpoint_goes_only_if_no_rule_keeps_it(container: str, rules: dict[str, Any], removed: list[int]) -> None:
     every = [100, 200, 300, 1000, 2500]
     plant(container, [f"run/step-{step}" for step in every])
     kept = [step for step in every if step not in removed]
@@ -75,7 +70,7 @@ def test_a_checkpoint_goes_only_if_every_rule_gives_it_up(
     assert names(prune(url, credential=KEY, dry_run=False, **rules)) == ([], steps(*kept))
 
 
-def test_age_goes_by_the_services_clock_and_spares_the_newest(container: str) -> None:
+def test_age_is_by_the_services_clock_and_the_newest_stays(container: str) -> None:
     plant(container, ["run/step-1", "run/step-2"])
     # Both are a moment old; older_than of nothing gives up all that was completed before this second.
     report = prune(container, credential=KEY, older_than=NOW)
@@ -116,13 +111,13 @@ def test_an_incomplete_save_is_kept_until_its_grace_is_over(container: str) -> N
     assert running in paths_below(container)
     report = prune(container, credential=KEY, keep_last=1, grace=NOW, dry_run=False)
     assert names(report) == ([], ["run/step-2"])
-    assert [remains.blobs for remains in report.remains] == [[running]]
+    assert [leftovers.blobs for leftovers in report.remains] == [[running]]
     assert running not in paths_below(container)
 
 
 def test_a_checkpoint_that_is_being_saved_over_is_kept(container: str) -> None:
     plant(container, ["run/step-1", "run/step-2"])
-    put(container, "run/step-1/notes.txt")  # is no save
+    put(container, "run/step-1/notes.txt")  # not part of a save
     assert names(prune(container, credential=KEY, keep_last=1))[0] == ["run/step-1"]
     # The times have a resolution of a second: as young as the metadata would do for old data.
     running = f"run/step-1/{new_save_id()}/__0_0.distcp"
@@ -141,7 +136,7 @@ def test_a_checkpoint_that_is_being_saved_over_is_kept(container: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Get Blob", "Delete"])
-def test_a_checkpoint_that_is_replaced_meanwhile_stands(
+def test_a_checkpoint_that_is_replaced_meanwhile_stays(
     proxy: FaultProxy, container: str, proxied_container: str, kind: Kind
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -153,7 +148,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_stands(
     assert_right(load(f"{container}/run/step-2"), 2)
 
 
-def test_metadata_goes_first_and_a_crash_leaves_only_remains(
+def test_metadata_goes_first_and_a_crash_leaves_only_leftovers(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -167,8 +162,8 @@ def test_metadata_goes_first_and_a_crash_leaves_only_remains(
     with pytest.raises(CheckpointNotFoundError):
         inspect(f"{container}/run/step-1", credential=KEY)
     assert_right(load(f"{container}/run/step-2"), 2)
-    [remains] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
-    assert remains.url == f"{container}/run/step-1"
+    [leftovers] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
+    assert leftovers.url == f"{container}/run/step-1"
     assert all("step-2" in path for path in paths_below(container))
 
 
@@ -181,7 +176,7 @@ def test_metadata_that_cannot_be_read_stops_all_removals(container: str) -> None
     assert paths_below(container) == before
 
 
-def test_a_dead_service_in_the_middle_is_an_error_and_a_second_try_ends_it(
+def test_a_dead_service_is_an_error_and_a_second_prune_finishes(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     plant(container, [f"run/step-{step}" for step in range(8)])
@@ -217,7 +212,7 @@ def test_what_a_prune_of_many_checkpoints_costs(proxy: FaultProxy, container: st
     assert len(list_checkpoints(container, credential=KEY)) == 160
 
 
-def test_rules_that_make_no_sense_are_refused(container: str) -> None:
+def test_rules_out_of_range_are_refused(container: str) -> None:
     wrong: list[dict[str, Any]] = [{"keep_last": 0}, {"keep_every": 0}, {"older_than": -DAY}, {"grace": -DAY}]
     for rules in wrong:
         with pytest.raises(ValueError, match=next(iter(rules))):
@@ -293,9 +288,9 @@ def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> Non
     assert_right(load(container), 2)
 
 
-def test_the_grace_period_goes_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
+def test_the_grace_period_is_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
     [_, last] = plant_leftovers(container, "a")
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     age = store.now() - store.stat(last).last_modified
     assert prune(f"{container}/a", credential=KEY, grace=age + HOUR).remains == []
     assert proxy.log == []

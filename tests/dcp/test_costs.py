@@ -19,7 +19,7 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure_torch_ckpt import TransferOptions
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
-from tests.dcp.memory_child import ENVIRONMENT
+from tests.dcp.memory_growth import ENVIRONMENT
 from tests.support.shard_planner import ShardPlanner
 from tests.support.states import Place, assert_same, fill
 
@@ -42,10 +42,10 @@ SLACK = 8 * MIB
 
 @pytest.fixture(scope="module")
 def growth(azurite: Azurite) -> dict[str, int]:
-    """How much a process' memory grew in each step of tests/memory_child.py, in bytes."""
+    """How much a process' memory grew in each step of tests/dcp/memory_growth.py, in bytes."""
     url = azurite.create_container("memory")
     child = subprocess.run(
-        [sys.executable, "-m", "tests.dcp.memory_child", url, azurite.account_key, str(BUDGET)],
+        [sys.executable, "-m", "tests.dcp.memory_growth", url, azurite.account_key, str(BUDGET)],
         cwd=Path(__file__).parents[2],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -27,7 +25,6 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate
-from azure_torch_ckpt.dcp.tensors.chunks import Box, make_up
 from azure_torch_ckpt.emulator import Azurite
 from tests.support import sharded
 from tests.support.ranks import Ranks
@@ -195,48 +192,3 @@ def test_no_file_is_made_of_chunks_that_do_not_make_up_their_tensor(
     with pytest.raises(AzureCheckpointError, match="do not make it up"):
         consolidate(url, tmp_path / "whole.pt", credential=KEY)
     assert not list(tmp_path.iterdir())
-
-
-# Boxes
-
-
-@st.composite
-def cut(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
-    """A tensor, and boxes inside it: a partition, or one with a box moved, dropped or repeated."""
-    sizes = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
-    parts = [Box((0,) * len(sizes), sizes)]
-    for _ in range(draw(st.integers(0, 5))):
-        number = draw(st.integers(0, len(parts) - 1))
-        box = parts.pop(number)
-        if not sizes:
-            parts.append(box)
-            continue
-        dim = draw(st.integers(0, len(sizes) - 1))
-        at = draw(st.integers(0, box.sizes[dim]))
-        low, high = list(box.sizes), list(box.sizes)
-        low[dim], high[dim] = at, box.sizes[dim] - at
-        moved = list(box.offsets)
-        moved[dim] += at
-        parts += [Box(box.offsets, tuple(low)), Box(tuple(moved), tuple(high))]
-    for _ in range(draw(st.integers(0, 2))):
-        number = draw(st.integers(0, max(len(parts) - 1, 0)))
-        kind = draw(st.sampled_from(["drop", "repeat", "move"]))
-        if kind == "drop" and parts:
-            parts.pop(number)
-        elif parts:
-            box = parts[number] if kind == "repeat" else parts.pop(number)
-            moved = [draw(st.integers(0, whole - size)) for whole, size in zip(sizes, box.sizes, strict=True)]
-            parts.append(box if kind == "repeat" else Box(tuple(moved), box.sizes))
-    return sizes, parts
-
-
-@given(cut())
-def test_boxes_that_make_up_a_tensor(made: tuple[tuple[int, ...], list[Box]]) -> None:
-    sizes, parts = made
-    times = torch.zeros(sizes, dtype=torch.int64)
-    for part in parts:
-        region = times
-        for dim, (start, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
-            region = region.narrow(dim, start, size)
-        region += 1
-    assert make_up(sizes, parts) == bool((times == 1).all())

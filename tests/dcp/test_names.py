@@ -14,7 +14,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate, list_checkpoints
 from azure_torch_ckpt.datasets.listing import BlobListing
-from azure_torch_ckpt.dcp.survey import survey
+from azure_torch_ckpt.dcp.listed_checkpoint import group_by_checkpoint
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import BlobNotFoundError, LocationError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
@@ -271,7 +271,9 @@ def test_no_checkpoint_is_taken_for_another_one(client: ContainerClient, contain
         client.upload_blob(f"{folder}.metadata", folder.encode())
         client.upload_blob(f"{folder}{data}", folder.encode())
     blobs = list(BlobStore(BlobLocation.parse(container), Access(KEY)).list(""))
-    assert {place.path: sorted(blob.path for blob in place.metadata.values()) for place in survey(blobs)} == {
+    assert {
+        place.path: sorted(blob.path for blob in place.metadata.values()) for place in group_by_checkpoint(blobs)
+    } == {
         "": [".metadata"],
         "run": ["run/.metadata"],
     }

@@ -34,7 +34,7 @@ from azure_torch_ckpt import (
 )
 from tests.support import sharded
 from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, save
-from tests.support.containers import content, paths_below, put, snapshot
+from tests.support.containers import KEY, content, paths_below, put, snapshot
 from tests.support.faults import Action, Answer, Cut, Flip
 from tests.support.proxy import FaultProxy
 
@@ -75,7 +75,7 @@ def other_save(url: str) -> None:
 
 
 def removal(url: str) -> None:
-    remove_checkpoint(url, credential=sharded.KEY)
+    remove_checkpoint(url, credential=KEY)
 
 
 def save_meanwhile(url: str, meanwhile: Callable[[str], None], says: str) -> None:
@@ -156,7 +156,7 @@ class Apart(AzureBlobReader):
     """The ranks read the metadata one after the other, and before the last one does, something happens."""
 
     def __init__(self, url: str, meanwhile: Callable[[str], None]) -> None:
-        super().__init__(url, credential=sharded.KEY)
+        super().__init__(url, credential=KEY)
         self._meanwhile = meanwhile
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -331,7 +331,7 @@ def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
     sharded.assert_version(url, 2, sharded.plain)
     dcp.save(sharded.plain(3), storage_writer=writer)
     sharded.assert_version(url, 3, sharded.plain)
-    prune(url, grace=datetime.timedelta(0), dry_run=False, credential=sharded.KEY)
+    prune(url, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
     sharded.assert_version(url, 3, sharded.plain)
     assert len(snapshot(url)) == 2
 

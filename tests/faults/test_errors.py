@@ -35,7 +35,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.transport import connections
 from tests.support import sharded
 from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, raised_on_ranks, save, unchanged
-from tests.support.containers import content, paths_below, put, snapshot, store_of
+from tests.support.containers import KEY, content, paths_below, put, snapshot, store_of
 from tests.support.faults import Answer, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.waits import without_waiting
@@ -214,7 +214,7 @@ def test_no_container(ranks: Ranks, url: str, attempt: Callable[[str], None], fa
 def sas(container: str, permission: str, hours: float = 1) -> str:
     end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours)
     name = container.rpartition("/")[2]
-    return generate_container_sas("devstoreaccount1", name, account_key=sharded.KEY, permission=permission, expiry=end)
+    return generate_container_sas("devstoreaccount1", name, account_key=KEY, permission=permission, expiry=end)
 
 
 def test_wrong_key(ranks: Ranks, url: str) -> None:

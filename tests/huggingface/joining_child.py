@@ -12,7 +12,7 @@ from azure_torch_ckpt import BlobLocation, TransferOptions
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.huggingface.joining import JoinResult, join, joined_block_size
-from tests.dcp.memory_child import measured, settle
+from tests.dcp.memory_growth import measured, settle
 from tests.huggingface.plans import columns, laid_out
 
 COLUMNS = 4_096

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from azure_torch_ckpt import BlobLocation, IncompleteSaveError, TransferOptions
@@ -22,7 +21,7 @@ from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
-from tests.dcp.memory_child import ENVIRONMENT
+from tests.dcp.memory_growth import ENVIRONMENT
 from tests.huggingface import joining_child
 from tests.huggingface import small_llama as hf
 from tests.huggingface.plans import columns, laid_out, plan
@@ -76,10 +75,7 @@ def test_long_runs_are_staged_where_they_belong(
     wanted = hf.experts()
     sent = sum(exchange.body_length for exchange in proxy.requests("Put Block"))
     assert sent < sum(value.nbytes for value in wanted.values()) + 1_000
-    state = {key: torch.zeros_like(value) for key, value in wanted.items()}
-    dcp.load(state, storage_reader=hf.reader(url))
-    for key, value in wanted.items():
-        assert_same(state[key], value, key)
+    hf.assert_loads(url, wanted)
     assert json.loads(hf.get(url, hf.INDEX))["metadata"]["azure_torch_ckpt"]["crc64"].keys() == wanted.keys()
 
 

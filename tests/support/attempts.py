@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions
 from tests.support import sharded
-from tests.support.containers import snapshot
+from tests.support.containers import KEY, snapshot
 from tests.support.waits import waiting_at_most
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def save(
 ) -> None:
     """Save whole tensors; on ranks sharded ones, unless `no_dist` leaves the other ranks out."""
     make = sharded.rows if dist.is_initialized() and not no_dist else sharded.plain
-    writer = AzureBlobWriter(url, **{"credential": sharded.KEY, **options})
+    writer = AzureBlobWriter(url, **{"credential": KEY, **options})
     dcp.save(make(version), storage_writer=writer, planner=planner, no_dist=no_dist)
 
 
@@ -49,7 +49,7 @@ def load(
     """Load `state`, or all that `save` saves."""
     if state is None:
         state = sharded.empty(sharded.rows() if dist.is_initialized() else sharded.plain())
-    dcp.load(state, storage_reader=AzureBlobReader(url, **{"credential": sharded.KEY, **options}), planner=planner)
+    dcp.load(state, storage_reader=AzureBlobReader(url, **{"credential": KEY, **options}), planner=planner)
 
 
 def raised(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.dcp.report import figures_log, job_rank, rate_and_requests
+from azure_torch_ckpt.dcp.report import job_rank, rate_and_requests, report_log
 from azure_torch_ckpt.events import TransferEvent, emit
 
 __all__ = ["CopyMetrics"]
@@ -74,5 +74,5 @@ class CopyMetrics:
         if error is None:
             took = f"{format_duration(event.seconds)} ({rate_and_requests(event)})"
             line = f"{_PAST[self._operation]} {format_bytes(event.bytes)} in {took} from {event.url} to {event.target}"
-            figures_log.info("%s%s", line, self.remark)
+            report_log.info("%s%s", line, self.remark)
         emit(event)

@@ -12,8 +12,8 @@ from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob
+from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, group_by_checkpoint
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
-from azure_torch_ckpt.dcp.survey import Place, survey
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -93,7 +93,7 @@ def plan_copy(source: Tree, destination: Tree, options: TransferOptions, *, over
         CheckpointError, StoreError: the metadata cannot be read.
     """
     source_infos = {info.path: info for info in source.infos()}
-    listed = survey(source_infos.values())
+    listed = group_by_checkpoint(source_infos.values())
     complete = [place for place in listed if place.complete]
     for place in listed:
         if not place.complete:
@@ -104,10 +104,10 @@ def plan_copy(source: Tree, destination: Tree, options: TransferOptions, *, over
             + (f"It has {len(listed)} incomplete saves" if listed else "No save has left anything there; check it")
         )
     existing = {info.path: info for info in _destination_infos(destination, overwrite)}
-    existing_checkpoints = {place.path: place for place in survey(existing.values())}
+    existing_checkpoints = {place.path: place for place in group_by_checkpoint(existing.values())}
     plans: dict[str, CheckpointPlan] = {}
 
-    def plan_one(place: Place) -> None:
+    def plan_one(place: ListedCheckpoint) -> None:
         plan = _plan(source, place, source_infos, existing)
         plans[place.path] = plan
         replaced = existing_checkpoints.get(place.path)
@@ -144,7 +144,7 @@ def _destination_infos(destination: Tree, overwrite: bool) -> list[BlobInfo]:
 
 
 def _plan(
-    source: Tree, place: Place, source_infos: dict[str, BlobInfo], existing: dict[str, BlobInfo]
+    source: Tree, place: ListedCheckpoint, source_infos: dict[str, BlobInfo], existing: dict[str, BlobInfo]
 ) -> CheckpointPlan:
     label = _label(source, place.path)
     metadata = {}

@@ -1,13 +1,13 @@
-"""The entries that a ``.metadata`` repeats for every tensor and chunk, taken from the pickle many opcodes at a time.
+"""`FastPath`: takes the entries that a ``.metadata`` repeats for every tensor and chunk, many opcodes at a time.
 
 The machine in ``unpickler.py`` goes opcode by opcode, which at a million chunks takes longer than to fetch them. What
-picklers of protocol 4 and 5 write for one more chunk, tensor or place in storage differs from the one before in a few
+picklers of protocol 4 and 5 write for one more chunk, tensor or stored item differs from the one before in a few
 strings and numbers alone. Those runs of opcodes are recognised here as bytes, and what they would have made is made at
 once.
 
-It is a shortcut and no second reading: a run is taken only if it is, to the byte, opcodes whose effects are known, and
-all that they refer to has been looked at. Stack, marks and memo are then as those opcodes would have left them. In any
-doubt nothing is taken, and the machine goes on as if this module did not exist.
+A run is taken only if it is, to the byte, opcodes whose effects are known, and all that they refer to has been checked.
+Stack, marks and memo are then as those opcodes would have left them. In any doubt nothing is taken, and the machine
+goes on as if this module did not exist.
 
 A run that was taken once may be taken again by comparing bytes: the memo only ever grows, so a reference means the same
 for the rest of the data, and what is shared between the objects made (names, numbers, sizes, dtypes) is immutable.
@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 from azure_torch_ckpt._internal.torch_private import MemoryFormatEncoding, StorageInfo
 from azure_torch_ckpt.dcp.metadata.vocabulary import KNOWN, STATE_CLASSES, TENSOR_PROPERTIES, Known
 
-__all__ = ["Repeats"]
+__all__ = ["REMEMBERED", "FastPath"]
 
 # A run, or the text in it, that is longer is left to the machine; so no search goes far.
 _LONGEST = 512
-# Shapes recur; where each is new, there is no point in remembering them all.
-_REMEMBERED = 65536
+# Shapes recur; where each is new, it is useless to remember them all.
+REMEMBERED = 65536
 
 # In the patterns, R is a reference to the memo, I a natural number or one that needs more than 32 bits, D a tuple of
 # those, S a torch.Size, T a short text that is put into the memo, or a reference to one, and O what makes a bare
@@ -86,10 +86,10 @@ _MARK = pickle.MARK[0]
 _TRUE = pickle.NEWTRUE
 _LONG = pickle.LONG1[0]
 
-# What the data can make wrong in a run that looks right. The machine comes upon it again and says what it is.
+# Errors of data in a run that looks right. The machine meets them again and reports them.
 _DOUBTS = (IndexError, TypeError, ValueError, OverflowError, RuntimeError)
 
-# A newer torch's classes may take their state in a way that is not known here.
+# Classes of a newer torch may take their state in another way.
 _AS_KNOWN = not any(
     STATE_CLASSES[cls] for cls in (ChunkStorageMetadata, MetadataIndex, StorageInfo, TensorStorageMetadata)
 )
@@ -99,8 +99,8 @@ _Chunk = tuple[int, torch.Size, torch.Size, tuple[Any, ...]]
 _Head = tuple[int, dict[str, Any], tuple[Any, ...], torch.Size, tuple[Any, ...]]
 
 
-class Repeats:
-    """Takes runs of opcodes that follow a complete object of the same kind.
+class FastPath:
+    """Takes runs of opcodes behind a complete object of the same kind.
 
     Args:
         data: the pickle.
@@ -112,21 +112,21 @@ class Repeats:
         self._stack = stack
         self._marks = marks
         self._memo = memo
-        # Runs that were looked at, each with what it makes.
+        # Runs that were checked, each with what it makes.
         self._chunk_runs: dict[bytes, _Chunk] = {}
         self._head_runs: dict[bytes, _Head] = {}
         self._size_runs: dict[bytes, tuple[torch.Size, tuple[Any, ...]]] = {}
         self._path_runs: dict[bytes, str] = {}
         self._number_runs: dict[bytes, tuple[dict[str, int], str]] = {}
-        # References that were looked at: to a class and the fields that are named beside it.
+        # References that were checked: to a class and the fields that are named beside it.
         self._chunk_names: set[tuple[bytes, ...]] = set()
         self._item_names: set[tuple[bytes | None, ...]] = set()
 
     def after(self) -> dict[type[Any], Callable[[int], int]]:
-        """By the class of an object that has just got its state, what takes the entries that follow it: from the
-        position after it to the position of the first opcode that was not taken.
+        """Return what takes the entries behind an object that has just got its state, by the object's class.
 
-        It is not kept here: in a cycle, all that the machine has met would stay until the collector comes by.
+        Each is called with the position behind the object, and returns the position of the first opcode that it did not
+        take. They are not kept here: in a cycle, all that the machine has made would stay until the collector runs.
         """
         if not _AS_KNOWN:
             return {}
@@ -136,7 +136,7 @@ class Repeats:
             TensorStorageMetadata: self._take_tensors,
         }
 
-    # Entries. Nothing is changed before all of an entry has been looked at.
+    # Entries. Nothing is changed before all of an entry has been checked.
 
     def _take_chunks(self, pos: int) -> int:
         push, memo = self._stack.append, self._memo
@@ -230,7 +230,7 @@ class Repeats:
                 ) = found.groups()  # fmt: skip
                 before, names = names, (index_begins, hint_name, offset_name, info_begins, start_name)
                 if names != before and names not in known:
-                    self._look_at_item(*names)
+                    self._check_item(*names)
                 name = self._text(name_run)
                 path = paths.get(path_run) or _remember(paths, path_run, self._text(path_run))
                 numbers, last_name = number_runs.get(numbers_run) or self._numbers(numbers_run)
@@ -260,10 +260,10 @@ class Repeats:
             pass
         return pos
 
-    # Runs, with the memory of those that were looked at before. None, or one of _DOUBTS: not as it should be.
+    # Runs; those that were checked before are remembered. None, or one of _DOUBTS: not as it should be.
 
     def _chunk(self, pos: int) -> _Chunk | None:
-        """Its length in the data, its offsets and sizes, and what they leave in the memo."""
+        """Return its length in the data, its offsets and sizes, and what they leave in the memo."""
         data = self._data
         end = data.find(_CHUNK_END, pos, pos + _LONGEST) + len(_CHUNK_END)
         known = self._chunk_runs.get(data[pos:end])
@@ -275,7 +275,7 @@ class Repeats:
         cls, first, offsets_run, second, sizes_run = found.groups()
         try:
             if (cls, first, second) not in self._chunk_names:
-                self._look_at_chunk(cls, first, second)
+                self._check_chunk(cls, first, second)
             offsets, kept = self._size_runs.get(offsets_run) or self._size(offsets_run)
             sizes, kept_too = self._size_runs.get(sizes_run) or self._size(sizes_run)
         except _DOUBTS:
@@ -283,7 +283,7 @@ class Repeats:
         run = found[0]
         return _remember(self._chunk_runs, run, (len(run), offsets, sizes, kept + kept_too))
 
-    def _look_at_chunk(self, cls: bytes, first: bytes, second: bytes) -> None:
+    def _check_chunk(self, cls: bytes, first: bytes, second: bytes) -> None:
         if (
             self._class(cls) is not ChunkStorageMetadata
             or self._name(first) != "offsets"
@@ -293,8 +293,8 @@ class Repeats:
         self._chunk_names.add((cls, first, second))
 
     def _head(self, pos: int) -> _Head | None:
-        """Its length in the data, the fields of the properties, what their state leaves in the memo, the size, and what
-        that leaves there.
+        """Return its length in the data, the fields of the properties, what their state leaves in the memo, the size,
+        and what that leaves there.
         """
         found = _HEAD.match(self._data, pos)
         if found is None:
@@ -347,12 +347,12 @@ class Repeats:
             raise TypeError
         return strides
 
-    def _look_at_item(
+    def _check_item(
         self, index_begins: bytes, hint_name: bytes, offset_name: bytes | None, info_begins: bytes, start_name: bytes
     ) -> None:
         """Whether the references in an item are those that an item has."""
-        self._look_at_begin(index_begins, MetadataIndex, "fqn")
-        self._look_at_begin(info_begins, StorageInfo, "relative_path")
+        self._check_begin(index_begins, MetadataIndex, "fqn")
+        self._check_begin(info_begins, StorageInfo, "relative_path")
         if (
             self._name(hint_name) != "index"
             or self._name(start_name) != "offset"
@@ -361,7 +361,7 @@ class Repeats:
             raise ValueError
         self._item_names.add((index_begins, hint_name, offset_name, info_begins, start_name))
 
-    def _look_at_begin(self, run: bytes, cls: type[Any], field: str) -> None:
+    def _check_begin(self, run: bytes, cls: type[Any], field: str) -> None:
         found = _BEGIN.fullmatch(run)
         assert found is not None
         if self._class(found[1]) is not cls or self._name(found[2]) != field:
@@ -411,7 +411,7 @@ def _numbers_in(run: bytes) -> tuple[int, ...]:
 
 
 def _remember(runs: dict[bytes, _Value], run: bytes, value: _Value) -> _Value:
-    if len(runs) >= _REMEMBERED:
+    if len(runs) >= REMEMBERED:
         runs.clear()
     runs[run] = value
     return value

@@ -1,13 +1,13 @@
-"""What a ``.metadata`` names and this package does not know: the classes of planners and trainers, as inert stand-ins.
+"""Inert stand-ins for what a ``.metadata`` names and this package does not know: classes of planners and trainers.
 
-Trainers keep their own things in torch's ``Metadata``: their plans as an attribute, a subclass of ``Metadata`` itself.
+Trainers keep their own objects in torch's ``Metadata``: their plans as an attribute, a subclass of ``Metadata`` itself.
 No load needs those. So a class that is not known is represented by a :class:`ForeignClass` and each of its instances by
-a :class:`Foreign`, which remember a name and do nothing. :func:`settle` removes those that no load looks at and names
-one that lies where a load would look.
+a :class:`Foreign`, which remember a name and do nothing. :func:`settle` removes those that no load uses, and names one
+where a load would use it.
 
-A name is still never looked up in a module. What makes a name acceptable here is its form, that of a class, and that it
-does not belong to Python's standard library, but for plain values. It makes no data safe: a stand-in is as inert for a
-hostile class as for any other. Names of functions stay an error, so that whoever reads hostile data is told.
+A name is still never looked up in a module. A name is acceptable here if it has the form of a class name and is not
+one of Python's standard library, except for plain values. That does not make data safe: a stand-in is as inert for a
+hostile class as for any other. Names of functions remain an error, so that hostile data is reported.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _VALUES: frozenset[tuple[str, str]] = frozenset(
 )
 _VALUE_TYPES = frozenset({str, int, float, bytes})
 
-# The fields by which the state of an instance tells which of torch's classes its class was derived from.
-_TELLING: dict[type[Any], frozenset[str]] = {
+# The fields that show from which of torch's classes the class of an instance was derived.
+_SIGNATURES: dict[type[Any], frozenset[str]] = {
     Metadata: frozenset({"state_dict_metadata", "planner_data", "storage_data"}),
     MetadataIndex: frozenset({"fqn", "index"}),
     TensorStorageMetadata: frozenset({"properties", "size", "chunks"}),
@@ -84,11 +84,11 @@ class ForeignClass:
 
     @property
     def is_newer(self) -> bool:
-        """Whether a newer torch has it; then there is no telling what its instances mean."""
+        """Whether a newer torch has it; then the meaning of its instances is unknown."""
         return is_newer_torch(self.module, self.name)
 
     def new(self, args: tuple[Any, ...]) -> Any:
-        """What stands for ``cls.__new__(cls, *args)``.
+        """Make what stands for ``cls.__new__(cls, *args)``.
 
         An instance of a subclass of str, int, float or bytes is made of its value; it reads as that value.
         """
@@ -97,24 +97,24 @@ class ForeignClass:
         return Foreign(self, bare=not args)
 
     def call(self, args: tuple[Any, ...]) -> Foreign:
-        """What stands for ``cls(*args)``, which is also how a member of an enum is pickled: by its value."""
+        """Make what stands for ``cls(*args)``, which is also how a member of an enum is pickled: by its value."""
         return Foreign(self, value=args[0] if len(args) == 1 and type(args[0]) in _VALUE_TYPES else None)
 
     def member(self, name: str) -> ForeignClass | Foreign:
-        """What stands for ``getattr(cls, name)``, by which picklers name inner classes and members of enums."""
+        """Make what stands for ``getattr(cls, name)``, by which picklers name inner classes and members of enums."""
         inner = f"{self.name}.{name}"
         return ForeignClass(self.module, inner) if may_be_foreign(self.module, inner) else Foreign(self)
 
 
 class Foreign:
-    """Stands for an instance of a class that is not known. It keeps nothing that was done to it.
+    """Stands for an instance of a class that is not known. It keeps none of its state.
 
     Once its state shows that its class was derived from one of torch's, it becomes an instance of that one.
 
     Attributes:
         made_of: its class.
         value: of what may be a member of an enum.
-        bare: it was made without arguments, and nothing was done to it.
+        bare: it was made without arguments, and got no state.
     """
 
     made_of: ForeignClass
@@ -127,7 +127,7 @@ class Foreign:
         self.bare = bare
 
     def become(self, cls: type[Any]) -> None:
-        """Be an instance of `cls`, which has no state yet."""
+        """Become an instance of `cls` without state."""
         self.__dict__.clear()
         self.__class__ = cls
 
@@ -136,7 +136,7 @@ class Foreign:
 
 
 def may_be_foreign(module: str, name: str) -> bool:
-    """Whether a name that is not known can be that of a class of a planner or a trainer, or of a plain value."""
+    """Whether an unknown name may be a class of a planner or a trainer, or a plain value."""
     if (module, name) in _VALUES:
         return True
     return module.partition(".")[0] not in _STANDARD and _CLASS_NAME.fullmatch(name) is not None
@@ -146,27 +146,27 @@ _STANDARD = sys.stdlib_module_names | {"", "__builtin__"}
 
 
 def known_base(state: Any) -> tuple[type[Any], Any] | None:
-    """The class of torch's from which one with such a state was derived, and the state as torch's class takes it."""
+    """Find the class of torch that a class with such a state was derived from, and the state as that one takes it."""
     if type(state) is tuple:
         if len(state) == 2:  # attributes, and the values of slots, which torch's classes have none of
             return known_base(state[0]) if type(state[0]) is dict else None
         is_properties = len(state) >= 5 and isinstance(state[0], torch.dtype)
         return (TensorProperties, state) if is_properties else None
     if type(state) is dict:
-        for cls, telling in _TELLING.items():
-            if telling <= state.keys():
+        for cls, signature in _SIGNATURES.items():
+            if signature <= state.keys():
                 return cls, state
     return None
 
 
 def settle(metadata: Metadata, given: Mapping[int, list[Any]]) -> ForeignClass | None:
-    """Remove from `metadata` what is foreign and of no use to a load.
+    """Remove from `metadata` what is foreign and not needed by a load.
 
     Args:
-        given: what went into the instances of classes that the user registered, by their id.
+        given: what was put into instances of classes that the user registered, by the id of the instance.
 
     Returns:
-        A class whose instance lies where loads look, so that the metadata cannot be used; else None.
+        A class whose instance is where a load would use it, so that the metadata cannot be used; else None.
     """
     seen: set[int] = set()
     state = vars(metadata)
@@ -186,7 +186,7 @@ def settle(metadata: Metadata, given: Mapping[int, list[Any]]) -> ForeignClass |
             return found
         for key, value in mapping.items() if type(mapping) in (dict, OrderedDict) else ():
             if name == "state_dict_metadata" and type(value) is Foreign and value.bare and not value.made_of.is_newer:
-                value.become(BytesStorageMetadata)  # it has no state to be told by
+                value.become(BytesStorageMetadata)  # it has no state that would show its base
             elif (found := _class_of(key) or _foreign_in(value, given, seen)) is not None:
                 return found
     return _settle_paths(state, given, seen)
@@ -213,7 +213,7 @@ def _class_of(value: Any) -> ForeignClass | None:
 
 
 def _foreign_in(value: Any, given: Mapping[int, list[Any]], seen: set[int]) -> ForeignClass | None:
-    """The first foreign thing in what the machine has made. Without recursion, and each container once."""
+    """Find the first foreign object in `value`, without recursion, looking into each container once."""
     left = [value]
     while left:
         here = left.pop()
@@ -228,7 +228,7 @@ def _foreign_in(value: Any, given: Mapping[int, list[Any]], seen: set[int]) -> F
         elif cls is dict or cls is OrderedDict:
             inside = (*here, *here.values())
         elif cls in STATE_CLASSES:
-            inside = [value for name, value in vars(here).items() if name in _FIELDS[cls]]  # others are of no use
+            inside = [value for name, value in vars(here).items() if name in _FIELDS[cls]]  # loads use no others
         elif id(here) in given:
             inside = given[id(here)]
         else:

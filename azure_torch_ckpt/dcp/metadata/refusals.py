@@ -1,4 +1,4 @@
-"""The errors for a pickle that is no ``.metadata``, or one of a newer torch, or that was made to do harm."""
+"""`Refusals`: the errors for a pickle that is not a ``.metadata``, is of a newer torch, or was made to do harm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Refusals"]
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """Of one pickle of `length` bytes, which `where` names in messages."""
+    """Raises the errors for one pickle of `length` bytes, which `where` names in messages."""
 
     where: str
     length: int
@@ -31,7 +31,7 @@ class Refusals:
     def refuse_opcode(self, op: int, pos: int) -> NoReturn:
         name = next((known.name for known in pickletools.opcodes if ord(known.code) == op), None)
         if name is None:
-            self.corrupt(pos, f"byte 0x{op:02x} is no pickle opcode")
+            self.corrupt(pos, f"byte 0x{op:02x} is not a pickle opcode")
         raise UnsafeMetadataError(
             f"{self.where} uses the pickle opcode {name} at byte {pos}, which metadata never needs. It is "
             "damaged or was made to do harm; nothing of it was run. Use another checkpoint."
@@ -58,8 +58,8 @@ class Refusals:
 
     def refuse_name(self, name: str) -> NoReturn:
         raise UnsafeMetadataError(
-            f"{self.where} names {quote(name)}, which is no part of a checkpoint's metadata; to load it would run "
-            "code that whoever wrote the blob has chosen. It was not run. If your own planner put it there and you "
+            f"{self.where} names {quote(name)}, which is not part of a checkpoint's metadata; to load it would run "
+            "code that the writer of the blob has chosen. It was not run. If your own planner put it there and you "
             "trust the checkpoint, register it with torch.serialization.add_safe_globals before you load (names under "
             "torch, os and sys cannot be registered); otherwise use another checkpoint."
         )

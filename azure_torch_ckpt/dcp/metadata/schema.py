@@ -1,4 +1,4 @@
-"""Storage info of the items, and the ``.metadata`` blob: torch's ``Metadata`` as bytes, read safely, and checked.
+"""What is in a ``.metadata`` blob, and where items are stored: written, read without trusting it, and checked.
 
 ``.metadata`` decides which blobs are fetched (and, when a checkpoint is replaced, deleted) and how much memory is
 taken, so nothing acts on it before :func:`load_metadata` and :func:`check_metadata` have passed.
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azure_torch_ckpt._internal.torch_private import StorageInfo
-from azure_torch_ckpt.dcp.metadata.pickling import pickled
+from azure_torch_ckpt.dcp.metadata.pickler import pickle_metadata
 from azure_torch_ckpt.dcp.metadata.unpickler import unpickle
 from azure_torch_ckpt.dcp.metadata.vocabulary import quote
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsafeMetadataError, UnsupportedCheckpointError
@@ -73,7 +73,7 @@ class StoredItem:
 def storage_info(
     relative_path: str, offset: int, length: int, *, payload_offset: int | None = None, crc64: int | None = None
 ) -> StorageInfo:
-    """torch's own storage info with our two attributes; :class:`StoredItem` tells what the arguments mean.
+    """Make torch's own storage info, with our two attributes; :class:`StoredItem` explains the arguments.
 
     The attributes survive pickling, because torch pickles the instance's ``__dict__``, and torch's readers ignore them.
     """
@@ -86,7 +86,7 @@ def storage_info(
 
 
 def stored_item(info: object) -> StoredItem:
-    """The typed view of a value of ``Metadata.storage_data``, ours or that of any version of torch.
+    """Make the typed view of a value of ``Metadata.storage_data``, ours or of any version of torch.
 
     Raises:
         UnsupportedCheckpointError: another storage plugin wrote it.
@@ -107,11 +107,12 @@ def stored_item(info: object) -> StoredItem:
 
 
 def storage_meta(checkpoint_id: str, save_id: str | None) -> StorageMeta:
-    """torch's own ``StorageMeta`` with two attributes that torch ignores: which versions of torch and of this package
-    wrote the checkpoint. They are pickled with the rest of the instance's ``__dict__``.
+    """Make torch's own ``StorageMeta`` with the versions of torch and of this package.
+
+    torch ignores these two attributes. They are pickled with the rest of the instance's ``__dict__``.
     """
     meta: Any = StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id)
-    meta.torch_version = str(torch.__version__)  # it is of a class of torch's own, which has no place in a pickle
+    meta.torch_version = str(torch.__version__)  # torch's own class of it must not be in a pickle
     meta.writer_version = _own_version()
     return meta  # type: ignore[no-any-return]
 
@@ -120,12 +121,12 @@ def storage_meta(checkpoint_id: str, save_id: str | None) -> StorageMeta:
 def _own_version() -> str:
     try:
         return version("azure-torch-ckpt")
-    except PackageNotFoundError:  # a source tree on sys.path that nobody installed
+    except PackageNotFoundError:  # a source tree on sys.path
         return "0+source"
 
 
 def data_paths(metadata: Metadata) -> set[str]:
-    """Every data blob that ``metadata`` names, below the checkpoint's URL.
+    """Return every data blob that ``metadata`` names, below the checkpoint's URL.
 
     Only after :func:`check_metadata` are they known to stay below it.
     """
@@ -133,7 +134,7 @@ def data_paths(metadata: Metadata) -> set[str]:
 
 
 def dump_metadata(metadata: Metadata, where: str = "The metadata of this save") -> bytes:
-    """The content of ``.metadata``: a pickle that torch's ``FileSystemReader`` reads as well.
+    """Make the content of ``.metadata``: a pickle that torch's ``FileSystemReader`` reads as well.
 
     It was read again and has passed :func:`check_metadata`. What a planner has added to it (attributes, subclasses of
     torch's classes) is in it, as far as :func:`load_metadata` reads past it.
@@ -144,21 +145,21 @@ def dump_metadata(metadata: Metadata, where: str = "The metadata of this save") 
 
     Raises:
         UnsafeMetadataError: something in it cannot be pickled, or no load would accept it; its key or attribute is
-            named. Better to fail before the commit than to commit what cannot be loaded.
+            named. So the save fails before the commit, instead of committing what cannot be loaded.
     """
     try:
-        data = pickled(metadata)
+        data = pickle_metadata(metadata)
         check_metadata(load_metadata(data, where), where)
     except Exception as error:  # an object's own __reduce__ may raise anything
         raise UnsafeMetadataError(
             f"{where} could not be loaded again{_culprit(metadata)}, so nothing was committed ({error}). Let the "
-            "planner put plain values there, or leave it out"
+            "planner put plain values there, or omit it"
         ) from error
     return data
 
 
 def _culprit(metadata: Metadata) -> str:
-    """Which attribute of `metadata`, and which key of a dict there, cannot be pickled and read, for a message."""
+    """Name the attribute of `metadata`, and the key of a dict there, that cannot be pickled and read, for a message."""
     for name, value in vars(metadata).items():
         if _is_read(name, value):
             continue
@@ -183,10 +184,10 @@ def _is_read(name: str, value: object) -> bool:
 
 
 def load_metadata(data: bytes, where: str) -> Metadata:
-    """What :func:`dump_metadata` or torch's ``FileSystemWriter`` wrote, without running anything that the data names.
+    """Read what :func:`dump_metadata` or torch's ``FileSystemWriter`` wrote, without running anything that it names.
 
     Besides the classes that metadata consists of, only those are made that were registered with
-    ``torch.serialization.add_safe_globals``. What is of other classes is dropped where no load needs it: attributes
+    ``torch.serialization.add_safe_globals``. Objects of other classes are dropped where no load needs them: attributes
     that a planner or a trainer has added. An instance of a subclass of one of torch's classes becomes one of torch's
     class. Fields that a newer torch added are kept where torch has room for them and dropped where not. ``data`` should
     be bounded: what it describes can take 200 times its size.
@@ -214,7 +215,7 @@ def load_metadata(data: bytes, where: str) -> Metadata:
 
 
 def check_metadata(metadata: Metadata, where: str) -> None:
-    """Checks that ``metadata`` is what a save writes, before anything is fetched, allocated or deleted because of it.
+    """Check that ``metadata`` is what a save writes, before anything is fetched, allocated or deleted because of it.
 
     Takes time proportional to the number of items.
 
@@ -228,15 +229,15 @@ def check_metadata(metadata: Metadata, where: str) -> None:
         CorruptCheckpointError: it contradicts itself: a wrong type, a chunk outside its tensor, an item without
             storage, a payload that does not fit its item.
     """
-    _Check(metadata, where).run()
+    _MetadataCheck(metadata, where).run()
 
 
-class _Check:
+class _MetadataCheck:
     def __init__(self, metadata: Metadata, where: str) -> None:
         self._metadata = metadata
         self._where = where
-        # Asks storage_data for an index. One for all questions: to make it takes longer than to ask.
-        self._wanted = MetadataIndex("", ())
+        # Looks up a chunk in storage_data. One for all lookups: to make one takes longer than to look up.
+        self._lookup = MetadataIndex("", ())
 
     def run(self) -> None:
         metadata = self._metadata
@@ -312,7 +313,7 @@ class _Check:
             or _CONTROL.search(path)
             or not {"", ".", ".."}.isdisjoint(path.split("/"))
         ):
-            self._unsafe(f"it names the data blob {quote(path)}, which is no plain path below the checkpoint")
+            self._unsafe(f"it names the data blob {quote(path)}, which is not a plain path below the checkpoint")
 
     def _tensor(self, name: str, tensor: TensorStorageMetadata, storage: dict[Any, Any]) -> None:
         fields = tensor.__dict__
@@ -326,8 +327,8 @@ class _Check:
         if size and min(size) < 0:
             self._unsafe(f"{quote(name)} has the size {tuple(size)}")
         itemsize = dtype.itemsize
-        wanted = self._wanted.__dict__
-        wanted["fqn"] = name
+        lookup = self._lookup.__dict__
+        lookup["fqn"] = name
         for chunk in chunks:
             if not isinstance(chunk, ChunkStorageMetadata):
                 self._corrupt(f"a chunk of {quote(name)} is {quote(chunk)}")
@@ -338,8 +339,8 @@ class _Check:
                 self._corrupt(f"{quote(name)} has {len(size)} dimensions, and a chunk {len(offsets)} and {len(sizes)}")
             if sizes != size or any(offsets):  # most chunks are the whole tensor
                 self._inside(name, size, offsets, sizes)
-            wanted["offset"] = offsets
-            info = storage.get(self._wanted)
+            lookup["offset"] = offsets
+            info = storage.get(self._lookup)
             if info is None:
                 self._corrupt(f"the chunk of {quote(name)} at {tuple(offsets)} has no storage")
             payload = info.__dict__.get("payload_offset")

@@ -1,15 +1,15 @@
-"""A small pickle machine that can build what a checkpoint's ``.metadata`` consists of, and nothing else.
+"""`MetadataUnpickler`: a pickle machine that can build what a checkpoint's ``.metadata`` consists of, and nothing else.
 
-``pickle.Unpickler`` with a restricted ``find_class`` would not do: it still calls whatever is allowed with any
+``pickle.Unpickler`` with a restricted ``find_class`` is not enough: it still calls whatever is allowed with any
 arguments, sets attributes on classes and functions, takes memory for a memo index that the data names, and hashes
 nested tuples that take for ever to hash. This machine never looks a name up in a module: a name in the data is a key of
-the tables in ``vocabulary.py``, or an inert stand-in is made for it (``foreign.py``). Only instances that the machine
-made itself get state. Memory and time stay proportional to the data (crafted hash collisions aside).
+the tables in ``vocabulary.py``, or an inert stand-in is made for it (``foreign_classes.py``). Only instances that the
+machine made itself get state. Memory and time stay proportional to the data (crafted hash collisions aside).
 
-What metadata says once for every tensor and chunk does not go through it opcode by opcode: ``repeats.py``.
+What metadata repeats for every tensor and chunk does not go through it opcode by opcode: ``fast_path.py``.
 
-It speaks what pickle protocols 2 to 5 use for plain data and instances. ``FileSystemWriter`` pickles with Python's
-default, which is 4, and 5 from Python 3.14.
+It knows the opcodes that pickle protocols 2 to 5 use for plain data and instances. ``FileSystemWriter`` pickles with
+Python's default, which is 4, and 5 from Python 3.14.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
 from azure_torch_ckpt._internal.torch_private import MemoryFormatEncoding
-from azure_torch_ckpt.dcp.metadata.fast_path import Repeats
+from azure_torch_ckpt.dcp.metadata.fast_path import FastPath
 from azure_torch_ckpt.dcp.metadata.foreign_classes import Foreign, ForeignClass, known_base, may_be_foreign, settle
-from azure_torch_ckpt.dcp.metadata.literals import NUMBERS, PLAIN, SIZED
 from azure_torch_ckpt.dcp.metadata.refusals import Refusals
 from azure_torch_ckpt.dcp.metadata.vocabulary import (
     KNOWN,
+    NUMBERS,
+    PLAIN,
+    SIZED,
     STATE_CLASSES,
     TENSOR_PROPERTIES,
     ForbiddenUse,
@@ -41,7 +43,7 @@ from azure_torch_ckpt.dcp.metadata.vocabulary import (
 )
 from azure_torch_ckpt.errors import AzureCheckpointError, UnsupportedCheckpointError
 
-__all__ = ["unpickle"]
+__all__ = ["HANDLERS", "MetadataUnpickler", "unpickle"]
 
 # What costs more than this is counted: to hash a key or a size again and again, to copy attributes or parts of paths.
 _FREE_PARTS = 64
@@ -54,7 +56,7 @@ _ATTRIBUTE_COST = 16
 
 
 def unpickle(data: bytes, where: str) -> object:
-    """The object that ``data`` describes. What is foreign in a ``Metadata`` and of no use to a load is not in it.
+    """Make the object that ``data`` describes, without what is foreign in a ``Metadata`` and not needed by a load.
 
     Args:
         data: a whole pickle.
@@ -65,21 +67,33 @@ def unpickle(data: bytes, where: str) -> object:
         UnsupportedCheckpointError: the data comes from a newer torch, or from another pickle protocol.
         CorruptCheckpointError: the data is cut short or garbage.
     """
-    machine = _Machine(data, where)
+    machine = MetadataUnpickler(data, where)
     made = machine.run()
     machine.settle(made)
     return made
 
 
-class _Machine:
-    def __init__(self, data: bytes, where: str, *, repeats: bool = True) -> None:
+class MetadataUnpickler:
+    """Runs one pickle.
+
+    Args:
+        data: a whole pickle.
+        where: names the blob in messages.
+        fast: whether the fast path may take entries at once. Without it, every opcode goes through `HANDLERS`.
+
+    Attributes:
+        memo: what the pickle has memoized.
+        fast_path: what takes the entries behind an object, by the object's class.
+    """
+
+    def __init__(self, data: bytes, where: str, *, fast: bool = True) -> None:
         self._data = data
         self._where = where
         self._refusals = Refusals(where, len(data))
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: list[Any] = []
-        self._take_repeats = Repeats(data, self._stack, self._marks, self._memo).after() if repeats else {}
+        self.memo: list[Any] = []
+        self.fast_path = FastPath(data, self._stack, self._marks, self.memo).after() if fast else {}
         self._budget = 4096 + _COST_PER_BYTE * len(data)
         self._attributes: set[str] = set()  # names that passed the check once
         self._opted_in: dict[str, Any] | None = None
@@ -90,7 +104,11 @@ class _Machine:
         self._met_foreign = False
 
     def run(self) -> object:
-        data, stack, marks, memo = self._data, self._stack, self._marks, self._memo
+        """Make the object that the pickle describes, with stand-ins for what is foreign.
+
+        Raises: as `unpickle`.
+        """
+        data, stack, marks, memo = self._data, self._stack, self._marks, self.memo
         if len(data) < 2 or data[0] != pickle.PROTO[0]:
             self._refusals.corrupt(0, "it is not a pickle of protocol 2 or later")
         if data[1] not in _PROTOCOLS:
@@ -98,7 +116,7 @@ class _Machine:
                 f"{self._where} is a pickle of protocol {data[1]}; this reader knows {_PROTOCOLS[0]} to "
                 f"{_PROTOCOLS[-1]}. Upgrade azure-torch-ckpt."
             )
-        push, handlers = stack.append, _HANDLERS
+        push, handlers = stack.append, HANDLERS
         pos = 2
         try:
             while True:
@@ -143,7 +161,7 @@ class _Machine:
         except AzureCheckpointError:
             raise
         except Exception as error:
-            # Whatever fails here fails because of the data: an empty stack, bad UTF-8, a class's own complaint.
+            # What fails here fails because of the data: an empty stack, bad UTF-8, an error of a class.
             self._refusals.corrupt(pos, f"{type(error).__name__}: {error}", error)
         if len(stack) != 1 or marks:
             self._refusals.corrupt(pos, "it ends in the middle of something")
@@ -190,9 +208,9 @@ class _Machine:
     def _put(self, pos: int) -> int:
         width = _PUT_WIDTH[self._data[pos - 1]]
         # Picklers number their memo in order, so the index says nothing new.
-        if int.from_bytes(self._data[pos : pos + width], "little") != len(self._memo):
+        if int.from_bytes(self._data[pos : pos + width], "little") != len(self.memo):
             raise ValueError("the memo is numbered out of order")
-        self._memo.append(self._stack[-1])
+        self.memo.append(self._stack[-1])
         return pos + width
 
     def _tuple3(self, pos: int) -> int:
@@ -363,10 +381,10 @@ class _Machine:
             for name, factory in factories:
                 if name not in state:
                     target.__dict__[name] = factory()
-        take = self._take_repeats.get(cls)
+        take = self.fast_path.get(cls)
         return pos if take is None else take(pos)
 
-    # What the handlers stand on.
+    # What the handlers use.
 
     def _pop_to_mark(self) -> list[Any]:
         mark = self._marks.pop()
@@ -411,15 +429,15 @@ class _Machine:
                 self._key(part)
 
     def _own(self, target: Any, given: Iterable[Any]) -> bool:
-        """Whether what is given to `target` is to be set: not if it is foreign.
+        """Whether `target` takes what is given to it. A foreign object does not.
 
-        Only what an opted-in class or function made may be changed in ways that the machine does not know.
+        Only objects of opted-in classes or functions may be changed in ways that the machine does not know.
         """
         if type(target) is Foreign:
             target.bare = False
             return False
         if self._met_foreign and type(target) in (str, int, float, bytes):
-            return False  # the value of an instance of a foreign class, which may have attributes, too
+            return False  # it stands for an instance of a foreign class, which may have attributes
         if self._made_by_opted_in.get(id(target), self) is not target:
             self._refusals.refuse_use(target, "changes")
         self._given_to_opted_in[id(target)].extend(given)
@@ -464,26 +482,26 @@ _SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
 _EMPTY_DICT = pickle.EMPTY_DICT[0]
 _STOP = pickle.STOP[0]
 _PUT_WIDTH = {pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4}
-_HANDLERS: dict[int, Callable[[_Machine, int], int]] = {
-    **dict.fromkeys(PLAIN, _Machine._plain),
-    **dict.fromkeys(NUMBERS, _Machine._number),
-    **dict.fromkeys(SIZED, _Machine._sized),
-    **dict.fromkeys(_PUT_WIDTH, _Machine._put),
-    pickle.FRAME[0]: _Machine._frame,
-    pickle.TUPLE3[0]: _Machine._tuple3,
-    pickle.TUPLE[0]: _Machine._tuple,
-    pickle.FROZENSET[0]: _Machine._frozenset,
-    pickle.ADDITEMS[0]: _Machine._add_items,
-    pickle.APPEND[0]: _Machine._append,
-    pickle.APPENDS[0]: _Machine._appends,
-    pickle.SETITEM[0]: _Machine._set_item,
-    pickle.SETITEMS[0]: _Machine._set_items,
-    pickle.POP[0]: _Machine._pop,
-    pickle.POP_MARK[0]: _Machine._pop_mark,
-    pickle.GLOBAL[0]: _Machine._global,
-    pickle.STACK_GLOBAL[0]: _Machine._stack_global,
-    pickle.NEWOBJ[0]: _Machine._new_object,
-    pickle.NEWOBJ_EX[0]: _Machine._new_object_with_keywords,
-    pickle.REDUCE[0]: _Machine._reduce,
-    pickle.BUILD[0]: _Machine._build,
+HANDLERS: dict[int, Callable[[MetadataUnpickler, int], int]] = {
+    **dict.fromkeys(PLAIN, MetadataUnpickler._plain),
+    **dict.fromkeys(NUMBERS, MetadataUnpickler._number),
+    **dict.fromkeys(SIZED, MetadataUnpickler._sized),
+    **dict.fromkeys(_PUT_WIDTH, MetadataUnpickler._put),
+    pickle.FRAME[0]: MetadataUnpickler._frame,
+    pickle.TUPLE3[0]: MetadataUnpickler._tuple3,
+    pickle.TUPLE[0]: MetadataUnpickler._tuple,
+    pickle.FROZENSET[0]: MetadataUnpickler._frozenset,
+    pickle.ADDITEMS[0]: MetadataUnpickler._add_items,
+    pickle.APPEND[0]: MetadataUnpickler._append,
+    pickle.APPENDS[0]: MetadataUnpickler._appends,
+    pickle.SETITEM[0]: MetadataUnpickler._set_item,
+    pickle.SETITEMS[0]: MetadataUnpickler._set_items,
+    pickle.POP[0]: MetadataUnpickler._pop,
+    pickle.POP_MARK[0]: MetadataUnpickler._pop_mark,
+    pickle.GLOBAL[0]: MetadataUnpickler._global,
+    pickle.STACK_GLOBAL[0]: MetadataUnpickler._stack_global,
+    pickle.NEWOBJ[0]: MetadataUnpickler._new_object,
+    pickle.NEWOBJ_EX[0]: MetadataUnpickler._new_object_with_keywords,
+    pickle.REDUCE[0]: MetadataUnpickler._reduce,
+    pickle.BUILD[0]: MetadataUnpickler._build,
 }

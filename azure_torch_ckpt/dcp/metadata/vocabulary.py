@@ -1,4 +1,4 @@
-"""The names that a checkpoint's ``.metadata`` may use, and what each stands for.
+"""The names that a checkpoint's ``.metadata`` may use, and the pickle opcodes of plain values: what each stands for.
 
 A name in the data is a key of the tables here and is never looked up in a module. Behind it stands a value (a dtype) or
 a :class:`Known`: a class whose instances get state, or a constructor that checks its arguments.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import pickle
 import re
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,6 +31,9 @@ from azure_torch_ckpt._internal.torch_private import MemoryFormatEncoding, Stora
 
 __all__ = [
     "KNOWN",
+    "NUMBERS",
+    "PLAIN",
+    "SIZED",
     "STATE_CLASSES",
     "TENSOR_PROPERTIES",
     "ForbiddenUse",
@@ -50,12 +55,12 @@ class ForbiddenUse(Exception):
 
 
 class NewerTorch(Exception):
-    """The data names something of torch that this version does not have."""
+    """The data names a part of torch that this version does not have."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """What stands for a class or function on the machine's stack: inert unless the machine acts on it.
+    """Stands for a class or function on the machine's stack; inert unless the machine acts on it.
 
     Attributes:
         name: its full name in the data.
@@ -69,7 +74,7 @@ class Known:
 
 
 def quote(value: object) -> str:
-    """``value`` for a message: on one line and short, whatever the data made of it."""
+    """Format a value for a message: on one line and short, whatever is in the data."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 200 else f"{value[:200]!r}..."
     if isinstance(value, int) and value.bit_length() > 256:
@@ -78,7 +83,7 @@ def quote(value: object) -> str:
 
 
 def opted_in() -> dict[str, Any]:
-    """What the user registered with ``torch.serialization.add_safe_globals``, under its name in a pickle."""
+    """Return what the user registered with ``torch.serialization.add_safe_globals``, by its name in a pickle."""
     found = {}
     for entry in torch.serialization.get_safe_globals():
         obj, name = entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__qualname__}")
@@ -90,7 +95,7 @@ def opted_in() -> dict[str, Any]:
 
 
 def set_any_state(target: Any, state: Any) -> None:
-    """``pickle``'s own rule, for instances of classes that the user registered."""
+    """Set the state of an instance of a class that the user registered, by the rule of ``pickle``."""
     if hasattr(target, "__setstate__"):
         target.__setstate__(state)
         return
@@ -193,8 +198,8 @@ def _known() -> dict[tuple[str, str], Any]:
     known["collections", "OrderedDict"] = Known("collections.OrderedDict", call=_ordered_dict)
     # Protocol 2 gives the module its old name.
     known["builtins", "getattr"] = known["__builtin__", "getattr"] = Known("builtins.getattr", call=_getattr)
-    # FileSystemWriter stores the directory as a Path. Of another system's Path there are no instances here, and nobody
-    # needs the file system behind it. Python 3.13 calls the module pathlib._local.
+    # FileSystemWriter stores the directory as a Path. The Path of another system cannot be instantiated here, and the
+    # file system behind it is not needed. Python 3.13 calls the module pathlib._local.
     for flavour in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
         for name in (flavour.__name__, flavour.__name__.removeprefix("Pure")):
             path = Known(f"pathlib.{name}", call=_pure_path(flavour))
@@ -212,3 +217,39 @@ def _known() -> dict[tuple[str, str], Any]:
 
 
 KNOWN = _known()
+
+
+# Opcodes that stand for a value of their own.
+PLAIN: dict[int, Callable[[], Any]] = {
+    pickle.NONE[0]: lambda: None,
+    pickle.NEWTRUE[0]: lambda: True,
+    pickle.NEWFALSE[0]: lambda: False,
+    pickle.EMPTY_LIST[0]: list,
+    pickle.EMPTY_SET[0]: set,
+}
+NUMBERS = {
+    pickle.BININT[0]: struct.Struct("<i"),
+    pickle.BININT2[0]: struct.Struct("<H"),
+    pickle.BINFLOAT[0]: struct.Struct(">d"),
+}
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")  # as pickle encodes it
+
+
+def _long(raw: bytes) -> int:
+    return int.from_bytes(raw, "little", signed=True)
+
+
+# Opcodes whose argument begins with its length: the length's width in bytes, what the bytes become.
+SIZED: dict[int, tuple[int, Callable[[bytes], Any]]] = {
+    pickle.LONG1[0]: (1, _long),
+    pickle.LONG4[0]: (4, _long),
+    pickle.BINUNICODE[0]: (4, _text),
+    pickle.BINUNICODE8[0]: (8, _text),
+    pickle.SHORT_BINBYTES[0]: (1, bytes),
+    pickle.BINBYTES[0]: (4, bytes),
+    pickle.BINBYTES8[0]: (8, bytes),
+    pickle.BYTEARRAY8[0]: (8, bytearray),
+}

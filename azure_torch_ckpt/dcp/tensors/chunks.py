@@ -1,4 +1,4 @@
-"""Boxes (rectangular parts) of a tensor: cut from it in row-major order, compared, put together."""
+"""`TensorChunk`, a rectangular part of a tensor: cut from it in row-major order, compared, put together."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Box", "are_apart", "boxes", "make_up"]
+__all__ = ["TensorChunk", "are_disjoint", "cut", "fill_exactly"]
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class TensorChunk:
     """A rectangular part of a tensor: its first index and its extent, one number per dimension of each."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
-    def overlap(self, offsets: Sequence[int], sizes: Sequence[int]) -> Box | None:
-        """The part that lies in another box as well, or None."""
+    def overlap(self, offsets: Sequence[int], sizes: Sequence[int]) -> TensorChunk | None:
+        """The part that lies in another chunk as well, or None."""
         first = tuple(map(max, self.offsets, offsets))
         ends = tuple(
             min(mine + size, theirs + extent)
@@ -25,54 +25,54 @@ class Box:
         )
         if any(start >= end for start, end in zip(first, ends, strict=True)):
             return None
-        return Box(first, tuple(end - start for start, end in zip(first, ends, strict=True)))
+        return TensorChunk(first, tuple(end - start for start, end in zip(first, ends, strict=True)))
 
 
-def boxes(sizes: Sequence[int], limit: int) -> Iterator[Box]:
-    """Boxes of at most `limit` elements (at least one) that make up a tensor, in row-major order.
+def cut(sizes: Sequence[int], limit: int) -> Iterator[TensorChunk]:
+    """Cut a tensor into chunks of at most `limit` elements (at least one), in row-major order.
 
-    Each is one index of the first dimensions, a range of the next one, and all of the others. So the part of a box that
-    lies in any chunk of the tensor is one run of that chunk's elements, which is what reading them once needs.
+    Each is one index of the first dimensions, a range of the next one, and all of the others. So what such a chunk
+    shares with any other chunk of the tensor is one run of that one's elements, which is what reading them once needs.
     """
     if math.prod(sizes) > 0:
-        yield from _boxes((), tuple(sizes), max(limit, 1))
+        yield from _cut((), tuple(sizes), max(limit, 1))
 
 
-def are_apart(parts: Sequence[Box]) -> bool:
-    """Whether no element lies in two of the boxes."""
-    if len(parts) < 2:
-        return True
-    dims = range(len(parts[0].sizes))
-    if not dims:
-        return False
-    # Most tensors are cut in one dimension: sorted by it, a box has few others to be compared with.
-    dim = max(dims, key=lambda dim: len({part.offsets[dim] for part in parts}))
-    near: list[Box] = []
-    for part in sorted(parts, key=lambda part: part.offsets[dim]):
-        near = [other for other in near if other.offsets[dim] + other.sizes[dim] > part.offsets[dim]]
-        if any(part.overlap(other.offsets, other.sizes) is not None for other in near):
-            return False
-        near.append(part)
-    return True
-
-
-def make_up(sizes: Sequence[int], parts: Iterable[Box]) -> bool:
-    """Whether the boxes, which lie inside a tensor of these sizes, hold each of its elements once."""
-    filled = [part for part in parts if math.prod(part.sizes)]
-    return sum(math.prod(part.sizes) for part in filled) == math.prod(sizes) and are_apart(filled)
-
-
-def _boxes(before: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[Box]:
+def _cut(before: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[TensorChunk]:
     ones = (1,) * len(before)
     if math.prod(sizes) <= limit:
-        yield Box(before + (0,) * len(sizes), ones + sizes)
+        yield TensorChunk(before + (0,) * len(sizes), ones + sizes)
         return
     inner = math.prod(sizes[1:])
     rows = limit // inner
     if rows == 0:
         for index in range(sizes[0]):
-            yield from _boxes((*before, index), sizes[1:], limit)
+            yield from _cut((*before, index), sizes[1:], limit)
         return
     for start in range(0, sizes[0], rows):
         rest = sizes[1:]
-        yield Box((*before, start, *(0 for _ in rest)), (*ones, min(rows, sizes[0] - start), *rest))
+        yield TensorChunk((*before, start, *(0 for _ in rest)), (*ones, min(rows, sizes[0] - start), *rest))
+
+
+def are_disjoint(chunks: Sequence[TensorChunk]) -> bool:
+    """Whether no element lies in two of the chunks."""
+    if len(chunks) < 2:
+        return True
+    dims = range(len(chunks[0].sizes))
+    if not dims:
+        return False
+    # Most tensors are cut in one dimension: sorted by it, a chunk has few others to be compared with.
+    dim = max(dims, key=lambda dim: len({chunk.offsets[dim] for chunk in chunks}))
+    near: list[TensorChunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[dim]):
+        near = [other for other in near if other.offsets[dim] + other.sizes[dim] > chunk.offsets[dim]]
+        if any(chunk.overlap(other.offsets, other.sizes) is not None for other in near):
+            return False
+        near.append(chunk)
+    return True
+
+
+def fill_exactly(sizes: Sequence[int], chunks: Iterable[TensorChunk]) -> bool:
+    """Whether the chunks, which lie inside a tensor of these sizes, hold each of its elements once."""
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    return sum(math.prod(chunk.sizes) for chunk in filled) == math.prod(sizes) and are_disjoint(filled)

@@ -7,7 +7,6 @@ import functools
 import io
 import pickle
 import sys
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "address_of",
-    "converts",
-    "copy_elements",
-    "copyable",
     "is_plain",
     "memory",
-    "no_conversion",
     "own_bytes",
     "readable",
     "writable",
@@ -35,8 +30,6 @@ __all__ = [
 _AnyLength = ctypes.c_ubyte * sys.maxsize
 
 _PYBUF_SIMPLE = 0
-
-_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 class _PyBuffer(ctypes.Structure):
@@ -58,9 +51,10 @@ class _PyBuffer(ctypes.Structure):
 
 
 def memory(address: int, nbytes: int, owner: object) -> memoryview:
-    """``nbytes`` writable bytes (format ``"B"``) at ``address``. They hold ``owner`` as long as any view of them lives.
+    """Make a view of ``nbytes`` writable bytes (format ``"B"``) at ``address``.
 
-    ``owner`` must be what keeps the memory allocated.
+    Args:
+        owner: the object that keeps the memory allocated. It lives as long as any view of this memory.
     """
     if nbytes == 0:
         return memoryview(bytearray())
@@ -70,7 +64,7 @@ def memory(address: int, nbytes: int, owner: object) -> memoryview:
 
 
 def address_of(data: Buffer) -> int:
-    """Where a contiguous buffer's bytes lie. The public ways to learn it refuse a read-only one."""
+    """Return the address of a contiguous buffer. `ctypes` itself refuses a read-only one."""
     view = _PyBuffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(view), _PYBUF_SIMPLE)
     address = view.buf
@@ -79,10 +73,10 @@ def address_of(data: Buffer) -> int:
 
 
 def writable(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, to receive into: ``tensor.nbytes`` of them, of whatever dtype.
+    """View the bytes of a contiguous CPU tensor of any dtype, to receive into: ``tensor.nbytes`` of them.
 
-    The view holds the tensor's storage, not the tensor: ``del tensor`` or ``tensor.data = other`` leave it valid.
-    Only ``untyped_storage().resize_()`` pulls the memory from under it.
+    The view holds the tensor's storage, not the tensor: it stays valid after ``del tensor`` or ``tensor.data = other``.
+    Only ``untyped_storage().resize_()`` invalidates it.
 
     torch does not see what is written here. The tensor's version counter stays as it is, so autograd will not notice
     that a value which it saved for backward has changed.
@@ -97,28 +91,28 @@ def writable(tensor: torch.Tensor) -> memoryview:
             address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
             if address or not nbytes:
                 return memory(address, nbytes, tensor.untyped_storage())
-    except RuntimeError as error:  # a tensor without a storage says so this way
+    except RuntimeError as error:  # from a tensor without a storage
         raise _unusable(tensor) from error
     raise _unusable(tensor)
 
 
 def readable(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, read-only; all else as in `writable`."""
+    """View the bytes of a contiguous CPU tensor, read-only; all else as in `writable`."""
     return writable(tensor).toreadonly()
 
 
 def own_bytes(tensor: torch.Tensor) -> memoryview | None:
-    """The bytes of a plain, contiguous CPU tensor (see `is_plain`), writable, as in `writable`; None for any other."""
+    """View the bytes of a plain, contiguous CPU tensor (see `is_plain`) as `writable` does; None for any other."""
     if not is_plain(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
     return memory(tensor.data_ptr(), tensor.nbytes, tensor.untyped_storage())
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's raw bytes, its dtype and its shape say all there is to say about it.
+    """Whether raw bytes, dtype and shape describe the tensor completely.
 
-    If so it may be stored as an `Envelope` around its bytes, and bytes may be received into it. Any device will do but
-    meta, and any strides: the caller makes it a contiguous CPU tensor first. If not, `serialize` stores it.
+    If so it may be stored as an `Envelope` around its bytes, and bytes may be received into it. It may have any strides
+    and be on any device but meta: the caller makes it a contiguous CPU tensor first. If not, `serialize` stores it.
 
     Not plain are subclasses (other than ``nn.Parameter``), other layouts, quantized and nested tensors, conj and neg
     views, functorch's and other wrappers without memory of their own, and the dtypes for which ``torch.save`` and
@@ -132,7 +126,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
         return False
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         return False
-    # Only complex tensors can be conj views; to ask one gives the GIL away, which costs more than all the rest.
+    # Only complex tensors can be conj views; to ask one releases the GIL, which costs more than all the rest.
     if tensor.is_neg() or (tensor.is_complex() and tensor.is_conj()):
         return False
     try:
@@ -142,54 +136,9 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return has_memory and _has_raw_form(tensor.dtype)
 
 
-def copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; or its elements as bytes where they are packed in bytes, for torch 2.9 cannot copy such dtypes."""
-    return tensor.view(torch.uint8) if tensor.dtype is _FLOAT4 else tensor
-
-
-def copy_elements(values: torch.Tensor, target: torch.Tensor, what: str, *, non_blocking: bool = False) -> None:
-    """``target.copy_(values)``, of any dtype that both have.
-
-    Raises:
-        CheckpointError: torch has no conversion from the one dtype to the other; `what` names the values.
-    """
-    if values.dtype == target.dtype:
-        values, target = copyable(values), copyable(target)
-    try:
-        target.copy_(values, non_blocking=non_blocking)
-    except NotImplementedError as error:
-        if values.dtype == target.dtype:  # a tensor without values
-            raise
-        raise no_conversion(what, values.dtype, target.dtype) from error
-
-
-@functools.cache
-def converts(saved: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether torch converts from one dtype to the other. Packed ones, of two numbers a byte, it does not."""
-    if saved == wanted:
-        return True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the user's tensors are, torch warns the user
-        target = torch.empty(1, dtype=wanted, device="cpu")
-        if target.is_quantized:  # what such a tensor takes depends on the tensor
-            return True
-        try:
-            target.copy_(torch.empty(1, dtype=saved, device="cpu"))
-        except NotImplementedError:
-            return False
-    return True
-
-
-def no_conversion(what: str, saved: torch.dtype, wanted: torch.dtype) -> CheckpointError:
-    return CheckpointError(
-        f"{what} was saved as {saved}, the tensor to load it into has {wanted}, and torch {torch.__version__} does not "
-        "convert between the two. Load into a tensor of the saved dtype, and convert that"
-    )
-
-
 @functools.cache
 def _has_raw_form(dtype: torch.dtype) -> bool:
-    """Asks torch instead of keeping a list: every version adds dtypes, and only some can be saved."""
+    """Whether torch saves and loads the dtype. Not a list: every version adds dtypes, and only some can be saved."""
     stream = io.BytesIO()
     try:
         torch.save(torch.empty(0, dtype=dtype, device="cpu"), stream)
@@ -202,6 +151,6 @@ def _has_raw_form(dtype: torch.dtype) -> bool:
 def _unusable(tensor: torch.Tensor) -> CheckpointError:
     return CheckpointError(
         f"Cannot use the memory of a {type(tensor).__name__} of {tensor.dtype} and shape {tuple(tensor.shape)} on "
-        f"{tensor.device} as bytes: that takes a contiguous CPU tensor with memory of its own and no conj or neg bit. "
+        f"{tensor.device} as bytes: it is not a contiguous CPU tensor with memory of its own and no conj or neg bit. "
         "Copy it to one first, or store it with torch.save."
     )

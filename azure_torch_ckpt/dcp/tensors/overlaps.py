@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from azure_torch_ckpt.dcp.tensors.chunks import Box, are_apart
+from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint
 
-__all__ = ["Overlaps", "find_overlaps", "repeats_an_element", "repeats_elements"]
+__all__ = ["Overlaps", "find_overlaps", "is_expanded", "repeats_elements"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,9 @@ class Overlaps:
     """Which of a list of tensors, by number, may not be filled in any order.
 
     Attributes:
-        hidden: those of which nothing stays, because a later one has the same memory.
-        shared: of the others, those that share memory with another or with themselves, or that cannot be asked.
+        hidden: tensors of which nothing stays, because a later one has the same memory.
+        shared: of the others, those that share memory with another or with themselves, and those whose memory is not
+            known.
     """
 
     hidden: set[int] = field(default_factory=set)
@@ -26,38 +27,38 @@ class Overlaps:
 
 
 def find_overlaps(targets: Sequence[torch.Tensor | None]) -> Overlaps:
-    """Sort tensors out by the memory that they have; None stands for none."""
-    found = Overlaps()
+    """Find the tensors that share memory. None in the list is skipped."""
+    overlaps = Overlaps()
     spans: dict[torch.device, list[tuple[int, int, int]]] = {}
     for number, target in enumerate(targets):
         if target is None or target.numel() == 0:
             continue
         span = _span(target)
         if span is None:
-            found.shared.add(number)
+            overlaps.shared.add(number)
             continue
         if not target.is_contiguous() and repeats_elements(target):
-            found.shared.add(number)
+            overlaps.shared.add(number)
         spans.setdefault(target.device, []).append((*span, number))
     for on_device in spans.values():
         on_device.sort()
         first = last = 0
-        for place, (start, end, _) in enumerate(on_device):
+        for position, (start, end, _) in enumerate(on_device):
             if start >= last:
-                _sort_out(targets, [number for *_, number in on_device[first:place]], found)
-                first = place
+                _sort_out(targets, [number for *_, number in on_device[first:position]], overlaps)
+                first = position
             last = max(last, end)
-        _sort_out(targets, [number for *_, number in on_device[first:]], found)
-    return found
+        _sort_out(targets, [number for *_, number in on_device[first:]], overlaps)
+    return overlaps
 
 
-def repeats_an_element(tensor: torch.Tensor) -> bool:
-    """Whether it is expanded: torch refuses to write to such a tensor."""
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether one element in memory has several indices by a stride of 0: torch refuses to write to such tensors."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def repeats_elements(tensor: torch.Tensor) -> bool:
-    """Whether several of its indices may name one element, as those of an unfolded tensor do."""
+    """Whether several indices may name one element, as in an unfolded tensor."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -68,7 +69,7 @@ def repeats_elements(tensor: torch.Tensor) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """The addresses of its first byte and behind its last; None for a tensor that says nothing of its memory."""
+    """Return the addresses of the first byte and behind the last; None for a tensor without an address."""
     try:
         start = tensor.data_ptr()
         if not start:
@@ -76,13 +77,13 @@ def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
         if tensor.is_contiguous():
             return start, start + tensor.nbytes
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    except RuntimeError:  # a wrapper around other tensors, or no strided one
+    except RuntimeError:  # a wrapper around other tensors, or a sparse layout
         return None
     return start, start + (steps + 1) * tensor.element_size()
 
 
-def _sort_out(targets: Sequence[torch.Tensor | None], numbers: list[int], found: Overlaps) -> None:
-    """Of tensors whose spans overlap, one with the next."""
+def _sort_out(targets: Sequence[torch.Tensor | None], numbers: list[int], overlaps: Overlaps) -> None:
+    """Sort out tensors whose spans overlap, one with the next."""
     if len(numbers) < 2:
         return
     latest: dict[tuple[object, ...], int] = {}
@@ -91,22 +92,22 @@ def _sort_out(targets: Sequence[torch.Tensor | None], numbers: list[int], found:
         assert tensor is not None
         memory = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.element_size()
         if memory in latest:
-            found.hidden.add(latest[memory])
+            overlaps.hidden.add(latest[memory])
         latest[memory] = number
     left = [tensor for number in latest.values() if (tensor := targets[number]) is not None]
-    if len(left) > 1 and not _are_apart(left):
-        found.shared.update(latest.values())
+    if len(left) > 1 and not _are_disjoint(left):
+        overlaps.shared.update(latest.values())
 
 
-def _are_apart(tensors: list[torch.Tensor]) -> bool:
-    """Whether no two share an element, as far as that can be told: they are boxes of one tensor, say its columns."""
+def _are_disjoint(tensors: list[torch.Tensor]) -> bool:
+    """Whether it is certain that no two share an element: they are chunks of one tensor, say its columns."""
     strides, itemsize = tensors[0].stride(), tensors[0].element_size()
     if any(tensor.stride() != strides or tensor.element_size() != itemsize for tensor in tensors):
         return False
     base = min(tensor.data_ptr() for tensor in tensors)
     extents = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     dims = sorted(range(len(strides)), key=lambda dim: (strides[dim], extents[dim]), reverse=True)
-    found = []
+    chunks = []
     for tensor in tensors:
         rest, odd = divmod(tensor.data_ptr() - base, itemsize)
         if odd:
@@ -119,8 +120,8 @@ def _are_apart(tensors: list[torch.Tensor]) -> bool:
         reach = rest
         for dim, offset, size in reversed(list(zip(dims, offsets, sizes, strict=True))):
             if reach >= max(strides[dim], 1):
-                return False  # it goes on in the next row of what would be the one tensor
+                return False  # it continues in the next row of what would be the one tensor
             reach += (offset + size - 1) * strides[dim]
-        # What is left of the address tells apart, say, the even columns and the odd ones.
-        found.append(Box((*offsets, rest), (*sizes, 1)))
-    return are_apart(found)
+        # The rest of the address separates, say, the even columns from the odd ones.
+        chunks.append(TensorChunk((*offsets, rest), (*sizes, 1)))
+    return are_disjoint(chunks)

@@ -10,9 +10,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from azure_torch_ckpt.blobs.transfer import GAP, Check, Read
-from azure_torch_ckpt.dcp.tensors.reads import region_reads
-from azure_torch_ckpt.dcp.tensors.regions import Band, bands, row_major
+from azure_torch_ckpt.blobs.download import GAP, Check, Read
+from azure_torch_ckpt.dcp.tensors.regions import RegionRange, region_ranges, region_reads, row_major
 
 MIB = 1 << 20
 
@@ -40,38 +39,38 @@ def inside(offsets: list[int], sizes: list[int]) -> tuple[slice, ...]:
 @example(([4, 6], [0, 1], [4, 2]), 1, 100, 60, False)  # columns close together
 @example(([4, 6], [0, 1], [4, 2]), 1, 100, 0, False)  # columns far apart
 @example(([4, 6], [1, 0], [2, 6]), 8, 20, 0, True)  # rows above the limit
-def test_bands_are_the_region_and_obey_the_limits(
+def test_ranges_are_the_region_and_obey_the_limits(
     where: tuple[list[int], list[int], list[int]], itemsize: int, limit: int, gap: int, split_dense: bool
 ) -> None:
     chunk, offsets, sizes = where
     first_byte = torch.arange(math.prod(chunk)).reshape(chunk) * itemsize
     wanted = first_byte[inside(offsets, sizes)]
     covered = torch.zeros(sizes, dtype=torch.int64)
-    for band in bands(chunk, offsets, sizes, itemsize, limit=limit, gap=gap, split_dense=split_dense):
-        part = inside(list(band.start), list(band.sizes))
+    for one in region_ranges(chunk, offsets, sizes, itemsize, limit=limit, gap=gap, split_dense=split_dense):
+        part = inside(list(one.start), list(one.sizes))
         covered[part] += 1
         starts = sorted(wanted[part].flatten().tolist())
         # The smallest range that encloses the part.
-        assert (band.offset, band.offset + band.length) == (starts[0], starts[-1] + itemsize)
-        assert band.dense is (band.length == len(starts) * itemsize)
+        assert (one.offset, one.offset + one.length) == (starts[0], starts[-1] + itemsize)
+        assert one.dense is (one.length == len(starts) * itemsize)
         unwanted = [after - before - itemsize for before, after in pairwise(starts)]
         assert max(unwanted, default=0) <= gap
-        assert band.length <= max(limit, itemsize) or (band.dense and not split_dense)
+        assert one.length <= max(limit, itemsize) or (one.dense and not split_dense)
         # What a reader does with the bytes: a view of them with these strides is the part.
-        strides = row_major(band.sizes if band.dense else chunk)
-        received = torch.arange(band.offset, band.offset + band.length, itemsize)
-        assert torch.equal(received.as_strided(band.sizes, strides), wanted[part])
+        strides = row_major(one.sizes if one.dense else chunk)
+        received = torch.arange(one.offset, one.offset + one.length, itemsize)
+        assert torch.equal(received.as_strided(one.sizes, strides), wanted[part])
     assert bool((covered == 1).all())
 
 
-def cut(chunk: list[int], offsets: list[int], sizes: list[int], **limits: int | bool) -> list[Band]:
+def cut(chunk: list[int], offsets: list[int], sizes: list[int], **limits: int | bool) -> list[RegionRange]:
     options = {"limit": 32 * MIB, "gap": GAP, "split_dense": False} | limits
-    return list(bands(chunk, offsets, sizes, 4, **options))  # type: ignore[arg-type]
+    return list(region_ranges(chunk, offsets, sizes, 4, **options))  # type: ignore[arg-type]
 
 
-def test_whole_rows_are_one_band_of_any_length() -> None:
-    (band,) = cut([1 << 20, 64], [1 << 17, 0], [1 << 19, 64])
-    assert band == Band((0, 0), (1 << 19, 64), 32 * MIB, 128 * MIB, True)
+def test_whole_rows_are_one_range_of_any_length() -> None:
+    (one,) = cut([1 << 20, 64], [1 << 17, 0], [1 << 19, 64])
+    assert one == RegionRange((0, 0), (1 << 19, 64), 32 * MIB, 128 * MIB, True)
 
 
 def test_whole_rows_are_cut_at_the_limit_where_they_go_through_a_buffer() -> None:
@@ -80,21 +79,21 @@ def test_whole_rows_are_cut_at_the_limit_where_they_go_through_a_buffer() -> Non
     assert all(part.dense for part in parts)
 
 
-def test_far_columns_are_one_band_per_row_without_a_byte_too_much() -> None:
+def test_far_columns_are_one_range_per_row_without_a_byte_too_much() -> None:
     parts = cut([16, 1 << 20], [0, 1 << 17], [16, 1 << 17])
     assert len(parts) == 16
     assert {part.length for part in parts} == {MIB // 2}
 
 
-def test_close_columns_share_bands_up_to_the_limit() -> None:
+def test_close_columns_share_ranges_up_to_the_limit() -> None:
     parts = cut([4096, 4096], [0, 512], [4096, 512])
     assert sum(part.sizes[0] for part in parts) == 4096
     assert len(parts) <= 3 and all(part.length <= 32 * MIB for part in parts)
 
 
 def test_planes_of_one_element_are_no_dimension() -> None:
-    (band,) = cut([5, 1, 7, 1], [2, 0, 3, 0], [1, 1, 4, 1])
-    assert band == Band((0, 0, 0, 0), (1, 1, 4, 1), (2 * 7 + 3) * 4, 16, True)
+    (one,) = cut([5, 1, 7, 1], [2, 0, 3, 0], [1, 1, 4, 1])
+    assert one == RegionRange((0, 0, 0, 0), (1, 1, 4, 1), (2 * 7 + 3) * 4, 16, True)
 
 
 @given(st.lists(st.integers(1, 9), max_size=5))

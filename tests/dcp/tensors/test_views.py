@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azure_torch_ckpt.dcp.tensors.memory import address_of
-from azure_torch_ckpt.dcp.tensors.views import pieces
+from azure_torch_ckpt.dcp.tensors.views import tensor_views
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.complex128]
 
@@ -36,14 +36,14 @@ def views_of_something(draw: st.DrawFn) -> torch.Tensor:
 
 
 @given(views_of_something(), st.integers(1, 200))
-def test_pieces_are_the_row_major_bytes(tensor: torch.Tensor, limit: int) -> None:
-    made = list(pieces(tensor, limit))
+def test_views_are_the_row_major_bytes(tensor: torch.Tensor, limit: int) -> None:
+    made = list(tensor_views(tensor, limit))
     assert b"".join(made) == row_major_bytes(tensor)
-    assert all(piece.readonly and piece.ndim == 1 and piece.format == "B" for piece in made)
+    assert all(view.readonly and view.ndim == 1 and view.format == "B" for view in made)
     storage = tensor.untyped_storage()
     own = range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
-    copies = [piece for piece in made if address_of(piece) not in own]
-    assert max((piece.nbytes for piece in copies), default=0) <= max(limit, tensor.element_size())
+    copies = [view for view in made if address_of(view) not in own]
+    assert max((view.nbytes for view in copies), default=0) <= max(limit, tensor.element_size())
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,18 @@ def test_pieces_are_the_row_major_bytes(tensor: torch.Tensor, limit: int) -> Non
     [torch.arange(12.0), torch.arange(12.0).reshape(3, 4)[1:], torch.tensor(3), torch.ones(5, 1).expand(5, 1)[2]],
     ids=["whole", "rows", "scalar", "element"],
 )
-def test_contiguous_memory_is_one_piece_in_place(tensor: torch.Tensor) -> None:
-    (piece,) = pieces(tensor, 4)
-    assert address_of(piece) == tensor.data_ptr()
-    assert piece.nbytes == tensor.nbytes
+def test_contiguous_memory_is_one_view_in_place(tensor: torch.Tensor) -> None:
+    (view,) = tensor_views(tensor, 4)
+    assert address_of(view) == tensor.data_ptr()
+    assert view.nbytes == tensor.nbytes
 
 
 def test_copies_are_made_only_when_asked_for() -> None:
     tensor = torch.zeros(8, 8, dtype=torch.uint8).t()
-    made = pieces(tensor, 16)
+    made = tensor_views(tensor, 16)
     assert bytes(next(made)) == bytes(16)
     tensor.fill_(7)
-    assert [bytes(piece) for piece in made] == [bytes([7]) * 16] * 3
+    assert [bytes(view) for view in made] == [bytes([7]) * 16] * 3
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_copies_are_made_only_when_asked_for() -> None:
     ],
     ids=["transposed", "expanded", "every other column", "planes"],
 )
-def test_pieces_are_as_large_as_the_limit_allows(tensor: torch.Tensor, count: int) -> None:
-    assert [piece.nbytes for piece in pieces(tensor, 1 << 16)] == [1 << 16] * count
+def test_views_are_as_large_as_the_limit_allows(tensor: torch.Tensor, count: int) -> None:
+    assert [view.nbytes for view in tensor_views(tensor, 1 << 16)] == [1 << 16] * count

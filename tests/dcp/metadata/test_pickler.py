@@ -1,0 +1,155 @@
+"""What torch 2.15 adds to the properties of a tensor, its strides, is written so that every torch reads it.
+
+An older torch is given what 2.15 has: the field, and a state of six.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
+from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.dcp.metadata.pickler import pickle_metadata
+from azure_torch_ckpt.dcp.metadata.schema import load_metadata
+from azure_torch_ckpt.emulator import Azurite
+from tests.dcp.metadata.pickles import WHERE, assert_fast_path_changes_nothing, states_set_one_by_one
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+KEY = Azurite.account_key
+HAS_STRIDES = hasattr(TensorProperties, "strides")
+
+
+@pytest.fixture
+def newest(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torch 2.15 as far as it pickles; undo it to read with the torch that is installed."""
+    if HAS_STRIDES:
+        return monkeypatch
+    five: Any = TensorProperties.__getstate__
+    create: Any = TensorProperties.create_from_tensor
+
+    def of_tensor(tensor: torch.Tensor) -> Any:
+        properties = create(tensor)
+        properties.strides = tensor.stride()
+        return properties
+
+    monkeypatch.setattr(TensorProperties, "strides", None, raising=False)
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*five(self), self.strides))
+    monkeypatch.setattr(TensorProperties, "create_from_tensor", staticmethod(of_tensor))
+    return monkeypatch
+
+
+def states_of_properties(data: bytes) -> list[int]:
+    """The lengths of the states of all TensorProperties in a pickle."""
+    found: list[int] = []
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if name == "TensorProperties":
+                return type(name, (), {"__setstate__": lambda self, state: found.append(len(state))})
+            return super().find_class(module, name)
+
+    Unpickler(io.BytesIO(data)).load()
+    return found
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "matrix": torch.arange(6.0).reshape(2, 3),
+        "scalar": torch.tensor(1.0),
+        "empty": torch.empty(0, 3).t(),
+        "ones": torch.ones(1, 4, 1).transpose(0, 2),
+        "transposed": torch.arange(6.0).reshape(2, 3).t(),
+        "channels last": torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last),
+        "part of rows": torch.arange(12.0).reshape(3, 4)[:, :2],
+    }
+
+
+def metadata_of(strides: list[tuple[int, ...] | None], sizes: list[tuple[int, ...]]) -> Metadata:
+    metadata = Metadata({}, {}, {})
+    for number, (stride, size) in enumerate(zip(strides, sizes, strict=True)):
+        properties: Any = TensorProperties(dtype=torch.float32)
+        properties.strides = stride
+        chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), torch.Size(size))
+        metadata.state_dict_metadata[f"{number}"] = TensorStorageMetadata(properties, torch.Size(size), [chunk])
+    return metadata
+
+
+def test_torch_of_any_version_reads_what_newest_torch_saves(newest: pytest.MonkeyPatch, container: str) -> None:
+    plain = {key: tensors()[key] for key in ("matrix", "scalar", "empty", "ones")}
+    dcp.save(plain, storage_writer=AzureBlobWriter(f"{container}/run", credential=KEY))
+    data, _ = BlobStore(BlobLocation.parse(container), Access(KEY)).read("run/.metadata", limit=1 << 20)
+    assert states_of_properties(data) == [5] * 4
+    newest.undo()
+    assert pickle.loads(data).state_dict_metadata.keys() == plain.keys()  # as torch's own readers do
+    assert_fast_path_changes_nothing(data)
+    loaded = {key: torch.zeros(value.shape) for key, value in plain.items()}
+    dcp.load(loaded, storage_reader=AzureBlobReader(f"{container}/run", credential=KEY))
+    assert all(torch.equal(loaded[key], plain[key]) for key in plain)
+
+
+def test_strides_that_do_not_follow_from_the_size_are_kept(newest: pytest.MonkeyPatch, container: str) -> None:
+    dcp.save(tensors(), storage_writer=AzureBlobWriter(f"{container}/run", credential=KEY))
+    data, _ = BlobStore(BlobLocation.parse(container), Access(KEY)).read("run/.metadata", limit=1 << 20)
+    assert states_of_properties(data) == [5, 5, 5, 5, 6, 6, 6]
+    newest.undo()
+    loaded = {key: torch.zeros(value.shape) for key, value in tensors().items()}
+    dcp.load(loaded, storage_reader=AzureBlobReader(f"{container}/run", credential=KEY))
+    assert all(torch.equal(loaded[key], value) for key, value in tensors().items())
+
+
+def test_a_shard_s_own_strides_follow_from_the_shard_and_plans_are_written_alike(newest: pytest.MonkeyPatch) -> None:
+    metadata: Any = metadata_of([(2, 1)], [(4, 8)])
+    entry = metadata.state_dict_metadata["0"]
+    entry.chunks = [ChunkStorageMetadata(torch.Size([0, start]), torch.Size([4, 2])) for start in (0, 2, 4, 6)]
+    odd: Any = TensorProperties()
+    odd.strides = (1, 4)
+    planned = [
+        WriteItem(MetadataIndex("0"), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, entry.size))
+        for chunk, properties in zip(entry.chunks, [entry.properties, metadata_of([None], [(1,)]), odd], strict=False)
+        if isinstance(properties, TensorProperties)
+    ]
+    metadata.all_local_plans = [SavePlan(planned)]
+    assert states_of_properties(pickle_metadata(metadata)) == [5, 6]
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("kind", ["each its own", "shared", "none", "none and some"])
+def test_the_fast_path_takes_six_fields(newest: pytest.MonkeyPatch, protocol: int, kind: str) -> None:
+    sizes: list[tuple[int, ...]] = [
+        [(), (3,), (70_000, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 2**33)][n % 6] for n in range(600)
+    ]
+    shared = (5, 1)
+    strides: list[tuple[int, ...] | None] = [
+        {
+            "each its own": tuple(range(len(size), 0, -1)),
+            "shared": shared,
+            "none": None,
+            "none and some": None if number % 2 else (number, 1),
+        }[kind]
+        for number, size in enumerate(sizes)
+    ]
+    metadata = metadata_of(strides, sizes)
+    data = pickle.dumps(metadata, protocol)
+    assert set(states_of_properties(data)) == {6}
+    if not HAS_STRIDES:
+        newest.undo()
+    assert_fast_path_changes_nothing(data)
+    assert states_set_one_by_one(data) < 0.05 * 3 * 600
+    read = load_metadata(data, WHERE)
+    assert [entry.size for entry in read.state_dict_metadata.values()] == [torch.Size(size) for size in sizes]  # type: ignore[union-attr]
