@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from azure_torch_ckpt.objects.snapshot import Snapshot
 
 from azure_torch_ckpt import CheckpointError, CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.objects import Packed
 from azure_torch_ckpt.objects.background_saves import BackgroundSaves, Snapshot
 from tests.support import trainers
+from tests.support.containers import blob_names, live_blobs
 from tests.support.faults import Answer, Exchange, Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.trainers import KEY, Namespace
