@@ -33,7 +33,6 @@ from tests.support.sharded import assert_same
 if TYPE_CHECKING:
     from tests.support.ranks import RankGroup
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
