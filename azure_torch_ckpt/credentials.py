@@ -35,7 +35,7 @@ Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCre
 SdkCredential: TypeAlias = "SharedTokens | AzureSasCredential | AzureNamedKeyCredential | None"
 """What the clients of ``azure.storage.blob`` take; there, None is anonymous access."""
 
-# The same for everybody, hence no secret: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite
+# The same for every user, so it is not secret: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite
 EMULATOR_ACCOUNT_KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 # https://learn.microsoft.com/azure/storage/common/storage-configure-connection-string
 _EMULATOR_ENDPOINT: Final = f"http://127.0.0.1:10000/{EMULATOR_ACCOUNT}"
@@ -55,7 +55,7 @@ _CONNECTION_STRING: Final = re.compile(
     r"|UseDevelopmentStorage)\s*=",
     re.IGNORECASE,
 )
-# Azure's keys are 64 bytes; an emulator may be given shorter ones. Short words ("None") are base64, too.
+# Azure's keys have 64 bytes; an emulator may have shorter ones. Short words ("None") are base64, too.
 _MIN_KEY_BYTES: Final = 16
 
 
@@ -114,13 +114,13 @@ def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredent
 
 
 def environment_values() -> tuple[str | None, ...]:
-    """The values of the variables that `resolve` reads, for whoever keeps what it returned. They are secret."""
+    """Return the values of the variables that `resolve` reads, for callers that keep its result. They are secret."""
     variables = (_ACCOUNT_VARIABLE, _CONNECTION_STRING_VARIABLE, _KEY_VARIABLE, _SAS_VARIABLE)
     return tuple(os.environ.get(name) for name in variables)
 
 
 def environment_note(location: BlobLocation, credential: Credential) -> str:
-    """What an error about a refused credential adds: which variables `resolve` used or ignored; ``""`` for none."""
+    """Return a sentence for an error about a refused credential: the variables that `resolve` used or ignored."""
     if location.sas is not None or credential is not None:
         return ""
     note = ""
@@ -132,10 +132,11 @@ def environment_note(location: BlobLocation, credential: Credential) -> str:
 
 
 def named_endpoint(credential: Credential, account: str) -> str | None:
-    """The service endpoint of `account` in a connection string: the credential, or without one the environment's.
+    """Return the endpoint that a connection string (the credential, or without one the environment's) has for
+    `account`.
 
     Returns:
-        None where there is no connection string, or it names no endpoint, or another account's.
+        None without a connection string, and if it has no endpoint, or another account's.
 
     Raises:
         CredentialError: the connection string is malformed, or its endpoint is.
@@ -147,17 +148,17 @@ def named_endpoint(credential: Credential, account: str) -> str | None:
     if endpoint is None:
         return None
     root = _location_at(endpoint, "container")
-    # For another account, the check of the credential says what is wrong.
+    # For another account, `resolve` says what is wrong.
     return root.endpoint if root.account == account else None
 
 
 @dataclass(frozen=True, slots=True)
 class PickledCredential:
-    """A ``credential=`` argument on its way to another process. What it holds is secret.
+    """A ``credential=`` argument that travels to another process. Its content is secret.
 
-    Keys and SAS travel as their public values. A ``TokenCredential`` is pickled as it is: azure-identity's can be, as
-    long as they were not made with a token cache or a callback that cannot (azure-identity drops its own cache and
-    connections). Tokens never travel.
+    Keys and SAS travel as their public values. A ``TokenCredential`` is pickled itself: those of azure-identity can be,
+    unless they were made with a token cache or a callback that cannot be pickled (azure-identity drops its own cache
+    and connections). Tokens never travel.
     """
 
     payload: bytes = field(repr=False)
@@ -167,7 +168,7 @@ class PickledCredential:
         """Pickle a credential.
 
         Raises:
-            CredentialError: it cannot be pickled; the message says what to pass instead.
+            CredentialError: it cannot be pickled. The message says what to pass instead.
         """
         form: tuple[object, ...]
         if isinstance(credential, AzureNamedKeyCredential):
@@ -186,7 +187,7 @@ class PickledCredential:
             ) from error
 
     def restore(self) -> Credential:
-        """The credential again, in this process."""
+        """Return the credential in this process."""
         kind, *values = pickle.loads(self.payload)
         if kind == "named key":
             return AzureNamedKeyCredential(*values)
@@ -268,8 +269,8 @@ def _from_connection_string(location: BlobLocation, text: str) -> SdkCredential:
     if _is_development(settings):
         if not location.is_emulator:
             raise CredentialError(
-                f"UseDevelopmentStorage=true is the emulator, but {location.endpoint} is not. Pass the connection "
-                "string of this account."
+                f"UseDevelopmentStorage=true is for the emulator, and {location.endpoint} is not the emulator. Pass "
+                "the connection string of this account."
             )
         return AzureNamedKeyCredential(EMULATOR_ACCOUNT, EMULATOR_ACCOUNT_KEY)
     account, endpoint = settings.get("accountname"), settings.get("blobendpoint")
@@ -279,7 +280,7 @@ def _from_connection_string(location: BlobLocation, text: str) -> SdkCredential:
         raise CredentialError("The connection string has neither AccountName nor BlobEndpoint. Copy the whole of it.")
     elif not _is_endpoint_of(location, endpoint):
         raise CredentialError(
-            f"The connection string's BlobEndpoint is another place than {location}. Pass this account's credential."
+            f"The connection string's BlobEndpoint is not that of {location}. Pass this account's credential."
         )
     if account is not None and "accountkey" in settings:
         return AzureNamedKeyCredential(account, _check_key(settings["accountkey"]))
@@ -337,7 +338,7 @@ def _check_account(location: BlobLocation, account: str) -> None:
 
 
 def _check_sas(sas: str) -> str:
-    # http.client repeats a URL that has blanks or control characters in its error, with the secret.
+    # http.client's error repeats a URL that has blanks or control characters, with the secret.
     if not is_sas(sas.removeprefix("?")):
         raise CredentialError(
             "Not a shared access signature: one looks like sv=...&sig=... and consists of printable ASCII only."
@@ -351,6 +352,6 @@ def _check_key(key: str) -> str:
     except (binascii.Error, ValueError):
         length = 0
     if length < _MIN_KEY_BYTES:
-        # no cause: it would add nothing, and the value must not get into a message
+        # Without a cause: the value must not get into a message.
         raise CredentialError(f"The credential string is not an account key (base64 of 64 bytes). {_ACCEPTED}.")
     return key

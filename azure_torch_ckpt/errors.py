@@ -1,8 +1,8 @@
 """Every error that this package raises on purpose, in one tree.
 
-Each message says what happened, where (never with a secret) and what to do next. All of them survive pickling with
-their attributes and their cause, because ``torch.distributed.checkpoint`` carries a rank's error to the other ranks
-as a pickle: ``CheckpointException.failures[rank][0]`` is one of these classes on every rank.
+Each message says what happened, where (never with a secret) and what to do next. All errors survive pickling with their
+attributes and their cause, because ``torch.distributed.checkpoint`` sends a rank's error to the other ranks as a
+pickle: ``CheckpointException.failures[rank][0]`` is one of these classes on every rank.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class AzureCheckpointError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         cause = self.__cause__
         if cause is not None and not _may_travel(cause):
-            # What a reader on another rank needs of it is what it said.
+            # On another rank, its type and its message suffice.
             cause = RuntimeError(f"{type(cause).__name__}: {cause}")
         return _rebuild, (type(self), self.args, dict(self.__dict__), cause)
 
 
 def _may_travel(error: BaseException) -> bool:
-    """Whether an error can be pickled and holds no more than it says.
+    """Whether an error can be pickled and holds nothing but its message.
 
-    An SDK error holds its response and, in that one's request, the SAS or the token.
+    An SDK error holds its response, and the response holds its request with the SAS or the token.
     """
     if not isinstance(error, AzureCheckpointError) and type(error).__module__ != "builtins":
         return False
@@ -78,23 +78,23 @@ def _rebuild(
 
 
 class LocationError(AzureCheckpointError, ValueError):
-    """The URL does not name a place in Blob Storage."""
+    """The URL does not name a location in Blob Storage."""
 
 
 class CredentialError(AzureCheckpointError, ValueError):
-    """``credential=`` cannot be used: its type, its form, or where it would be sent (a token over plain HTTP)."""
+    """``credential=`` cannot be used: its type or form is wrong, or a token would be sent over plain HTTP."""
 
 
 class ConfigurationError(AzureCheckpointError, ValueError):
-    """Parts that were put together cannot work together: a callback, a plugin, a strategy, their arguments."""
+    """Components cannot work together: a callback, a plugin, a strategy, their arguments."""
 
 
 class UnknownOptionError(ConfigurationError, TypeError):
-    """An option that is not known here, and that may change what is meant, so it is not ignored."""
+    """An unknown option. It may change the meaning of the call, so it is not ignored."""
 
 
 class CredentialTypeError(CredentialError, TypeError):
-    """What was given as ``credential=`` is none of the things that it may be."""
+    """The argument ``credential=`` has an unsupported type."""
 
 
 class EmulatorError(AzureCheckpointError, RuntimeError):
@@ -106,21 +106,21 @@ class LocalFileError(AzureCheckpointError, OSError):
 
 
 class TarShardError(AzureCheckpointError, tarfile.ReadError):
-    """A tar file of a dataset is damaged or not complete, or holds what cannot be made a sample."""
+    """A tar file of a dataset is damaged or incomplete, or has a member that cannot become a sample."""
 
 
 class MissingDependencyError(AzureCheckpointError, ImportError):
-    """A package that only this feature needs is not installed."""
+    """A package that this feature needs is not installed."""
 
 
 class StoreError(AzureCheckpointError):
     """A request to Blob Storage failed.
 
     Attributes:
-        status: HTTP status, or None where no response came.
+        status: HTTP status; None without a response.
         error_code: the service's ``x-ms-error-code``, or None.
-        may_be_done: whether the request may have been carried out all the same: no answer came to one of its attempts,
-            or one that leaves it open. False only where it certainly was not.
+        may_be_done: whether the request may have been carried out nevertheless, because an attempt had no answer, or
+            one that leaves it open. False only if it certainly was not carried out.
     """
 
     status: int | None = None
@@ -129,7 +129,7 @@ class StoreError(AzureCheckpointError):
 
 
 class BlobNotFoundError(StoreError, FileNotFoundError):
-    """There is no blob of this name."""
+    """The blob does not exist."""
 
 
 class ContainerNotFoundError(StoreError, FileNotFoundError):
@@ -141,19 +141,20 @@ class AccessDeniedError(StoreError, PermissionError):
 
 
 class BlobChangedError(StoreError):
-    """A conditional request found the blob in another state: it exists already, or its ETag is another one."""
+    """A conditional request found the blob in another state: it exists already, or it has another ETag."""
 
 
 class BlobExistsError(BlobChangedError, FileExistsError):
-    """There is a blob of this name already, and the caller wants a new one."""
+    """The blob exists already, and the caller wants to make a new one."""
 
 
 class RequestRefusedError(StoreError):
-    """The service refused the request, and a retry would not heal it."""
+    """The service refused the request, and a retry would not help."""
 
 
 class ServiceUnavailableError(StoreError, ConnectionError):
-    """No good answer within the time for retries: dead endpoint, broken connections, TLS failure, busy service."""
+    """No successful answer within the time for retries: dead endpoint, broken connections, TLS failure, busy
+    service."""
 
 
 class CheckpointError(AzureCheckpointError):
@@ -161,21 +162,21 @@ class CheckpointError(AzureCheckpointError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No complete checkpoint lies at the URL."""
+    """The URL has no complete checkpoint."""
 
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
-    """A checkpoint lies at the URL already and the writer was told not to replace it."""
+    """The URL has a checkpoint already, and the writer may not replace it."""
 
 
 class CommitConflictError(CheckpointError):
-    """Another save committed at this URL since this one began. That one's checkpoint stands."""
+    """Another save committed at this URL since this one began. The other save's checkpoint is at the URL."""
 
 
 class CommitUnknownError(CheckpointError, ServiceUnavailableError):
     """A commit or a removal was sent, and whether it was carried out is unknown. Nothing was deleted after it.
 
-    At the URL is what was there before or what was to be there, whole either way.
+    The old state or the new one is at the URL, complete in either case.
     """
 
 
@@ -184,7 +185,7 @@ class IncompleteSaveError(CheckpointError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """The stored bytes are not the ones that the metadata describes (missing, short, or another checksum)."""
+    """The stored bytes differ from the metadata's description: missing, too short, or with another checksum."""
 
 
 class CheckpointReplacedError(CheckpointError):
@@ -192,7 +193,7 @@ class CheckpointReplacedError(CheckpointError):
 
 
 class UnsafeMetadataError(CheckpointError):
-    """``.metadata`` names something that a checkpoint's metadata has no business with."""
+    """``.metadata`` names something that does not belong in a checkpoint's metadata."""
 
 
 class UnsupportedCheckpointError(CheckpointError):

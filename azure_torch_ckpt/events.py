@@ -1,15 +1,15 @@
-"""What a save, a load or a copy came to, for whoever wants to know: metrics, traces, a logger of the framework.
+"""`TransferEvent`: the result of a save, a load or a copy, for metrics, traces or a framework's logger.
 
-    def note(event: TransferEvent) -> None:
+    def send_metrics(event: TransferEvent) -> None:
         statsd.timing(f"checkpoint.{event.operation}.seconds", event.seconds)
 
-    add_listener(note)
+    add_listener(send_metrics)
 
-A save or a load is an event on every rank, whether it succeeded or not. What ends by an error of the planner before
-there is a plan (a missing key), or by one of another rank, is told when the same thread begins its next save or load,
-or when the process ends: torch lets nobody know earlier. Its error is then a `CheckpointError` that says so.
+Every save and load is an event on every rank, whether it succeeded or not. If the planner raises before there is a plan
+(a missing key), or another rank raises, torch does not notify this rank: its event comes when the same thread begins
+its next save or load, or when the process ends, with a `CheckpointError` that says so.
 
-Listeners belong to the process. A save in a process of its own (``AsyncCheckpointerType.PROCESS``) ends there.
+Listeners belong to their process. A save in another process (``AsyncCheckpointerType.PROCESS``) is an event there.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TransferEvent:
-    """One save, load or copy has ended, on one rank.
+    """The end of one save, load or copy on one rank.
 
     Attributes:
-        operation: ``"save"``, ``"load"``, and of the catalog ``"copy"`` and ``"consolidate"``.
-        url: the checkpoint's, without a SAS; what a copy was made of, which may be a local path.
-        rank: of ``torch.distributed`` (the whole job's); 0 without it.
-        items: tensors' shards and objects of this rank; blobs that were copied; tensors and objects in the file.
-        bytes: that this rank has moved: of blocks that arrived, of ranges that were received, of blobs that were
-            copied, of a file. After an error, those that had been moved until then.
-        seconds: since the save or the load began on this rank, with the planning and, on the rank that commits, with
-            the wait for the other ranks and the commit.
-        requests: to the service, retries included.
-        retries: requests that were sent again because they failed.
-        checkpoint_bytes: of all ranks' items; only on the rank that committed the checkpoint, else None.
-        error: what ended it; None if it succeeded.
-        started: with time zone (UTC).
-        finished: with time zone (UTC).
-        target: where a copy went: a URL without a SAS, or a local path. None for saves and loads.
+        operation: ``"save"`` or ``"load"``; of the catalog ``"copy"`` or ``"consolidate"``.
+        url: URL of the checkpoint without a SAS. For a copy the source, which may be a local path.
+        rank: rank in ``torch.distributed`` (in the whole job); 0 without it.
+        items: number of this rank's shards and objects; for a copy, of the blobs copied; for ``"consolidate"``, of the
+            tensors and objects in the file.
+        bytes: bytes that this rank has moved: blocks stored, ranges received, blobs copied, or bytes of the file. After
+            an error, the bytes moved until then.
+        seconds: time since the save or load began on this rank, including the planning. On the rank that commits, also
+            including the wait for the other ranks and the commit.
+        requests: number of requests to the service, including retries.
+        retries: number of requests that were sent again after a failure.
+        checkpoint_bytes: bytes of all ranks' items, on the rank that committed the checkpoint; else None.
+        error: the error that ended the operation; None if it succeeded.
+        started: start time (UTC).
+        finished: end time (UTC).
+        target: destination of a copy: a URL without a SAS, or a local path. None for saves and loads.
     """
 
     operation: str
@@ -65,25 +66,25 @@ class TransferEvent:
 
 Listener: TypeAlias = Callable[[TransferEvent], object]
 
-# Replaced as a whole, so that `emit` needs no lock, which a fork might copy while it is held.
+# The tuple is replaced as a whole, so that `emit` needs no lock: a fork could copy a lock while it is held.
 _listeners: tuple[Listener, ...] = ()
 
 
 def add_listener(listener: Listener) -> None:
     """Call `listener` with every event of this process from now on, in the thread that saves, loads or copies.
 
-    What it raises is logged and goes no further: a broken metric must not cost a checkpoint. Keep it quick, for the
-    save, load or copy returns after it.
+    Errors of the listener are logged and not raised: a broken metric must not cost a checkpoint. The listener should
+    return quickly, because the save, load or copy waits for it.
     """
     global _listeners
     _listeners = (*_listeners, listener)
 
 
 def remove_listener(listener: Listener) -> None:
-    """Do not call `listener` any more.
+    """Stop calling `listener`.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: `listener` was not added.
     """
     global _listeners
     kept = list(_listeners)
@@ -93,7 +94,7 @@ def remove_listener(listener: Listener) -> None:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Have `listener` called as long as the block lasts."""
+    """Call `listener` with every event until the block ends."""
     add_listener(listener)
     try:
         yield
@@ -102,13 +103,10 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def emit(event: TransferEvent) -> None:
-    """Hand an event to all listeners."""
+    """Call all listeners with an event."""
     for listener in _listeners:
         try:
             listener(event)
         except Exception:
-            _log.exception("a listener failed on the %s of %s; the %s is not affected", *_named(event))
-
-
-def _named(event: TransferEvent) -> tuple[str, str, str]:
-    return event.operation, event.url, event.operation
+            operation = event.operation
+            _log.exception("a listener failed on the %s of %s; the %s is not affected", operation, event.url, operation)

@@ -1,4 +1,4 @@
-"""A blob as a binary file: `BlobIO`, for ``torch.save``, ``torch.load`` and all else that takes a file object."""
+"""`BlobIO`: a blob as a binary file, for ``torch.save``, ``torch.load`` and every other user of a file object."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer, Self
 
-    # What libraries declare for a file is IO[bytes], which no base class of the io module is.
+    # Libraries declare files as IO[bytes], which the base classes of the io module are not.
     class _BinaryFile(io.BufferedIOBase, BinaryIO):
         pass
 
@@ -38,13 +38,14 @@ __all__ = ["BlobIO"]
 _Mode = Literal["rb", "wb", "xb"]
 _PEEK = 64 * 1024
 _NO_FILE = (
-    "A blob is no file on this machine, so it has no file descriptor and cannot be mapped into memory. Leave mmap=True "
-    "away: torch.load(BlobIO(url, 'rb')) reads every tensor straight into its own memory. To map it all the same, "
+    "A blob is not a file on this machine, so it has no file descriptor and cannot be mapped into memory. Omit "
+    "mmap=True: torch.load(BlobIO(url, 'rb')) reads every tensor directly into its own memory. To map it nevertheless, "
     "copy it first: `with open(path, 'wb') as file: shutil.copyfileobj(blob, file, 2**25)`, and load that path"
 )
-# What torch.load says when it wants to map a file and gets an object: "f must be a file path in order to use the mmap
-# argument". It looks at nothing else of the object, so this is the place to say more.
-_WANTS_MAPPING = "mmap argument"
+# torch.load(mmap=True) refuses every file object with a plain ValueError, "f must be a file path in order to use the
+# mmap argument", before it uses the object in any way. So its words are the only sign of it; tests/io/test_formats.py
+# fails when they change.
+_WORDS_OF_TORCH = "mmap argument"
 
 
 class BlobIO(_BinaryFile):
@@ -55,27 +56,26 @@ class BlobIO(_BinaryFile):
         with BlobIO("https://account.blob.core.windows.net/models/weights.pt", "rb") as file:
             model.load_state_dict(torch.load(file))
 
-    **Reading** asks for nothing before the first read. From then on, one state of the blob is read: every request
+    **Reading** sends no request before the first read. From then on, one state of the blob is read: every request
     carries the ETag of the first answer, and a blob that is replaced meanwhile is an error, never a mixture. Small
-    reads are served from ranges that are fetched ahead, 64 MiB of them at most; large ones arrive in the caller's
-    memory.
+    reads use ranges that are fetched ahead, at most 64 MiB of them; large ones go directly to the caller's memory.
 
     **Writing** sends blocks in parallel. The blob appears, or is replaced, when `close` returns, and not before. An
-    exception inside ``with`` leaves what was there untouched, and so do `abort` and an object that is lost without
-    `close` (a `ResourceWarning` tells). A `write` of 64 MiB or more is sent from the caller's memory without a copy,
-    and returns when it is sent. Smaller ones are copied, and at most ``options.memory_budget`` bytes of them are held.
+    existing blob stays untouched after an exception inside ``with``, after `abort`, and if the object is lost without
+    `close` (with a `ResourceWarning`). A `write` of 64 MiB or more is sent from the caller's memory without a copy, and
+    returns when it is sent. Smaller ones are copied, and at most ``options.memory_budget`` bytes of them are held.
 
-    Not for several threads at once. A reader can go on in a forked child; nothing here can be pickled.
+    Not for several threads at once. A reader can be used in a forked child; a BlobIO cannot be pickled.
 
     Args:
-        blob_url: the blob; a SAS, ``snapshot=`` and ``versionid=`` in the URL are respected, and so is each slash of
-            the blob's name. A name that ends with one can be read, not written.
+        blob_url: the blob. A SAS, ``snapshot=``, ``versionid=`` and each slash of the blob's name are respected. A name
+            that ends with a slash can be read, not written.
         mode: ``"rb"``, ``"wb"`` or ``"xb"`` (make the blob; it is an error if it exists).
         credential: see `azure_torch_ckpt.credentials.resolve`; a SAS in the URL wins.
         if_etag: read, or replace, only the blob with this ETag.
-        content_type, metadata, tags: what a written blob carries; see `BlobSettings`.
-        options: limits. ``options.block_size`` is that of the first blocks.
-        ca_file: PEM file with further certificates to trust.
+        content_type, metadata, tags: of a written blob; see `BlobSettings`.
+        options: limits. ``options.block_size`` is the size of the first blocks.
+        ca_file: PEM file with certificates to trust besides the platform's.
 
     Raises:
         ValueError: another mode, an argument that is not for this mode, or settings that the service would refuse.
@@ -85,7 +85,7 @@ class BlobIO(_BinaryFile):
             `FileNotFoundError`, `AccessDeniedError` a `PermissionError`. After a failed write nothing is committed.
     """
 
-    # A finaliser runs, too, when `__init__` has failed.
+    # The finaliser also runs if `__init__` has failed.
     _closed = True
 
     def __init__(
@@ -108,8 +108,8 @@ class BlobIO(_BinaryFile):
             raise LocationError(f"{location} is a container. Append the name of a blob")
         if mode != "rb" and location.path.endswith("/"):
             raise LocationError(
-                f"{location} ends with a slash, as the blobs do by which many tools mark folders, so nobody would find "
-                "data there. Append the name of a blob, or leave the slash away"
+                f"{location} ends with a slash. Many tools take such a blob for the mark of a folder and do not show "
+                "its data. Append the name of a blob, or omit the slash"
             )
         settings = BlobSettings(content_type, metadata, tags)
         store = _shared_store(location.container_root(), Access(credential, options, ca_file))
@@ -156,7 +156,8 @@ class BlobIO(_BinaryFile):
 
     @property
     def etag(self) -> str | None:
-        """The blob's ETag: of what is read (a HEAD request if nothing was read yet), or, once closed, was written."""
+        """The ETag of the blob that is read (by a HEAD request if nothing was read yet), or was written, once
+        closed."""
         if self._reader is not None and self._etag is None:
             self._etag = self._reader.info().etag
         return self._etag
@@ -180,22 +181,22 @@ class BlobIO(_BinaryFile):
         return self._position
 
     def fileno(self) -> NoReturn:
-        """Raises `io.UnsupportedOperation`: there is no file descriptor."""
+        """Raise `io.UnsupportedOperation`: a blob has no file descriptor."""
         raise io.UnsupportedOperation(_NO_FILE)
 
     def flush(self) -> None:
-        """Wait until everything that was written has arrived at the service; in mode ``"rb"``, do nothing.
+        """Wait until all written data has arrived at the service; in mode ``"rb"``, do nothing.
 
-        It shows whether the service takes the data, and nothing else: the blob appears with `close`. What does not fill
-        a block makes a small one, which the first 4,000 flushes may do, since a blob has 50,000 blocks at most. Later
-        ones keep it in memory until there is more.
+        It only shows whether the service accepts the data: the blob appears with `close`. A flush sends an unfinished
+        block as a small one. A blob has 50,000 blocks at most, so after 4,000 flushes an unfinished block stays in
+        memory until it is full.
         """
         self._check_open()
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """End reading, or commit what was written. A second call does nothing."""
+        """End reading, or commit the written data. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -205,7 +206,7 @@ class BlobIO(_BinaryFile):
             self._reader.drop()
 
     def abort(self) -> None:
-        """Close without committing: what was written is dropped, and a blob that was there stays as it was."""
+        """Close without committing: drop the written data, and leave an existing blob unchanged."""
         if self._closed:
             return
         self._closed = True
@@ -225,7 +226,7 @@ class BlobIO(_BinaryFile):
             self.close()
             return
         self.abort()
-        if isinstance(error, ValueError) and _WANTS_MAPPING in str(error):
+        if isinstance(error, ValueError) and _WORDS_OF_TORCH in str(error):
             raise io.UnsupportedOperation(_NO_FILE) from error
 
     def __del__(self) -> None:
@@ -241,7 +242,7 @@ class BlobIO(_BinaryFile):
     # Reading
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most `size` bytes, fewer only at the end; everything that is left for -1 or None."""
+        """Return `size` bytes, fewer only at the end; for -1 or None, all bytes up to the end."""
         reader = self._for_reading("read")
         length = None if size is None else operator.index(size)
         if length is not None and length < -1:
@@ -258,7 +259,7 @@ class BlobIO(_BinaryFile):
             if ready.nbytes >= length:
                 self._position += length
                 return bytes(ready[:length])
-        # Of all that the standard library has, only this gives bytes that were written in place.
+        # In the standard library, only this makes bytes that are written in place.
         memory = io.BytesIO()
         memory.seek(length - 1)
         memory.write(b"\0")
@@ -270,7 +271,7 @@ class BlobIO(_BinaryFile):
         return self.read()
 
     def read1(self, size: int | None = -1, /) -> bytes:
-        """At most `size` bytes with at most one fetch."""
+        """Return at most `size` bytes, with at most one fetch."""
         reader = self._for_reading("read")
         ready = reader.at(self._position) if size != 0 else memoryview(b"")
         if size is not None and size >= 0:
@@ -279,7 +280,7 @@ class BlobIO(_BinaryFile):
         return bytes(ready)
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Fill a writable buffer, and return the number of bytes: its size, or fewer at the end of the blob."""
+        """Fill a writable buffer, and return the number of bytes: its size, fewer only at the end of the blob."""
         reader = self._for_reading("read")
         view = _bytes_of(buffer)
         if view.readonly and view.nbytes:
@@ -289,28 +290,28 @@ class BlobIO(_BinaryFile):
         return count
 
     def peek(self, size: int = 0, /) -> bytes:
-        """Bytes that the next read will give, without moving: at least one before the end, however many `size` asks."""
+        """Return bytes of the next read without moving: at least one before the end, whatever `size` is."""
         return bytes(self._for_reading("peek").at(self._position)[: max(size, _PEEK)])
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """The rest of the line with its ``b"\\n"``; at most `size` bytes, if that is not negative."""
+        """Return the rest of the line with its ``b"\\n"``; at most `size` bytes, if that is not negative."""
         reader = self._for_reading("read")
         limit = -1 if size is None else operator.index(size)
-        pieces: list[bytes] = []
+        parts: list[bytes] = []
         while limit != 0:
             ready = reader.at(self._position)
-            piece = _line_in(ready if limit < 0 else ready[:limit])
-            if not piece:
+            part = _line_in(ready if limit < 0 else ready[:limit])
+            if not part:
                 break
-            pieces.append(piece)
-            self._position += len(piece)
-            limit = max(limit - len(piece), 0) if limit > 0 else limit
-            if piece.endswith(b"\n"):
+            parts.append(part)
+            self._position += len(part)
+            limit = max(limit - len(part), 0) if limit > 0 else limit
+            if part.endswith(b"\n"):
                 break
-        return b"".join(pieces)
+        return b"".join(parts)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move, also beyond the end, and return the new position. Asks for nothing, except the size for `SEEK_END`."""
+        """Move, also beyond the end, and return the new position. Only `SEEK_END` may send a request, for the size."""
         reader = self._for_reading("seek")
         offset, whence = operator.index(offset), operator.index(whence)
         if whence == os.SEEK_CUR:
@@ -327,10 +328,10 @@ class BlobIO(_BinaryFile):
     # Writing
 
     def write(self, data: Buffer, /) -> int:
-        """Append any contiguous buffer; return its size in bytes. An error of an earlier write may come only here.
+        """Append any contiguous buffer; return its size in bytes. It may raise the error of an earlier write.
 
         Raises:
-            TypeError: no buffer (a str), or one that is not contiguous.
+            TypeError: not a buffer (a str), or not contiguous.
         """
         if self._writer is None:
             raise io.UnsupportedOperation("write")
@@ -357,7 +358,7 @@ def _bytes_of(buffer: Buffer) -> memoryview:
 
 
 def _line_in(view: memoryview) -> bytes:
-    """What lies before and at the first line end, or everything. Copies no more than it has to look at."""
+    """Return the bytes up to and with the first line end, or all. Copies only the bytes that it searches."""
     step = 8 * 1024
     pieces = []
     for start in range(0, view.nbytes, step):
@@ -375,7 +376,7 @@ def _refuse_existing(store: BlobStore, location: BlobLocation) -> None:
         store.stat(location.path)
     except BlobNotFoundError:
         return
-    except AccessDeniedError:  # a credential for writing only; the commit is conditional all the same
+    except AccessDeniedError:  # a credential for writing only; the commit is conditional in any case
         return
     raise BlobExistsError(f"{location} exists already. Choose another name, or open it with 'wb' to replace it")
 
@@ -388,7 +389,7 @@ def _kept_store(
 
 
 def _shared_store(location: BlobLocation, access: Access) -> BlobStore:
-    """One store for all files of a container: a connection and a token cost more than a small blob."""
+    """Return one store for all files of a container: a connection and a token cost more than a small blob."""
     environment = environment_values() if access.credential is None else ()  # a new SAS, perhaps
     try:
         # The credential counts with its type: False is a credential, 0 is none.

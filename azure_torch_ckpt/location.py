@@ -1,4 +1,4 @@
-"""Where a checkpoint or a blob lies: the URL, taken apart once and printed without its secret."""
+"""`BlobLocation`: the URL of a blob, a prefix or a container, parsed once and printed without its secret."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z",
 _SAS: Final = re.compile(r"[!-~]+")
 _SAS_SIGNATURE: Final = re.compile(r"(?:^|&)sig=[^&]", re.IGNORECASE)
 _SAS_IN_PATH: Final = re.compile(r"[?&]sig=", re.IGNORECASE)
-# Parameters of single requests; carried along like a SAS they would turn every request into another one.
+# Parameters of single requests. Kept like a SAS, they would change the meaning of every request.
 _REQUEST_PARAMETERS: Final = frozenset({"comp", "restype", "timeout", "prefix", "marker", "delimiter"})
-# What may be repeated in a message: no `=`, `&`, `?`, `@`, `+`, `%`, one of which every secret has in some place.
+# Text that a message may repeat: without `=`, `&`, `?`, `@`, `+` and `%`, one of which is in every secret.
 _HARMLESS: Final = re.compile(r"[A-Za-z0-9_./~:$-]{1,200}", re.ASCII)
 
 
@@ -64,22 +64,22 @@ _HARMLESS: Final = re.compile(r"[A-Za-z0-9_./~:$-]{1,200}", re.ASCII)
 class BlobLocation:
     """A blob, a prefix of blobs, or a container, on one service endpoint.
 
-    Make it with :meth:`parse`, or with :meth:`parse_blob` for a blob of any name. It is immutable and hashable, and
-    ``str()`` gives the URL back without the SAS: ``BlobLocation.parse_blob(str(x)) == x.without_sas()``, and the same
+    Make it with :meth:`parse`, or with :meth:`parse_blob` for a blob of any name. It is immutable and hashable.
+    ``str()`` returns the URL without the SAS: ``BlobLocation.parse_blob(str(x)) == x.without_sas()``, and the same
     with ``parse`` unless the path has empty segments. No error of this module repeats a query string.
 
-    Pickling works, and the pickle contains the SAS: another process could do nothing without it. Use
-    :meth:`without_sas` for whatever is stored.
+    A pickle contains the SAS, because another process could do nothing without it. Use :meth:`without_sas` for what is
+    stored.
 
     Attributes:
         endpoint: the service's URL without a trailing slash, ``https://account.blob.core.windows.net`` or, path style,
             ``http://127.0.0.1:10000/devstoreaccount1``.
-        account: the storage account. On a custom domain it is the host's first label, which is a guess; see
+        account: the storage account. On a custom domain it is the host's first label, a guess: see
             :attr:`account_is_known`.
         container: the container's name.
-        path: the blob's name, or a prefix of names, decoded; ``""`` is the container's root. Only that of
-            :meth:`parse_blob` can have empty segments (``a//b``, ``/a``, ``a/``), which are legal in a blob's name.
-        sas: the shared access signature as it stood in the URL, without ``?``, or None. Secret.
+        path: the blob's name, or a prefix of names, decoded; ``""`` is the container's root. Only
+            :meth:`parse_blob` allows empty segments (``a//b``, ``/a``, ``a/``), which are legal in a blob's name.
+        sas: the shared access signature unchanged from the URL, without ``?``, or None. Secret.
         snapshot: timestamp of a blob snapshot, or None.
         version_id: timestamp of a blob version, or None.
 
@@ -102,23 +102,23 @@ class BlobLocation:
 
     @classmethod
     def parse(cls, url: str | os.PathLike[str] | BlobLocation) -> BlobLocation:
-        """Take a URL apart.
+        """Parse a URL.
 
-        Understood are, with an optional ``?`` + SAS, ``snapshot=`` or ``versionid=``, and with the path
-        percent-encoded as in every URL:
+        It may end with ``?`` and a SAS, ``snapshot=`` or ``versionid=``; its path is percent-encoded as in every URL.
+        The forms are:
 
         - ``https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH``, the same in the sovereign clouds, in accounts with
           a DNS zone (``ACCOUNT.z01.blob.storage.azure.net``), on ``privatelink`` and ``-secondary`` hosts, and with
           ``dfs`` for ``blob`` (accounts with a hierarchical namespace serve the same data on both hosts);
         - ``https://HOST/CONTAINER/PATH`` for custom domains and private endpoints;
         - ``http://127.0.0.1:10000/ACCOUNT/CONTAINER/PATH``, path style: the host is an IP address, ``localhost``,
-          ``host.docker.internal``, or has no dot. The emulator is addressed so;
+          ``host.docker.internal``, or has no dot. The emulator has such a URL;
         - ``azblob://ACCOUNT/CONTAINER/PATH`` (public cloud) and ``azblob://HOST/CONTAINER/PATH`` (over TLS).
 
-        ``https:/account...``, which is what ``Path("https://account...")`` makes, is repaired.
+        ``https:/account...``, the result of ``Path("https://account...")``, is repaired.
 
         Raises:
-            LocationError: anything else; the message shows a right URL and never repeats the query string.
+            LocationError: the URL has another form. The message shows a correct URL and never repeats the query string.
         """
         if isinstance(url, BlobLocation):
             return url
@@ -132,13 +132,13 @@ class BlobLocation:
 
     @classmethod
     def parse_blob(cls, url: str | os.PathLike[str] | BlobLocation) -> BlobLocation:
-        """Take the URL of a blob apart, as `parse` does, but with each slash of its name.
+        """Parse the URL of a blob, as `parse` does, but keep each slash of its name.
 
-        ``a//b``, ``/a`` and ``a/`` are names of blobs, and other ones than ``a/b`` and ``a``. (Not so in accounts with
-        a hierarchical namespace, where the service leaves the empty segments out.)
+        ``a//b``, ``/a`` and ``a/`` are names of blobs, different from ``a/b`` and ``a``. (In accounts with a
+        hierarchical namespace, the service drops the empty segments.)
 
         Raises:
-            LocationError: as `parse`.
+            LocationError: as for `parse`.
         """
         if isinstance(url, BlobLocation):
             return url
@@ -165,7 +165,7 @@ class BlobLocation:
 
     @property
     def azblob(self) -> str:
-        """The ``azblob://`` form, without the SAS: ``parse`` of it gives the same location.
+        """The ``azblob://`` form, without the SAS; ``parse`` of it returns the same location.
 
         Raises:
             LocationError: plain HTTP and path-style endpoints (the emulator) have no such form.
@@ -188,12 +188,12 @@ class BlobLocation:
 
     @property
     def prefix(self) -> str:
-        """What the names of all blobs below this location begin with; ``""`` for a container."""
+        """The common beginning of the names of all blobs below this location; ``""`` for a container."""
         return self.path + "/" if self.path else ""
 
     @property
     def parent(self) -> BlobLocation:
-        """The prefix above, as it is now (no snapshot, no version). The container's root is its own parent."""
+        """The prefix one level up (no snapshot, no version). The container's root is its own parent."""
         return dataclasses.replace(self, path=self.path.rpartition("/")[0], snapshot=None, version_id=None)
 
     @property
@@ -217,14 +217,14 @@ class BlobLocation:
         return self.is_path_style or _AZURE_HOST.fullmatch(_host(self.endpoint.split("/")[2])[0]) is not None
 
     def join(self, *names: str) -> BlobLocation:
-        """The location below this one; every name is a relative path, not percent-encoded.
+        """Return a location below this one; every name is a relative path, not percent-encoded.
 
         Raises:
-            LocationError: an empty name or segment, a leading slash, ``.`` or ``..``, or a path that gets too long;
-                and a snapshot or version, which is a single blob with nothing below.
+            LocationError: an empty name or segment, a leading slash, ``.`` or ``..``, or a path that gets too long; or
+                this location is a snapshot or version, which has nothing below it.
         """
         if self.snapshot is not None or self.version_id is not None:
-            raise LocationError(f"{self} is one blob at one moment; nothing lies below it. Leave the query away.")
+            raise LocationError(f"{self} is one blob at one moment; nothing is below it. Omit the query.")
         if any(has_empty_segment(name) for name in names):
             raise LocationError(
                 f"Cannot join a name that is empty or has an empty segment ('//', or a slash at its start or end) to "
@@ -233,11 +233,11 @@ class BlobLocation:
         return dataclasses.replace(self, path="/".join((self.path, *names) if self.path else names))
 
     def without_sas(self) -> BlobLocation:
-        """The same location without its secret."""
+        """Return the same location without its secret."""
         return dataclasses.replace(self, sas=None)
 
     def container_root(self) -> BlobLocation:
-        """The container that this location lies in, with the same SAS."""
+        """Return the container of this location, with the same SAS."""
         return dataclasses.replace(self, path="", snapshot=None, version_id=None)
 
     def _moment_query(self) -> str:
@@ -247,7 +247,7 @@ class BlobLocation:
 
 
 def has_empty_segment(path: str) -> bool:
-    """Whether a path begins or ends with a slash, or has two in a row; the empty one does."""
+    """Whether a path begins or ends with a slash, or has two in a row; true for the empty path."""
     return not path or path[0] == "/" or path[-1] == "/" or "//" in path
 
 
@@ -276,33 +276,33 @@ def _text(url: str | os.PathLike[str]) -> str:
 
 
 def _split(text: str) -> tuple[str, str, str, str]:
-    """Scheme, authority, raw path (with its leading slash, or empty) and query of one of our two kinds of URL."""
+    """Return scheme, authority, raw path (with its leading slash, or empty) and query."""
     found = _SCHEME.match(text)
     if found is None or len(found[1]) == 1 or found[1].lower() == "file":  # C:\... has a "scheme" of one letter
         hint = " Put https:// before it." if re.match(r"[a-z0-9.-]+\.(?:blob|dfs)\.", text) else ""
-        raise LocationError(f"This is a local path or no URL at all{_quoted(text)}.{hint} {_RIGHT_FORM}.")
+        raise LocationError(f"This is a local path or not a URL{_quoted(text)}.{hint} {_RIGHT_FORM}.")
     scheme, slashes, rest = found[1].lower(), found[2], found[3]
     if scheme in _FOREIGN_SCHEMES:
         raise LocationError(
-            f"{scheme}:// is not understood. Instead of {_FOREIGN_SCHEMES[scheme]} "
+            f"{scheme}:// is not supported. Instead of {_FOREIGN_SCHEMES[scheme]} "
             "write https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH."
         )
     if scheme not in ("https", "http", "azblob"):
-        raise LocationError(f"The URL's scheme{_quoted(scheme)} is not one of Azure Blob Storage. {_RIGHT_FORM}.")
+        raise LocationError(f"The URL's scheme{_quoted(scheme)} is not for Azure Blob Storage. {_RIGHT_FORM}.")
     if "#" in rest:
         raise LocationError(f"The URL contains '#'. In a blob's name write it as %23. {_RIGHT_FORM}.")
-    place, _, query = rest.partition("?")
-    authority, slash, path = place.partition("/")
+    location, _, query = rest.partition("?")
+    authority, slash, path = location.partition("/")
     if len(slashes) not in (1, 2) or not authority:
         raise LocationError(f"The URL has no host. {_RIGHT_FORM}.")
     return scheme, authority, slash + path, query
 
 
 def _endpoint(scheme: str, authority: str, raw_path: str) -> tuple[str, str, bool]:
-    """The service's URL, the account, and whether the account is the first segment of the path."""
+    """Return the service's URL, the account, and whether the account is the first segment of the path."""
     if "@" in authority:
         raise LocationError(
-            "The URL has a user or password before its host ('@'). Blob Storage knows neither: "
+            "The URL has a user or password before its host ('@'). Blob Storage has neither: "
             f"pass credential= or append a SAS. {_RIGHT_FORM}."
         )
     host, port = _host(authority.lower())
@@ -336,13 +336,13 @@ def _endpoint(scheme: str, authority: str, raw_path: str) -> tuple[str, str, boo
         raise LocationError(f"The host{_quoted(host)} is the {found['service']} service. {_RIGHT_FORM}.")
     if scheme != "https":
         raise LocationError(f"The URL of an Azure storage account starts with https://, not http://. {_RIGHT_FORM}.")
-    # A data lake account answers the same on its blob host, and only that one speaks the Blob API.
+    # A data lake account has the same data on its blob host, and only that host has the Blob API.
     blob_host = re.sub(r"\.dfs\.(?=core\.|storage\.)", ".blob.", host)
     return f"{scheme}://{_join_port(blob_host, port, scheme)}", found["account"], False
 
 
 def _host(authority: str) -> tuple[str, int | None]:
-    """Host (an IPv6 address in its brackets) and port. The text is not repeated in errors: it may be anything."""
+    """Return host (an IPv6 address in its brackets) and port. No error repeats the text, which may be a secret."""
     found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", authority, re.ASCII)
     if found is None:
         raise LocationError(f"The URL's host or port is malformed. {_RIGHT_FORM}.")
@@ -374,7 +374,7 @@ def _decode(raw_path: str) -> str:
         path = unquote(raw_path, errors="strict")
         path.encode()
     except UnicodeError:
-        # `from None`: the error's text would carry the bytes
+        # `from None`: the text of the error contains the bytes
         raise LocationError(f"The URL's path is not valid UTF-8. {_RIGHT_FORM}.") from None
     return path
 
@@ -384,7 +384,7 @@ def _encode(path: str) -> str:
 
 
 def _parse_query(query: str) -> tuple[str | None, str | None, str | None]:
-    """SAS, snapshot and version id. A SAS is kept letter by letter: decoding would break its signature."""
+    """Return SAS, snapshot and version id. The SAS is unchanged: decoding would break its signature."""
     moments: dict[str, str] = {}
     rest: list[str] = []
     for part in filter(None, query.split("&")):
@@ -393,16 +393,16 @@ def _parse_query(query: str) -> tuple[str | None, str | None, str | None]:
             moments[key.lower()] = unquote(value)
         elif key.lower() in _REQUEST_PARAMETERS:
             raise LocationError(
-                "The URL's query belongs to a request (a listing, perhaps), it does not name a place. "
-                "Keep only the SAS, snapshot= or versionid= of it."
+                "The URL's query belongs to a request (a listing, perhaps), not to a location. "
+                "Keep only its SAS, snapshot= or versionid=."
             )
         else:
             rest.append(part)
     sas = "&".join(rest)
     if sas and not is_sas(sas):
         raise LocationError(
-            "The URL's query is no shared access signature (a SAS has a sig= and only printable ASCII), and not "
-            "snapshot= or versionid= either. If the '?' is part of the blob's name, write it as %3F."
+            "The URL's query is not a shared access signature (a SAS has a sig= and only printable ASCII), and not "
+            "snapshot= or versionid=. If the '?' is part of the blob's name, write it as %3F."
         )
     return sas or None, moments.get("snapshot"), moments.get("versionid")
 
@@ -410,8 +410,8 @@ def _parse_query(query: str) -> tuple[str | None, str | None, str | None]:
 def _check_container(container: str) -> None:
     if not _CONTAINER.fullmatch(container):
         raise LocationError(
-            f"This is no container name{_quoted(container, 63)}: 3 to 63 lower-case letters, digits and single "
-            f"hyphens, with a letter or digit at both ends (or $root, $web, $logs). {_RIGHT_FORM}."
+            f"Invalid container name{_quoted(container, 63)}: 3 to 63 lower-case letters, digits and single hyphens, "
+            f"with a letter or digit at both ends (or $root, $web, $logs). {_RIGHT_FORM}."
         )
 
 
@@ -425,9 +425,9 @@ def _check_path(path: str) -> None:
     elif len(path) > _MAX_PATH_CHARS or len(segments) > _MAX_PATH_SEGMENTS:
         wrong = f"is longer than the service's {_MAX_PATH_CHARS:,} characters or {_MAX_PATH_SEGMENTS} segments"
     elif {".", ".."} & set(segments):
-        wrong = "has a segment '.' or '..'. Write the path out"
+        wrong = "has a segment '.' or '..'. Write the full path"
     elif "\\" in path:
-        wrong = "contains a backslash, which the service turns into '/'. Write '/'"
+        wrong = "contains a backslash, which the service changes to '/'. Write '/'"
     elif _CONTROL.search(path):
         wrong = "contains control characters"
     elif any("\ud800" <= char <= "\udfff" for char in path):

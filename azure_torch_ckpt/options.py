@@ -1,4 +1,4 @@
-"""How much a transfer may use: connections, memory, time."""
+"""`TransferOptions`: how many connections, how much memory and how much time a transfer may use."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _BLOCKS_PER_SIZE = 4_000
 
 @dataclass(frozen=True, slots=True)
 class TransferOptions:
-    """Limits of one save or load of one process. The defaults suit a training job; nobody should need to set them.
+    """Limits of one save or load of one process. The defaults suit a training job.
 
     Attributes:
         concurrency: connections, and so requests in flight.
-        memory_budget: bytes that may be held beside the caller's tensors (contiguous copies of strided tensors,
+        memory_budget: bytes that may be allocated beside the caller's tensors (contiguous copies of strided tensors,
             staging buffers for device tensors and for columns of a matrix).
         block_size: bytes of an uploaded block and of a downloaded range. None chooses from the amount of data.
-        retry_seconds: how long one request may be tried again before the transfer fails.
-        checksums: let the service check the CRC64 of every block, keep one of every item, and compare it on loading.
+        retry_seconds: how long one request is tried again before the transfer fails.
+        checksums: send the CRC64 of every block to the service, which checks it; store one of every item, and compare
+            it on loading.
     """
 
     concurrency: int = 16
@@ -48,22 +49,23 @@ class TransferOptions:
             raise ValueError(f"retry_seconds must not be negative, not {self.retry_seconds}")
 
     def part_size(self, total: int) -> int:
-        """Bytes of one request when about `total` bytes are moved.
+        """Return the bytes of one request if about `total` bytes are moved.
 
-        Small enough that all connections have work, and all of them to the end: with 40 parts for 16 connections, half
-        of them would idle for a third of the time. Small enough, too, that a part for each fits into the memory budget;
-        large enough that a request's latency and CPU time do not matter, and that 50,000 blocks hold the blob.
+        Small enough that all connections have work until the end: with 40 requests for 16 connections, half of the
+        connections would idle for a third of the time. Small enough, too, that one for each connection fits into the
+        memory budget. Large enough that a request's latency and CPU time do not matter, and that 50,000 blocks hold the
+        blob.
         """
         size = self.block_size
         if size is None:
             largest = min(_BLOCK, self._affordable_block())
             rounds = max(-(-total // (largest * self.concurrency)), 2)
             size = min(max(-(-total // (rounds * self.concurrency)), _SMALL_BLOCK), largest)
-        # Fewer than 50,000, for what the estimate missed and for copies that leave up to a quarter of a block empty.
+        # Fewer than 50,000, because the estimate may be too low, and copies leave up to a quarter of a block empty.
         return min(max(size, -(-total // (MAX_BLOCKS * 7 // 10))), _MAX_BLOCK)
 
     def block_size_at(self, offset: int) -> int:
-        """Bytes of the block at `offset` of a blob whose length nobody knows yet.
+        """Return the bytes of the block at `offset` of a blob of unknown length.
 
         It doubles as the blob doubles, from 31 GiB on with the default, so that some 50 TiB fit into the 50,000 blocks
         that a blob may have (https://learn.microsoft.com/azure/storage/blobs/scalability-targets).
@@ -72,5 +74,5 @@ class TransferOptions:
         return min(size << (offset // (_BLOCKS_PER_SIZE * size)).bit_length(), _MAX_BLOCK)
 
     def _affordable_block(self) -> int:
-        # An upload holds two blocks more than it has connections, one that it hands over and one that it fills.
+        # An upload holds two blocks more than it has connections, one that it passes on and one that it fills.
         return max(self.memory_budget // (self.concurrency + 4), 64 * 1024)

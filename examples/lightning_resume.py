@@ -71,7 +71,7 @@ def batches() -> DataLoader[tuple[Tensor, ...]]:
 def train(url: str) -> None:
     """Start the run at `url`, or go on with it from its last checkpoint."""
     best = AzureBlobModelCheckpoint(url, "best-{epoch}", monitor="accuracy", mode="max", save_top_k=2)
-    # Of its own, for with a monitor Lightning saves `last` only when it saves one of the best.
+    # A callback of its own: with a monitor, Lightning saves `last` only when it saves one of the best.
     newest = AzureBlobModelCheckpoint(url, "newest-{epoch}", save_last=True)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -137,7 +137,7 @@ def main() -> None:
         check(0 < len(resumed) < len(whole), "it did not resume")
         check(resumed == whole[-len(resumed) :], "its losses are not those of the unbroken run")
 
-        print("\n4. What is there now:")
+        print("\n4. The checkpoints now:")
         for entry in list_checkpoints(url):
             print(f"   {entry.name}   {entry.size / 1e3:.0f} kB in {entry.blobs} blobs")
         # One more if the kill came between a save and the note of it in the next: a run removes only what it knows.

@@ -3,7 +3,7 @@
     python examples/metrics.py [https://ACCOUNT.blob.core.windows.net/CONTAINER/run]
 
 Without a URL, Blob Storage is an emulator (Azurite) that this script starts. Without TensorBoard (pip install
-tensorboard), the figures are printed alone.
+tensorboard), the script only prints the figures.
 """
 
 from __future__ import annotations

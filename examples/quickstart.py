@@ -46,7 +46,7 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Run:
-    """What a job printed, and how it ended."""
+    """The output of a job, and its exit status."""
 
     ranks: int
     losses: dict[int, float] = field(default_factory=dict)
@@ -116,25 +116,25 @@ def die_in_save(step: str, script: str, *arguments: str) -> None:
 
 @dataclass
 class Contents:
-    """What lies under a checkpoint's URL: sizes in bytes by name. A checkpoint is complete if it has metadata."""
+    """The blobs below a checkpoint's URL: sizes in bytes by name. A checkpoint is complete if it has metadata."""
 
     metadata: int | None
     data: dict[str, int]  # blobs that the metadata names
-    remains: dict[str, int]  # of a save that died
+    leftovers: dict[str, int]  # of a save that died
 
     def __str__(self) -> str:
-        remains = f"{blobs(self.remains)} of a save that died"
+        leftovers = f"{blobs(self.leftovers)} of a save that died"
         if self.metadata is None:
-            return f"not a checkpoint: no .metadata, {remains}"
+            return f"not a checkpoint: no .metadata, {leftovers}"
         complete = f".metadata {self.metadata / 1e3:.0f} kB, {blobs(self.data)}"
-        return f"{complete}, and {remains}" if self.remains else complete
+        return f"{complete}, and {leftovers}" if self.leftovers else complete
 
 
 def blobs(sizes: dict[str, int]) -> str:
     return f"{len(sizes)} data blob{'s' if len(sizes) != 1 else ''} {sum(sizes.values()) / 1e6:.1f} MB"
 
 
-def look(container: ContainerClient, name: str) -> Contents:
+def contents(container: ContainerClient, name: str) -> Contents:
     sizes = {blob.name.removeprefix(f"{name}/"): blob.size for blob in container.list_blobs(f"{name}/")}
     metadata = sizes.pop(".metadata", None)
     try:
@@ -152,7 +152,7 @@ def look(container: ContainerClient, name: str) -> Contents:
 def show_transfers(container: ContainerClient, run: Run) -> None:
     for done, seconds_by_step in (("loaded", run.loaded), ("saved", run.saved)):
         for step, seconds in seconds_by_step.items():
-            size = sum(look(container, f"run-1/step-{step}").data.values()) / 1e6
+            size = sum(contents(container, f"run-1/step-{step}").data.values()) / 1e6
             print(f"   {done:6} run-1/step-{step}   {size:.1f} MB in {seconds:.2f} s, {size / seconds:.0f} MB/s")
 
 
@@ -194,7 +194,7 @@ def main() -> None:
         url = azurite.create_container("checkpoints")
         container = ContainerClient.from_connection_string(azurite.connection_string, "checkpoints")
         print(f"Azurite serves {url}")
-        print("Times are those of the whole dcp.save and dcp.load; checkpoints this small say little about speed.")
+        print("Times include all of dcp.save and dcp.load; checkpoints this small say little about speed.")
 
         print(f"\n1. To compare with: two processes train a GPT (FSDP2, AdamW) for {STEPS} steps without a break.")
         whole = train(2, f"{url}/uninterrupted")
@@ -210,11 +210,11 @@ def main() -> None:
         print(f"\n3. Three processes resume. One of them gets SIGKILL while {broken} is being saved.")
         second = train(3, f"{url}/run-1", die_in_save=KILLED_IN_SAVE)
         show_transfers(container, second)
-        remains = look(container, broken)
-        print(f"   {broken} is {remains}")
+        left = contents(container, broken)
+        print(f"   {broken} is {left}")
         check(max(second.loaded) >= max(killed.saved), "a checkpoint that was saved was not found")
         check(KILLED_IN_SAVE not in second.saved, "the save ended well without one of its ranks")
-        check(remains.metadata is None and bool(remains.remains), "the crash did not hit the save")
+        check(left.metadata is None and bool(left.leftovers), "the crash did not hit the save")
 
         print("\n4. One process resumes from the newest complete checkpoint and trains to the end.")
         third = train(1, f"{url}/run-1")
@@ -223,7 +223,7 @@ def main() -> None:
 
         print("\nIn the container:")
         for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY):
-            print(f"   run-1/step-{step}   {look(container, f'run-1/step-{step}')}")
+            print(f"   run-1/step-{step}   {contents(container, f'run-1/step-{step}')}")
 
         print("\nstep   uninterrupted        resumed")
         resumed = {**dict.fromkeys(second.losses, second), **dict.fromkeys(third.losses, third)}

@@ -33,7 +33,7 @@ def main() -> None:
             torch.save(model.state_dict(), file)
         print(f"saved {url}")
 
-        # An exception inside `with` leaves the blob that is there as it is.
+        # An exception inside `with` leaves the existing blob unchanged.
         with contextlib.suppress(RuntimeError), BlobIO(url, "wb") as file:
             file.write(b"half of a")
             raise RuntimeError("the job is killed")

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, settings
 
 from azure_torch_ckpt.emulator import Azurite
 
-# Behind everything else, so that an installed package goes before the checkout.
+# Last, so that an installed package has precedence over the checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-# In what tests import, asserts say as much as in the tests.
+# Asserts in modules that tests import report as much as those in tests.
 pytest.register_assert_rewrite(
     *(f"tests.{folder.name}" for folder in Path(__file__).parent.iterdir() if folder.is_dir())
 )
@@ -31,7 +31,7 @@ from tests.faults.tally import Tally  # noqa: E402
 from tests.support.hierarchical import HierarchicalAccount  # noqa: E402
 from tests.support.proxy import FaultProxy  # noqa: E402
 
-# How long one example takes is the machine's affair, and so is how long it takes to make examples.
+# The time for one example, and for making examples, depends on the machine alone.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
@@ -39,7 +39,7 @@ settings.load_profile("tests")
 def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith("AZURE_STORAGE_")]:
         del os.environ[name]  # a credential of this machine
-    # What a shell starts in the background ignores Ctrl-C, and so do its children, to which some tests send it.
+    # A process that a shell starts in the background ignores SIGINT, and so do the children that some tests signal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,7 +53,7 @@ def nothing_is_told_of_an_earlier_test() -> None:
 
 
 class UnsignedToken:
-    """A `TokenCredential` whose tokens Azurite takes (``--oauth basic``): it does not check signatures."""
+    """A `TokenCredential` whose tokens Azurite accepts (``--oauth basic``): it does not check signatures."""
 
     def __init__(self, audience: str = "https://storage.azure.com") -> None:
         self.audience = audience
@@ -109,7 +109,7 @@ def proxy(azurite: Azurite) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def proxied_container(proxy: FaultProxy, container: str) -> str:
-    """URL of `container` through `proxy`. The proxy's log does not have the request that made it."""
+    """URL of `container` through `proxy`. The request that made it is not in the proxy's log."""
     return proxy.through(container)
 
 
@@ -128,5 +128,5 @@ def directories(hierarchical: HierarchicalAccount) -> str:
 
 @pytest.fixture(scope="session")
 def tally() -> Tally:
-    """Where a test of faults writes what it counted."""
+    """Records what the tests of faults count."""
     return Tally()

@@ -138,8 +138,8 @@ def test_a_connection_string_with_account_and_sas() -> None:
     [
         (AZURE, f"AccountName=other;AccountKey={KEY}", "for the account 'other'"),
         (AZURE, f"AccountName={KEY};AccountKey=acct", "not an account's name"),
-        (AZURE, f"BlobEndpoint=https://other.blob.core.windows.net;SharedAccessSignature={SAS}", "another place"),
-        (CUSTOM, f"BlobEndpoint=https://evil.example.org;SharedAccessSignature={SAS}", "another place"),
+        (AZURE, f"BlobEndpoint=https://other.blob.core.windows.net;SharedAccessSignature={SAS}", "is not that of"),
+        (CUSTOM, f"BlobEndpoint=https://evil.example.org;SharedAccessSignature={SAS}", "is not that of"),
         (AZURE, f"BlobEndpoint=nowhere;SharedAccessSignature={SAS}", "not a URL of Blob Storage"),
         (AZURE, f"SharedAccessSignature={SAS}", "neither AccountName nor BlobEndpoint"),
         (AZURE, f"AccountKey={KEY}", "neither AccountName nor BlobEndpoint"),
@@ -147,8 +147,8 @@ def test_a_connection_string_with_account_and_sas() -> None:
         (AZURE, "AccountName=acct;AccountKey=hello", "not an account key"),
         (AZURE, "AccountName=acct;SharedAccessSignature=hello", "Not a shared access signature"),
         (AZURE, f"AccountName=acct;{KEY.rstrip('=')}", "malformed"),
-        (AZURE, "UseDevelopmentStorage=true", "is the emulator"),
-        (PLAIN, "UseDevelopmentStorage=true", "is the emulator"),
+        (AZURE, "UseDevelopmentStorage=true", "is for the emulator"),
+        (PLAIN, "UseDevelopmentStorage=true", "is for the emulator"),
     ],
 )
 def test_a_connection_string_that_is_refused(location: BlobLocation, text: str, says: str) -> None:

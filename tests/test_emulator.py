@@ -25,6 +25,7 @@ from azure.core.exceptions import ClientAuthenticationError, ServiceRequestError
 from azure.storage.blob import BlobServiceClient
 
 from azure_torch_ckpt import emulator
+from azure_torch_ckpt._internal.azurite_installation import find_azurite
 from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
 from azure_torch_ckpt.emulator import AZURITE_VERSION, Azurite
 from azure_torch_ckpt.errors import EmulatorError, LocalFileError
@@ -250,7 +251,7 @@ def test_a_start_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     for seconds in (2, 10, 50):  # longer only where the machine takes its time to start processes
         monkeypatch.setattr(emulator, "_START_SECONDS", float(seconds))
-        with pytest.raises(EmulatorError, match=f"did not say within {seconds} s") as caught:
+        with pytest.raises(EmulatorError, match=f"within {seconds} s") as caught:
             Azurite().start()
         said = str(caught.value).rpartition("this is process ")[2]
         if said:
@@ -272,7 +273,7 @@ class Bare:
     """A machine of which PATH shows node alone, with an empty cache folder."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        node, azurite = emulator._find_azurite()
+        node, azurite = find_azurite()
         self.node_modules = azurite.parents[4]
         self.bin = folder / "bin"
         self.cache = folder / "cache" / "azure_torch_ckpt"
@@ -300,14 +301,14 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bare:
 def test_without_node_the_error_says_how_to_get_it(bare: Bare) -> None:
     (bare.bin / "node").unlink()
     with pytest.raises(
-        EmulatorError, match=r"no `node` on PATH.*nodejs\.org.*pip install 'azure-torch-ckpt\[emulator\]'"
+        EmulatorError, match=r"PATH has no `node`.*nodejs\.org.*pip install 'azure-torch-ckpt\[emulator\]'"
     ):
         Azurite().start()
 
 
 def test_without_npm_the_error_says_how_to_get_it(bare: Bare) -> None:
     with pytest.raises(
-        EmulatorError, match=r"no `npm` on PATH.*nodejs\.org.*pip install 'azure-torch-ckpt\[emulator\]'"
+        EmulatorError, match=r"PATH has no `npm`.*nodejs\.org.*pip install 'azure-torch-ckpt\[emulator\]'"
     ):
         Azurite().start()
     assert not bare.cache.exists()

@@ -1,4 +1,4 @@
-"""Listeners hear of every save and load, and of the ones that failed."""
+"""Listeners are called for every save and load, including failed ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from azure_torch_ckpt import (
     AzureBlobHuggingFaceWriter,
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -36,11 +35,10 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
 from tests.support import sharded
+from tests.support.containers import store_of
 from tests.support.faults import Answer, Call
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
@@ -135,9 +133,9 @@ def test_a_load_of_nothing_is_one_event_with_its_error(container: str) -> None:
 
 
 @pytest.mark.parametrize("reader", [AzureBlobReader, AzureBlobHuggingFaceReader])
-def test_metadata_that_cannot_be_read_is_one_event_whoever_asks(container: str, reader: type[AzureBlobReader]) -> None:
+def test_metadata_that_cannot_be_read_is_one_event_for_each_call(container: str, reader: type[AzureBlobReader]) -> None:
     for name in ("run/.metadata", "run/model.safetensors"):
-        BlobStore(BlobLocation.parse(container), Access(KEY)).put(name, b"garbage")
+        store_of(container).put(name, b"garbage")
     heard: list[TransferEvent] = []
     with listening(heard.append):
         with pytest.raises(CheckpointException):
@@ -161,7 +159,7 @@ class EndsEarly(dcp.DefaultLoadPlanner):
 
 
 @pytest.mark.parametrize("step", ["missing key", "create_local_plan", "create_global_plan", "finish_plan"])
-def test_a_load_that_its_planner_ends_is_told_when_the_thread_begins_another(container: str, step: str) -> None:
+def test_a_load_that_its_planner_ends_is_an_event_when_the_thread_begins_another(container: str, step: str) -> None:
     save(f"{container}/run")
     heard: list[TransferEvent] = []
     wanted = {"other": torch.zeros(1)} if step == "missing key" else state()
@@ -177,7 +175,7 @@ def test_a_load_that_its_planner_ends_is_told_when_the_thread_begins_another(con
     assert ended.started <= ended.finished <= loaded.started
 
 
-def test_a_save_that_its_planner_ends_and_a_look_are_no_load(container: str) -> None:
+def test_a_save_that_its_planner_ends_is_an_event_and_reading_metadata_is_none(container: str) -> None:
     class Planner(dcp.DefaultSavePlanner):
         def create_global_plan(self, all_plans: Any) -> Any:
             raise ZeroDivisionError
@@ -192,9 +190,9 @@ def test_a_save_that_its_planner_ends_and_a_look_are_no_load(container: str) -> 
         save(f"{container}/run")
         AzureBlobReader(f"{container}/run", credential=KEY).read_metadata()  # that is all that is wanted
         load(f"{container}/run")
-    told = [(event.operation, type(event.error)) for event in heard]
+    events = [(event.operation, type(event.error)) for event in heard]
     ended = ("save", CheckpointError)
-    assert told == [ended, ended, ("save", type(None)), ("load", type(None))]
+    assert events == [ended, ended, ("save", type(None)), ("load", type(None))]
 
 
 def test_what_was_broken_off_is_told_at_the_end_of_the_process(container: str) -> None:
@@ -284,7 +282,7 @@ def events_of_this_rank(url: str) -> list[tuple[str, int, int, int | None, str]]
 def test_every_rank_has_its_own_event_and_the_coordinator_knows_the_whole(ranks: Ranks, container: str) -> None:
     first, second = ranks(2).run(events_of_this_rank, f"{container}/run")
     assert [event[1] for event in first] == [0] * len(first) and {event[1] for event in second} == {1}
-    # The coordinator's own part of the save that failed was well; nobody tells it of the end before it saves again.
+    # The coordinator's own part of the failed save succeeded; it learns of the failure when it saves again.
     assert [(event[0], event[4]) for event in first] == [
         ("save", "NoneType"),
         ("load", "NoneType"),

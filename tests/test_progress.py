@@ -1,4 +1,4 @@
-"""``progress=`` of saves and loads, and the lines in the log."""
+"""``progress=`` of saves and loads, and their log lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions, catalog
 from azure_torch_ckpt import progress as progress_module
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import MissingDependencyError
@@ -45,7 +46,7 @@ def blank() -> dict[str, Any]:
 
 
 class Notes:
-    """A callback that keeps what it is told, and notices a second call while the first is still running."""
+    """A callback that keeps its reports, and notices a second call while the first is running."""
 
     def __init__(self) -> None:
         self.seen: list[Progress] = []
@@ -179,7 +180,21 @@ def test_true_shows_a_tqdm_bar(container: str, capsys: pytest.CaptureFixture[str
         assert re.search(r"100%\|.*\| 2\.\d\dM/2\.\d\dM \[.*B/s\]", last), last
 
 
-def test_a_tqdm_bar_takes_the_bytes_done_and_the_bytes_in_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_catalog_shows_the_same_bars(container: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"{container}/run/step-1"
+    dcp.save(state(), storage_writer=AzureBlobWriter(url, credential=KEY))
+    catalog.verify(url, credential=KEY, progress=True)
+    catalog.diff(url, url, credential=KEY, progress=True)  # reads nothing, so that there is no bar
+    catalog.consolidate(url, tmp_path / "a.pt", credential=KEY, progress=True)
+    with TqdmBar("nightly copy") as bar:
+        catalog.copy(url, tmp_path / "copy", credential=KEY, progress=bar)
+    shown = capsys.readouterr().err
+    for description in ("verify step-1", "consolidate step-1", "nightly copy"):
+        assert re.search(rf"{description}: 100%\|.*\| 2\.\d\dM/2\.\d\dM \[.*B/s\]", shown), shown
+    assert "diff" not in shown
+
+
+def test_a_tqdm_bar_takes_numbers_too(capsys: pytest.CaptureFixture[str]) -> None:
     with TqdmBar("copy") as bar:
         bar(1_000, None)
         bar(2_000, 4_000)
@@ -188,13 +203,15 @@ def test_a_tqdm_bar_takes_the_bytes_done_and_the_bytes_in_all(capsys: pytest.Cap
 
 
 def test_without_tqdm_true_is_refused_before_anything_else(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # what an import of a missing package comes to
-    for kind in (AzureBlobWriter, AzureBlobReader):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # makes the import fail
+    calls: list[Callable[..., object]] = [AzureBlobWriter, AzureBlobReader, catalog.verify]
+    calls += [functools.partial(call, container) for call in (catalog.copy, catalog.consolidate, catalog.diff)]
+    for call in calls:
         with pytest.raises(MissingDependencyError, match=r"pip install tqdm"):
-            kind(container, credential=KEY, progress=True)
+            call(container, credential=KEY, progress=True)
 
 
-def test_what_is_no_progress_is_refused(container: str) -> None:
+def test_an_invalid_option_is_refused(container: str) -> None:
     with pytest.raises(TypeError, match=r"AllRanks\(callback\), not 'yes'"):
         AzureBlobWriter(container, credential=KEY, progress="yes")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""How a container is reached: credential, limits and certificates, as one value."""
+"""`Access`: how a container is reached. Credential, limits and certificates, as one value."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Access"]
 
 @dataclass(frozen=True, init=False)
 class Access:
-    """What public functions take as ``credential=``, ``options=`` and ``ca_file=``.
+    """The arguments ``credential=``, ``options=`` and ``ca_file=`` of public functions.
 
-    A pickle holds the credential, without which it would be of no use: treat it as a secret.
+    A pickle holds the credential, because it would be useless without: treat it as a secret.
 
     Attributes:
         credential: see `azure_torch_ckpt.credentials.resolve`.

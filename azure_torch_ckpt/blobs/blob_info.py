@@ -1,4 +1,4 @@
-"""What is known of a blob, from a listing, from its properties or from the headers of a download."""
+"""`BlobInfo`: the properties of a blob, from a listing, from a HEAD request or from the headers of a download."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ __all__ = [
     "whole_size",
 ]
 
-_META = "x-ms-meta-"  # before the name of what was stored with a blob
+_META = "x-ms-meta-"  # the prefix of a blob's own metadata among the headers
 _RESOURCE_TYPE: Final = "x-ms-resource-type"
-# Metadata of the empty blobs that are the directories of accounts with a hierarchical namespace; azcopy, blobfuse and
-# others write such blobs elsewhere, too: https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
+# Metadata of the empty blobs that are the directories of accounts with a hierarchical namespace. azcopy, blobfuse and
+# others write such blobs in other accounts, too: https://learn.microsoft.com/azure/storage/blobs/storage-blobs-list#azure-data-lake-storage
 _FOLDER_MARK: Final = "hdi_isfolder"
 
 BLOCK_BLOB = "BlockBlob"
-"""The kind of blob that everything here writes."""
+"""The kind of blob that this package writes."""
 APPEND_BLOB = "AppendBlob"
 """The kind of blob that grows block by block, each of which is visible at once."""
 LEASED = "locked"
-"""The status of a lease that is held: https://learn.microsoft.com/rest/api/storageservices/lease-blob."""
+"""The status of an active lease: https://learn.microsoft.com/rest/api/storageservices/lease-blob."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
-    """What a listing or a HEAD request tells about a blob.
+    """The properties of a blob, from a listing or a HEAD request.
 
     Attributes:
         path: the blob's name in its container.
         size: bytes.
         etag: changes with every write.
         last_modified: with time zone.
-        md5: of the content, if it was stored with the blob: `BlobStore.put` does.
-        metadata: names and values that were stored with the blob; None where there are none,
-            or where a listing was not asked for them.
-        created: with time zone; None where the service does not tell.
-        content: Content-Type and the like, by attribute and by name (``content["content_type"]``); None where whoever
-            asked did not need it.
-        tag_count: of its index tags; None where whoever asked did not need it.
+        md5: of the content, if it was stored with the blob, as `BlobStore.put` does.
+        metadata: names and values that were stored with the blob; None without any, or if the listing did not request
+            them.
+        created: with time zone; None if the service does not send it.
+        content: Content-Type and similar headers, as attributes and by name (``content["content_type"]``); None if the
+            request did not ask for it.
+        tag_count: number of index tags; None if the request did not ask for it.
         kind: ``"BlockBlob"``, ``"AppendBlob"`` or ``"PageBlob"``.
-        resource_type: ``"directory"`` or ``"file"`` where an account with a hierarchical namespace tells, else None.
-        leased: whether a lease keeps it from being deleted, as far as a listing or the properties told.
+        resource_type: ``"directory"`` or ``"file"`` in an account with a hierarchical namespace, else None.
+        leased: whether a lease protects it from deletion; False if the answer did not say.
     """
 
     path: str
@@ -74,9 +74,9 @@ class BlobInfo:
 
     @property
     def is_folder(self) -> bool:
-        """Whether this stands for a folder and holds no data: a directory, or an empty blob that marks one.
+        """Whether this represents a folder and holds no data: a directory, or an empty blob that marks a folder.
 
-        A marker has ``hdi_isfolder`` (in any case) in its metadata, or a name that ends in "/".
+        A mark has ``hdi_isfolder`` (in any case) in its metadata, or a name that ends in "/".
         """
         if self.resource_type == "directory":
             return True
@@ -88,12 +88,12 @@ class BlobInfo:
 
 
 def quoted_etag(etag: str) -> str:
-    """A listing gives the ETag without the quotes that a response header has; RFC 9110 wants them in a condition."""
+    """Return the ETag with quotes: a listing omits them, and RFC 9110 requires them in a condition."""
     return etag if etag.startswith('"') else f'"{etag}"'
 
 
 def of_properties(path: str, properties: BlobProperties, headers: Mapping[str, str] | None = None) -> BlobInfo:
-    """What the SDK tells, and of the response's headers what it does not."""
+    """Make a `BlobInfo` of the SDK's properties, and of the headers that the SDK leaves out."""
     stored_md5 = properties.content_settings.content_md5
     return BlobInfo(
         path,
@@ -112,10 +112,10 @@ def of_properties(path: str, properties: BlobProperties, headers: Mapping[str, s
 
 
 def of_response(path: str, response: HttpResponse) -> BlobInfo:
-    """What the headers of Get Blob tell: https://learn.microsoft.com/rest/api/storageservices/get-blob#response."""
+    """Make a `BlobInfo` of the headers of Get Blob: https://learn.microsoft.com/rest/api/storageservices/get-blob#response."""
     headers = response.headers
     content_range = headers.get("Content-Range")
-    # That of a range is not the blob's.
+    # In the answer to a range, Content-MD5 is that of the range.
     stored_md5 = headers.get("Content-MD5" if content_range is None else "x-ms-blob-content-md5")
     created = headers.get("x-ms-creation-time")
     named = {name[len(_META) :]: value for name, value in headers.items() if name.lower().startswith(_META)}
@@ -133,5 +133,5 @@ def of_response(path: str, response: HttpResponse) -> BlobInfo:
 
 
 def whole_size(content_range: str | None, data: bytes) -> int:
-    """Of the blob, from "bytes 0-9/100"; the Content-Length is the range's."""
+    """Return the size of the blob, from "bytes 0-9/100"; the Content-Length is the size of the range."""
     return len(data) if content_range is None else int(content_range.rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""A blob that is written piece by piece: small pieces are gathered into blocks, large ones are sent as they are."""
+"""`BlockWriter`: a blob that is written in any number of steps. Small writes are gathered into blocks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.blobs.outcome import Outcome
 from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError
 
 __all__ = ["BlockWriter"]
 
-# A piece of this size keeps several connections busy by itself, so its writer can wait until it is sent. A smaller one
-# is copied, which costs little beside sending it, and many of them are on their way at once.
+# A write of this size keeps several connections busy, so the caller can wait until it is sent. A smaller one is copied,
+# which costs little compared with sending it, so that several can be in flight at once.
 _DIRECT = 64 * 1024 * 1024
-# A `flush` sends a block that is not full, and a blob has 50,000 blocks at most. After so many flushes, what is not a
-# full block stays here until there is more.
+# A `flush` sends a block that is not full, and a blob has 50,000 blocks at most. After this many flushes, an unfinished
+# block stays here until it is full.
 _SHORT_BLOCKS = 4_000
 
 
 class BlockWriter:
-    """Stages blocks in parallel; the blob is there after `commit`, and only then.
+    """Stages blocks in parallel. The blob appears, or is replaced, with `commit`.
 
     Args:
         path: the blob's name in the container.
@@ -32,9 +32,9 @@ class BlockWriter:
         if_missing: write only if there is no such blob.
 
     Attributes:
-        settings: what the blob carries, as of the commit.
+        settings: what the commit stores with the blob.
 
-    Raises (all methods but `abort`): `StoreError`. After one, nothing more can be written and nothing is committed.
+    Raises (all methods but `abort`): `StoreError`. After one, every further call fails and nothing is committed.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class BlockWriter:
                 self._upload.settle()
 
     def commit(self) -> str:
-        """Make the blob, and return its ETag.
+        """Commit the blocks, and return the blob's ETag.
 
         Raises:
-            BlobExistsError: `if_missing`, and somebody made the blob meanwhile.
-            BlobChangedError: `if_etag`, and the blob has another one.
-            CommitUnknownError: `if_missing` or `if_etag`, and nobody knows whether the blob was written.
+            BlobExistsError: `if_missing`, and another writer made the blob meanwhile.
+            BlobChangedError: `if_etag`, and the blob has another ETag.
+            CommitUnknownError: `if_missing` or `if_etag`, and the answer was lost: the blob may have been written.
         """
         with self._failing():
             self._hand_over()
@@ -113,21 +113,21 @@ class BlockWriter:
                 return result.etag
             where = f"{self._store.location}/{self._path}"
             error = result.error
-            # Where the credential is for writing only, the answer has to do.
+            # A credential for writing only cannot read the blob back, so the answer has to suffice.
             refused = isinstance(error, BlobChangedError) and not error.may_be_done
             if result.outcome is Outcome.UNKNOWN and not refused:
                 raise result.unknown(
-                    f"Whether {where} was written is unknown. It is what it was before or what was written here, whole "
-                    "either way; read it to see which"
+                    f"It is unknown whether {where} was written. It is complete in either case, old or new; read it to "
+                    "see which"
                 )
             if self._if_missing:
-                raise BlobExistsError(f"{where} exists; somebody wrote it meanwhile. It was left alone") from error
+                raise BlobExistsError(f"{where} exists: another writer made it meanwhile. It was left alone") from error
             raise BlobChangedError(
                 f"{where} has another ETag than if_etag={self._if_etag}; it was left alone. Read it again"
             ) from error
 
     def abort(self, *, wait: bool = True) -> None:
-        """Break off what is under way. The blocks that are staged vanish by themselves, after a week."""
+        """Stop the requests in flight. The service removes the staged blocks after a week."""
         if not self.is_inherited:
             self._upload.abort(wait=wait)
         self._gathered = bytearray()
@@ -138,7 +138,7 @@ class BlockWriter:
         block, self._gathered = memoryview(self._gathered), bytearray()
         options = self._store.options
         if self._upload.block_size * (options.concurrency + 2) > options.memory_budget:
-            # Blocks of this size in all connections would be too much.
+            # Blocks of this size in all connections would exceed the budget.
             self._handed_over += block.nbytes
             if self._handed_over + self._upload.block_size > options.memory_budget:
                 self._upload.settle()

@@ -1,4 +1,4 @@
-"""The way to one container: its client, made in each process when it is needed, and the errors of its requests."""
+"""`ContainerConnection`: the clients for one container, made in each process when needed, and their errors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from azure_torch_ckpt.transport.throttle import RequestCounts, Throttle
 
 __all__ = ["ContainerConnection"]
 
-# Larger than any blob (about 190.7 TiB), so that the SDK sends one request for one call of ours.
+# Larger than any blob (about 190.7 TiB), so that the SDK sends one request for one call.
 _ONE_REQUEST = 1 << 48
 _KEPT_CLIENTS = 64
 
 
 class ContainerConnection:
-    """Base of `BlobStore`, which says what the arguments mean."""
+    """Base of `BlobStore`, which documents the arguments."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class ContainerConnection:
     ) -> None:
         self.location = location.container_root()
         self.access = access = access or Access()
-        # Refuses what cannot be used now, not in a worker thread later.
+        # Refuses a wrong credential now, not in a worker thread later.
         self._credential = resolve(location, access.credential)
         self._client: ContainerClient | None = None
         self._requests: DirectRequests | None = None
@@ -45,7 +45,7 @@ class ContainerConnection:
         self._transport = GatherTransport(ca_file=access.ca_file)
         self.throttle = Throttle()
         self.has_directories: bool | None = None
-        """Whether the account has a hierarchical namespace; None while that is not known."""
+        """Whether the account has a hierarchical namespace; None while that is unknown."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"location": self.location, "access": self.access}
@@ -57,7 +57,8 @@ class ContainerConnection:
         return f"BlobStore({str(self.location)!r})"
 
     def _container(self) -> ContainerClient:
-        # Without a lock, for a fork might copy it held: two threads that come first make a client each, and one stays.
+        # Without a lock, because a fork might copy it held. Two threads that come first make a client each, and one
+        # stays.
         client = self._client
         if client is None:
             self._client = client = ContainerClient(
@@ -86,7 +87,7 @@ class ContainerConnection:
 
     def _blob(self, path: str, moment: BlobLocation | None = None) -> BlobClient:
         if moment is None:
-            # Requests for one blob follow one another, and a client costs a fifth of the CPU time of a request.
+            # Several requests for one blob follow each other, and a client costs a fifth of the CPU time of a request.
             client = self._blobs.get(path)
             if client is None:
                 client = self._container().get_blob_client(path)
@@ -94,7 +95,7 @@ class ContainerConnection:
                     self._blobs = {}
                 self._blobs[path] = client
             return client
-        # The declared type of `snapshot` forgets None, which is its default.
+        # The declared type of `snapshot` lacks None, which is its default.
         return self._container().get_blob_client(path, moment.snapshot or "", version_id=moment.version_id)
 
     @property

@@ -1,4 +1,4 @@
-"""The blobs of one container, and its service's clock: what List Blobs tells."""
+"""`ContainerListing`: the blobs of one container, and the service's clock, by List Blobs."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from azure_torch_ckpt.blobs.container import ContainerConnection
 from azure_torch_ckpt.blobs.list_page import ListPage
 from azure_torch_ckpt.errors import RequestRefusedError
 
-__all__ = ["ListedContainer"]
+__all__ = ["ContainerListing"]
 
 
-class ListedContainer(ContainerConnection):
+class ContainerListing(ContainerConnection):
     """Base of `BlobStore`: its verbs that list."""
 
     def list(self, prefix: str, *, limit: int | None = None) -> Iterator[BlobInfo]:
-        """List Blobs: all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.
+        """List Blobs: yield all blobs whose names start with `prefix`, in the order of their names, 5,000 to a request.
 
-        Folders are among them where they are blobs: `BlobInfo.is_folder`.
+        They include the folders that are blobs: `BlobInfo.is_folder`.
 
         Args:
-            limit: end after so many.
+            limit: the largest number of blobs.
         """
         for entry in itertools.islice(self._listed(prefix, limit=limit), limit):
             assert isinstance(entry, BlobInfo)
             yield entry
 
     def list_folder(self, prefix: str) -> Iterator[BlobInfo | str]:
-        """List Blobs with the delimiter "/": blobs right under `prefix`, and sub-prefixes (str, ending in "/")."""
+        """List Blobs with the delimiter "/": yield blobs directly under `prefix`, and prefixes (str, ending in "/")."""
         return self._listed(prefix, delimiter="/")
 
     def now(self, prefix: str = "") -> datetime.datetime:
-        """The time by the service's clock, which is the one that `BlobInfo.last_modified` goes by.
+        """Return the time of the service's clock, which also sets `BlobInfo.last_modified`.
 
         Args:
             prefix: of a listing that the credential allows: a SAS may be for one directory only.
         """
         date = self._list_page(prefix, limit=1).headers.get("Date")
         if date is None:
-            raise RequestRefusedError(f"could not learn the time: {self.location.endpoint} sends no Date header")
+            raise RequestRefusedError(f"could not get the time: {self.location.endpoint} sends no Date header")
         return email.utils.parsedate_to_datetime(date)
 
     def _listed(
@@ -60,11 +60,11 @@ class ListedContainer(ContainerConnection):
             try:
                 yield from page
                 if page.marker and page.marker == marker:
-                    raise ValueError("it leads to itself")
+                    raise ValueError("its next page is itself")
             except ValueError as error:
                 raise RequestRefusedError(
-                    f"could not list {self.location}/{prefix}: the answer is no listing ({error}). Check the URL, and "
-                    "what stands between this machine and the service"
+                    f"could not list {self.location}/{prefix}: the answer is not a listing ({error}). Check the URL, "
+                    "and the proxies between this machine and the service"
                 ) from error
             if not page.marker:
                 return
@@ -78,7 +78,7 @@ class ListedContainer(ContainerConnection):
             response = self._direct().list_page(container.url, prefix, delimiter=delimiter, limit=limit, marker=marker)
             if response is not None:
                 return response
-            # The client would take the page apart itself, slowly; what it received is the same.
+            # The client parses the page itself, slowly. The page that it received is the same.
             answers: list[HttpResponse] = []
             options: dict[str, Any] = {
                 "name_starts_with": prefix or None,
@@ -96,5 +96,5 @@ class ListedContainer(ContainerConnection):
             except AzureError:
                 if not answers or answers[-1].status_code >= 300:
                     raise
-                # It came, and is no listing; that is told in one way.
-            return answers[-1]  # those before may be answers of something on the way
+                # An answer came and is not a listing: the caller reports that.
+            return answers[-1]  # earlier ones may be answers of a proxy

@@ -1,9 +1,9 @@
-"""Put Block, Get Blob and List Blobs over azure-core's pipeline, without the client of azure-storage-blob.
+"""`DirectRequests`: Put Block, Get Blob and List Blobs over azure-core's pipeline, without azure-storage-blob's client.
 
-A checkpoint is thousands of the first two, and the client's serializers, hooks and policies take twice as long for one
-as everything else that it needs: half a millisecond of the GIL, which all connections wait for. Of a listing, the
-client's deserializer takes a second for 5,000 blobs. What these requests send is documented and small. Anything else,
-and whatever they are not sure of, goes through the client.
+A checkpoint needs thousands of the first two. For each, the client's serializers, hooks and policies take half a
+millisecond of the GIL, twice the rest of the request, and all connections wait for it. The client's deserializer takes
+a second for a listing of 5,000 blobs. These three requests are documented and small. All others go through the client,
+and so do these three in cases that are not handled here.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from azure_torch_ckpt.transport.retry import RetryPolicy
 __all__ = ["USER_AGENT", "DirectRequests"]
 
 USER_AGENT = "azure-torch-ckpt"
-"""Names this package in the service's logs."""
+"""Name of this package in the service's logs."""
 
-_MOST_RESULTS = 5_000  # in one page
-# As the client raises them: they are the cause of ours.
+_MOST_RESULTS = 5_000  # of one page
+# The classes that the client raises: they are the causes of our errors.
 _ERRORS: dict[int, type[HttpResponseError]] = {
     403: ClientAuthenticationError,
     404: ResourceNotFoundError,
@@ -49,10 +49,10 @@ _ERRORS: dict[int, type[HttpResponseError]] = {
 
 
 class DirectRequests:
-    """All methods return None, and have done nothing, where the caller must ask the client of azure-storage-blob.
+    """Each method returns None, and does nothing, where the caller must use the client of azure-storage-blob instead.
 
     Args:
-        api_version: of the service, the one that the client speaks.
+        api_version: the version of the service's API that the client uses.
 
     Raises (all methods): AzureError, as the client does.
     """
@@ -85,9 +85,9 @@ class DirectRequests:
         if_etag: str | None = None,
         cancel: Cancel | None = None,
     ) -> HttpResponse | None:
-        """https://learn.microsoft.com/rest/api/storageservices/get-blob. The response has the body, or `dest` has."""
+        """https://learn.microsoft.com/rest/api/storageservices/get-blob. The body is in the response or in `dest`."""
         if moment is not None:
-            return None  # a snapshot or a version is read too seldom to be worth a query of our own
+            return None  # snapshots and versions are read too seldom to be worth a query here
         sent = {"x-ms-range": f"bytes={offset}-{offset + length - 1}"}
         if if_etag is not None:
             sent["If-Match"] = if_etag
@@ -104,7 +104,7 @@ class DirectRequests:
     ) -> HttpResponse | None:
         """https://learn.microsoft.com/rest/api/storageservices/list-blobs: one page of the container at `url`.
 
-        With the blobs' metadata, which tell a folder from a blob.
+        With the blobs' metadata, which mark folders.
         """
         query = {"restype": "container", "comp": "list", "prefix": prefix, "delimiter": delimiter, "marker": marker}
         query["include"] = "metadata"
@@ -116,10 +116,10 @@ class DirectRequests:
         self, request: HttpRequest, cancel: Cancel | None = None, dest: Scatter | None = None
     ) -> HttpResponse | None:
         if settings.tracing_enabled():
-            return None  # a span for each call is the client's
+            return None  # the client makes a span for each call
         response = self._pipeline.run(request, cancel=cancel, dest=dest).http_response
         if response.status_code == 401:
-            return None  # the client may know more
+            return None  # the client may answer a challenge
         if response.status_code >= 300:
             map_error(response.status_code, response, _ERRORS)
             raise HttpResponseError(response=response)
@@ -127,7 +127,7 @@ class DirectRequests:
 
 
 class _Headers(SansIOHTTPPolicy[HttpRequest, HttpResponse]):
-    """What every attempt carries."""
+    """The headers of every attempt."""
 
     def __init__(self, api_version: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""One page of List Blobs, parsed as a stream: https://learn.microsoft.com/rest/api/storageservices/list-blobs.
+"""`ListPage`: one page of List Blobs, parsed as a stream: https://learn.microsoft.com/rest/api/storageservices/list-blobs.
 
-A folder of checkpoints has tens of thousands of blobs, and an object for each XML element of each blob costs ten times
-what is wanted of it. Here expat calls back, and one `BlobInfo` is made for a blob.
+A folder of checkpoints has tens of thousands of blobs, and an object for each XML element of each blob would cost ten
+times as much as the blobs' properties. So expat's callbacks make one `BlobInfo` for a blob.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ from azure_torch_ckpt.blobs.blob_info import BLOCK_BLOB, LEASED, BlobInfo, quote
 
 __all__ = ["ListPage"]
 
-_PIECE = 64 * 1024
+_CHUNK = 64 * 1024
 _MONTHS = {
     name: number
     for number, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), start=1)  # noqa: SIM905
 }
-# What stands in the metadata for names that cannot be those of an XML element.
+# The element that replaces metadata whose name cannot be an XML element's.
 _NAMELESS = "x-ms-invalid-name"
 
 
 class ListPage:
     """Iterate over the blobs (`BlobInfo`) and, with a delimiter, the prefixes (str) of a page, in the page's order.
 
-    Blobs that are deleted, and snapshots and versions of blobs, are left out.
+    Deleted blobs, snapshots and old versions are left out.
 
     Attributes:
-        marker: of the next page; valid after the last entry. Empty where there is none.
+        marker: of the next page, empty for the last one; valid after the last entry.
 
     Raises (on iteration):
-        ValueError: this is no page of List Blobs. A document type, the source of all attacks on XML parsers, is none.
+        ValueError: the body is not a page of List Blobs. A document type, which all attacks on XML parsers need, is
+        refused.
     """
 
     def __init__(self, body: bytes) -> None:
         self.marker = ""
         self._body = body
-        self._found: list[BlobInfo | str] = []
+        self._entries: list[BlobInfo | str] = []
         self._depth = 0
         self._text = ""
         self._fields: dict[str, str] = {}
         self._metadata: dict[str, str] = {}
         self._name_is_encoded = False
-        self._part = ""  # the element right below a blob that is open: those below Metadata have names of the user's
+        self._part = ""  # the open element directly below a blob; users choose the names of those below Metadata
 
     def __iter__(self) -> Iterator[BlobInfo | str]:
         parser = expat.ParserCreate()
@@ -59,10 +60,10 @@ class ListPage:
         parser.StartDoctypeDeclHandler = _refuse
         view = memoryview(self._body)
         try:
-            for start in range(0, len(view), _PIECE):
-                parser.Parse(view[start : start + _PIECE], False)
-                found, self._found = self._found, []
-                yield from found
+            for start in range(0, len(view), _CHUNK):
+                parser.Parse(view[start : start + _CHUNK], False)
+                entries, self._entries = self._entries, []
+                yield from entries
             parser.Parse(b"", True)
         except (expat.ExpatError, KeyError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -103,17 +104,17 @@ class ListPage:
         if kind not in ("Blob", "BlobPrefix"):
             return
         name = fields["Name"]
-        if encoded:  # it has characters that XML has not
+        if encoded:  # it has characters that XML does not allow
             name = urllib.parse.unquote(name)
         if kind == "BlobPrefix":
-            self._found.append(name)
+            self._entries.append(name)
             return
         if "Snapshot" in fields or fields.get("Deleted") == "true" or fields.get("IsCurrentVersion") == "false":
             return
         given = fields.get
         md5, created = given("Content-MD5"), given("Creation-Time")
         hash_of_content = base64.b64decode(md5) if md5 else None
-        self._found.append(
+        self._entries.append(
             BlobInfo(
                 name,
                 int(fields["Content-Length"]),
@@ -139,7 +140,7 @@ class ListPage:
 
 
 def _time(text: str) -> datetime.datetime:
-    """Of the form "Wed, 09 Sep 2026 09:20:02 GMT" (RFC 1123), ten times as fast as `email.utils`."""
+    """Parse "Wed, 09 Sep 2026 09:20:02 GMT" (RFC 1123), ten times as fast as `email.utils`."""
     return datetime.datetime(
         int(text[12:16]),
         _MONTHS[text[8:11]],

@@ -1,15 +1,15 @@
-"""Conditional writes and deletions, and what became of one whose answer was lost.
+"""Conditional writes and deletions, and the outcome of one whose answer was lost.
 
-A request may be carried out although nobody hears of it: the connection breaks, the service answers 500, something on
-the way repeats it. The next attempt then finds its condition broken by the first one. So an answer that says "the
-condition does not hold" (412, 409, 404) does not tell who broke it; the blob itself does. Whoever commits with a
-condition calls a function of this module, and deletes nothing unless the outcome is proven.
+A request may be carried out without an answer that says so: the connection breaks, the service answers 500, a proxy
+repeats it. The next attempt then finds its condition broken by the first one. So an answer that says "the condition
+does not hold" (412, 409, 404) does not prove that another client broke it. The blob itself does. Every commit with a
+condition calls a function of this module, and its caller deletes nothing unless the outcome is proven.
 
 | outcome | means | so the caller |
 |---|---|---|
-| an exception | the service refused every attempt; nothing was carried out | may go on as if it had not asked |
-| `DONE` | carried out: the answer says so, or the blob is what was to be written (is gone) | may remove the old |
-| `LOST` | the blob is intact and another's, or was removed | may remove its own |
+| an exception | the service refused every attempt; nothing was carried out | may continue as if it had not asked |
+| `DONE` | carried out: the answer says so, or the blob has the data of the write (is gone) | may remove the old data |
+| `LOST` | the blob is intact and has other data, or was removed | may remove its own data |
 | `UNKNOWN` | neither is proven; the blob is the old or the new one | removes nothing |
 """
 
@@ -34,7 +34,7 @@ from azure_torch_ckpt.transport.buffers import Cancel, Doubt
 __all__ = ["Outcome", "Result", "commit_blocks", "delete", "put"]
 
 _LIMIT = 4 << 30  # bytes of a blob that is read back: no metadata is larger
-_LOOKS = 3  # at a blob whose content arrives damaged, or not twice the same
+_READS = 3  # of a blob whose content arrives damaged, or not twice the same
 
 
 class Outcome(enum.Enum):
@@ -47,14 +47,14 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a conditional request.
+    """The outcome of a conditional request.
 
     Attributes:
-        etag: of the blob that was written, where the outcome is `DONE`.
-        removed: of the outcome `LOST`: there is no blob now.
-        again: of the outcome `DONE`, of a blob that was to be new: an earlier attempt may have been carried out, too.
-            Then somebody has removed what it wrote, and perhaps what belongs to it.
-        error: why the outcome is not plainly `DONE`.
+        etag: of the blob that was written, if the outcome is `DONE`.
+        removed: whether there is no blob now, if the outcome is `LOST`.
+        again: whether an earlier attempt may have written the blob as well, if the outcome is `DONE` and the blob was
+            to be new. Then another client has removed that blob, and perhaps the data that it names.
+        error: that made it necessary to look at the blob; None if an answer decided the outcome.
     """
 
     outcome: Outcome
@@ -64,7 +64,7 @@ class Result:
     error: StoreError | None = None
 
     def unknown(self, message: str) -> CommitUnknownError:
-        """What to raise for the outcome `UNKNOWN`, with `error` as its cause."""
+        """The exception for the outcome `UNKNOWN`, with `error` as its cause."""
         made = CommitUnknownError(f"{message} ({self.error})")
         made.__cause__ = self.error
         if self.error is not None:
@@ -73,11 +73,12 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """The blob as it is now: whether it is what the request was to make of it, and its ETag; None if it is not there.
+class _ReadBack:
+    """The blob as it is now.
 
     Attributes:
-        ours: None where that cannot be told.
+        ours: whether the request wrote it; None if that is not certain.
+        etag: of the blob; None if it was not read.
     """
 
     ours: bool | None
@@ -96,7 +97,7 @@ def put(
     """`BlobStore.put` with a condition.
 
     Args:
-        data: that nobody else writes (it holds an id of its own), for by it the blob is known again.
+        data: with an id in it that no other write has, since the data identifies the blob.
         if_etag: write only over the blob with this ETag.
         if_missing: write only if there is no such blob.
 
@@ -104,19 +105,19 @@ def put(
         StoreError: it was not carried out.
     """
 
-    def look() -> _Found:
-        found, info = store.read_some(path, 0, _LIMIT)
-        if found == data:
-            return _Found(True, info.etag)
-        intact = info.md5 is not None and info.md5 == md5(found)  # Put Blob keeps an MD5 with every blob
-        return _Found(False if intact else None, info.etag)
+    def read_back() -> _ReadBack:
+        now, info = store.read_some(path, 0, _LIMIT)
+        if now == data:
+            return _ReadBack(True, info.etag)
+        intact = info.md5 is not None and info.md5 == md5(now)  # the service stores an MD5 with every Put Blob
+        return _ReadBack(False if intact else None, info.etag)
 
     doubt = Doubt()
     try:
         etag = store.put(path, data, settings, if_etag=if_etag, if_missing=if_missing, doubt=doubt)
         return Result(Outcome.DONE, etag, again=if_missing and doubt.exists)
     except StoreError as error:
-        return _settle_write(error, look, if_etag)
+        return _settle_write(error, read_back, if_etag)
 
 
 def commit_blocks(
@@ -131,30 +132,31 @@ def commit_blocks(
     """`BlobStore.commit_blocks` with a condition.
 
     Args:
-        block_ids: that no other upload has, for by them the blob is known again. Without any, a lost answer stays one.
+        block_ids: that no other upload has, since they identify the blob. An empty blob cannot be identified, so the
+            outcome after a lost answer is `UNKNOWN`.
 
     Raises:
         StoreError: it was not carried out.
     """
     seen: list[list[str]] = []
 
-    def look() -> _Found:
-        # The list has no checksum: another's is believed when it comes twice the same.
+    def read_back() -> _ReadBack:
+        # The list has no checksum. Another list is believed when it arrives twice the same.
         seen.append(store.committed_blocks(path))
         if block_ids and seen[-1] == list(block_ids):
-            return _Found(True, store.stat(path).etag)
-        return _Found(False if seen[-1] and seen[-1] in seen[:-1] else None, None)
+            return _ReadBack(True, store.stat(path).etag)
+        return _ReadBack(False if seen[-1] and seen[-1] in seen[:-1] else None, None)
 
     try:
         return Result(
             Outcome.DONE, store.commit_blocks(path, block_ids, settings, if_etag=if_etag, if_missing=if_missing)
         )
     except StoreError as error:
-        return _settle_write(error, look, if_etag)
+        return _settle_write(error, read_back, if_etag)
 
 
 def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None = None) -> Result:
-    """`BlobStore.delete` of the blob with this ETag. `DONE`: there is no blob now, whoever deleted it.
+    """`BlobStore.delete` of the blob with this ETag. `DONE`: there is no blob now, whichever client deleted it.
 
     Raises:
         StoreError: it was not carried out.
@@ -163,7 +165,7 @@ def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None =
         store.delete(path, if_etag=if_etag, cancel=cancel)
         return Result(Outcome.DONE)
     except StoreError as error:
-        # A blob that is not there breaks the condition, too, and Azurite says so (412, not 404).
+        # A missing blob breaks the condition, too, and Azurite answers 412, not 404.
         refused = isinstance(error, BlobChangedError)
         if not refused and not error.may_be_done:
             raise
@@ -179,26 +181,31 @@ def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None =
         return unknown if now == if_etag else Result(Outcome.LOST, error=error)
 
 
-def _settle_write(error: StoreError, look: Callable[[], _Found], if_etag: str | None) -> Result:
+def _settle_write(error: StoreError, read_back: Callable[[], _ReadBack], if_etag: str | None) -> Result:
+    """Find the outcome of a write that raised `error`.
+
+    Raises:
+        StoreError: `error`, which proves that the write was not carried out.
+    """
     refused = isinstance(error, (BlobChangedError, BlobNotFoundError))  # by the condition
     if not refused and not error.may_be_done:
         raise error
     unknown = Result(Outcome.UNKNOWN, error=error)
     if isinstance(error, ServiceUnavailableError):
-        return unknown  # whom to ask?
-    for _ in range(_LOOKS):
+        return unknown  # reading the blob would fail as well
+    for _ in range(_READS):
         try:
-            found = look()
+            now = read_back()
         except BlobNotFoundError:
-            # The condition that there is no blob holds again now, for an attempt that is still on its way.
+            # If the condition is that there is no blob, it holds again now, for an attempt that is still on its way.
             gone = refused and (if_etag is not None or not error.may_be_done)
             return Result(Outcome.LOST, removed=True, error=error) if gone else unknown
         except StoreError:
             return unknown
-        if found.ours:
-            return Result(Outcome.DONE, found.etag or "", error=error)
-        # Without an answer that the condition is broken, an attempt may still be carried out; and if the blob is the
-        # one that the condition names, it is not broken.
-        if found.ours is False:
-            return Result(Outcome.LOST, error=error) if refused and found.etag != if_etag else unknown
+        if now.ours:
+            return Result(Outcome.DONE, now.etag or "", error=error)
+        # As long as no answer says that the condition is broken, an attempt may still be carried out. And the condition
+        # is not broken if the blob is the one that it names.
+        if now.ours is False:
+            return Result(Outcome.LOST, error=error) if refused and now.etag != if_etag else unknown
     return unknown

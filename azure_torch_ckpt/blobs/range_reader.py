@@ -1,9 +1,9 @@
-"""Random access to one state of one blob: few requests, however small the reads are.
+"""`RangeReader`: random access to one state of one blob, with few requests however small the reads are.
 
-Three things keep the number of requests low. A miss fetches more than was asked for: the window, which grows as long as
-a stream of reads goes on forwards and shrinks when they jump about. What was fetched stays for a while, within a
-bound, so that a reader that jumps to a table of contents and back pays once. And a long read goes straight into the
-caller's memory in parallel ranges, with the window behind it as part of the last one.
+Three rules keep the number of requests low. A miss fetches more than was requested: the window, which grows while reads
+follow each other and shrinks when they jump. Fetched bytes stay within a bound, so that a jump to a table of contents
+and back costs one request. A long read goes directly into the caller's memory in parallel ranges, the last of which
+includes the window behind it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import bisect
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from azure_torch_ckpt.blobs.download import GAP, Download, Read
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.blobs.transfer import GAP, Download, Read
 from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.location import BlobLocation
 
@@ -21,25 +21,25 @@ __all__ = ["CACHED", "RangeReader"]
 
 _KIB = 1024
 _MIB = 1024 * _KIB
-# Some 20 ms a request at tens of MB/s a connection: what one request costs moves about half a megabyte.
+# A request takes some 20 ms, in which a connection moves about half a megabyte.
 _START = 256 * _KIB
 _SMALLEST = 32 * _KIB
 _LARGEST = 32 * _MIB
 _GROWTH = 4
-# A stream of reads that comes so near to the end gets the rest as well, instead of asking once more for it.
+# A stream of reads this close to the end gets the rest as well, which saves another request.
 _REST = 2 * _MIB
 _CACHE = 64 * _MIB
-# Readers of zip, Parquet and the like begin at the end and go backwards from there.
+# Readers of zip, Parquet and similar formats begin at the end and go backwards from there.
 _TAIL = 128 * _KIB
-# Reads of more than this go into the caller's memory, unless there is a chunk for them.
+# Longer reads go into the caller's memory, unless a chunk has their bytes.
 CACHED = 1 * _MIB
-# A read of everything, when nobody knows yet how much that is, asks for this much first.
+# A read of everything requests this much first, while the blob's size is unknown.
 _FIRST = 4 * _MIB
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """Bytes of the blob. `window` is how far ahead the stream of reads looked that fetched them."""
+    """Bytes of the blob. `window` is the read-ahead of the stream of reads that fetched them."""
 
     start: int
     data: memoryview
@@ -51,16 +51,16 @@ class _Chunk:
 
 
 class RangeReader:
-    """Reads of one blob at one moment. Not thread-safe; nothing is requested before the first read.
+    """Reads one blob as it is at one moment. Not thread-safe; the first read sends the first request.
 
-    The first response decides which state of the blob is read: later requests carry its ETag.
+    The first response fixes the state of the blob: later requests carry its ETag.
 
     Args:
         location: the blob; a snapshot or a version in it is respected.
         if_etag: read only the blob with this ETag.
 
     Raises (all methods): `BlobNotFoundError`, `BlobChangedError` (the blob was replaced since the first read, or has
-        another ETag than `if_etag`), and what else `BlobStore` names.
+        another ETag than `if_etag`), and the errors that `BlobStore` lists.
     """
 
     def __init__(self, store: BlobStore, location: BlobLocation, if_etag: str | None = None) -> None:
@@ -75,7 +75,7 @@ class RangeReader:
         self._window = _START  # of a stream that begins
 
     def info(self) -> BlobInfo:
-        """What the blob is; a HEAD request if nothing was read yet."""
+        """Return the blob's properties, by a HEAD request if nothing was read yet."""
         if self._info is None:
             try:
                 self._info = self._store.stat(self._location.path, if_etag=self._etag, moment=self._location)
@@ -85,7 +85,7 @@ class RangeReader:
         return self._info
 
     def begin(self, offset: int, length: int | None) -> int:
-        """The blob's size; if nothing is known yet, from a first request for `length` bytes at `offset` (None: all)."""
+        """Return the blob's size; the first call requests `length` bytes at `offset` (None: all)."""
         if self._info is None:
             limit = _FIRST if length is None else min(max(length, _START), _FIRST)
             try:
@@ -100,10 +100,10 @@ class RangeReader:
         return self._info.size
 
     def at(self, offset: int, wanted: int = 1) -> memoryview:
-        """Some bytes from `offset` on, at least one unless the blob ends there. They stay valid.
+        """Return some bytes from `offset` on, at least one unless the blob ends there. They stay valid.
 
         Args:
-            wanted: so many in one piece, if they have to be fetched; `CACHED` at most.
+            wanted: the smallest number of bytes if they have to be fetched; `CACHED` at most.
         """
         size = self.begin(offset, wanted)
         if offset >= size:
@@ -116,7 +116,7 @@ class RangeReader:
         return chunk.data[offset - chunk.start :]
 
     def read_into(self, offset: int, view: memoryview) -> int:
-        """Fill a writable byte view with what lies from `offset` on; return the number of bytes, fewer at the end."""
+        """Fill a writable byte view with the bytes from `offset` on; return their number, which is lower at the end."""
         if not view.nbytes:
             return 0
         end = min(offset + view.nbytes, self.begin(offset, view.nbytes))
@@ -124,15 +124,15 @@ class RangeReader:
         while position < end:
             chunk = self._find(position)
             if chunk is not None:
-                piece = chunk.data[position - chunk.start : end - chunk.start]
-                view[position - offset : position - offset + piece.nbytes] = piece
-                position += piece.nbytes
+                cached = chunk.data[position - chunk.start : end - chunk.start]
+                view[position - offset : position - offset + cached.nbytes] = cached
+                position += cached.nbytes
             else:
                 position += self._fetch(position, end, view[position - offset : end - offset])
         return max(0, position - offset)
 
     def drop(self) -> None:
-        """Forget what is cached."""
+        """Drop the cached bytes."""
         self._chunks.clear()
         self._starts.clear()
         self._current = None
@@ -149,22 +149,22 @@ class RangeReader:
         return chunk
 
     def _before(self, offset: int) -> _Chunk | None:
-        """The last chunk that starts at `offset` or before."""
+        """Return the last chunk that starts at `offset` or before."""
         index = bisect.bisect_right(self._starts, offset)
         return self._chunks[self._starts[index - 1]] if index else None
 
     def _fetch(self, offset: int, end: int, dest: memoryview | None) -> int:
-        """Fetch what lies at `offset`, where no chunk is; the reader wants the bytes up to `end`, in `dest`.
+        """Fetch the bytes at `offset`, which no chunk has. The read needs the bytes up to `end`, in `dest`.
 
         Returns:
-            how many of them went to `dest`: all that were missing, or none, and then a chunk has them.
+            the number of bytes in `dest`: all up to the next chunk, or none if a new chunk has them.
         """
         size = self.info().size
         before = self._before(offset)
         after = bisect.bisect_right(self._starts, offset)
         limit = self._starts[after] if after < len(self._starts) else size
         wanted = min(end, limit) - offset
-        window, nothing_less = self._window_at(offset, before)
+        window, smallest_rest = self._window_at(offset, before)
         if dest is not None and wanted >= max(CACHED, window):
             ahead = memoryview(bytearray(min(window, limit - offset - wanted)))
             self._request(offset, [dest[:wanted], ahead])
@@ -172,7 +172,7 @@ class RangeReader:
                 self._keep(_Chunk(offset + wanted, ahead, window))
             return wanted
         start, stop = offset, min(limit, offset + max(wanted, window))
-        if limit - stop < nothing_less:
+        if limit - stop < smallest_rest:
             stop = limit
         if size - start <= _TAIL and limit == size:
             start = max(size - _TAIL, before.end if before else 0)
@@ -182,11 +182,11 @@ class RangeReader:
         return 0
 
     def _window_at(self, offset: int, before: _Chunk | None) -> tuple[int, int]:
-        """How far to look ahead, and how little not to leave behind that."""
+        """Return the read-ahead, and the smallest rest that is worth a request of its own."""
         if before is not None and offset - before.end <= GAP:
             self._window = min(2 * self._window, _START)
             largest = min(_LARGEST, self._capacity // 2)
-            if before.window < _START:  # one read beside another does not make a stream of reads that jump about
+            if before.window < _START:  # two neighbouring reads among many jumps are not a stream
                 return min(2 * before.window, largest), _SMALLEST
             window = min(_GROWTH * before.window, largest)
             return window, min(2 * window, _REST, largest)
@@ -213,7 +213,7 @@ class RangeReader:
         if self._info is None:
             return BlobChangedError(f"{self._location} has another ETag than if_etag={self._etag}: it was replaced")
         return BlobChangedError(
-            f"{self._location} was replaced or removed while it was read. What was read before is of the old blob; "
+            f"{self._location} was replaced or removed while it was read. The bytes read before are of the old blob; "
             "open it again"
         )
 

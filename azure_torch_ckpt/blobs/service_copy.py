@@ -1,4 +1,4 @@
-"""Copies of blobs to and from one container that the service makes itself, without the bytes coming here."""
+"""`ServiceCopy`: copies of blobs that the service makes itself, so that the bytes do not pass this machine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from azure_torch_ckpt._internal.shared_tokens import STORAGE_SCOPE
 from azure_torch_ckpt.blobs.container import ContainerConnection
 from azure_torch_ckpt.transport.buffers import Cancel
 
-__all__ = ["CopySource", "CopyingContainer"]
+__all__ = ["CopySource", "ServiceCopy"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CopySource:
-    """A blob as the service can read it for a copy; `CopyingContainer.copy_source` makes one. Both strings are secret.
+    """A blob that the service can read for a copy; `ServiceCopy.copy_source` makes one. URL and header are secret.
 
     Attributes:
-        url: the blob's, with a SAS where it takes one.
+        url: of the blob, with a SAS if the service needs one.
         etag: only the blob with this ETag is copied.
-        authorization: header by which the service gets at it instead, or None.
+        authorization: the header by which the service may read it instead, or None.
     """
 
     url: str
@@ -36,14 +36,14 @@ class CopySource:
     authorization: str | None = None
 
 
-class CopyingContainer(ContainerConnection):
+class ServiceCopy(ContainerConnection):
     """Base of `BlobStore`: its verbs that copy."""
 
     def copy_source(self, path: str, etag: str) -> CopySource:
-        """A blob of this store for `copy` and `stage_block_from` of any store, good for a day.
+        """Return a blob of this store as the source for `copy` and `stage_block_from` of any store, valid for a day.
 
-        The service reads it with the SAS of this store's URL or credential, with one that is signed here if the account
-        key is known, or with this store's token
+        The service reads it with the SAS of this store's URL or credential, with a SAS that is signed here if the
+        account key is known, or with this store's token
         (https://learn.microsoft.com/rest/api/storageservices/put-block-from-url#authorization).
         """
         location = dataclasses.replace(self.location, path=path)
@@ -75,14 +75,14 @@ class CopyingContainer(ContainerConnection):
         *,
         cancel: Cancel | None = None,
     ) -> int | None:
-        """Copy Blob From URL: make the blob `path` of another one, of at most 256 MiB, replacing what was there.
+        """Copy Blob From URL: make the blob `path`, new or replaced, of another blob of at most 256 MiB.
 
-        https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url. Returns the CRC64-NVME of what was
-        copied, if the service tells. Content-Type and the like are the source's; its tags are not copied.
+        https://learn.microsoft.com/rest/api/storageservices/copy-blob-from-url. Returns the CRC64-NVME of
+        the copy, if the service sends it. Content-Type and similar headers are the source's; its tags are not copied.
 
         Args:
             metadata: stored with the blob in place of the source's.
-            cancel: breaks the request off.
+            cancel: ends the request early.
 
         Raises:
             BlobChangedError: the source has another ETag.
@@ -99,7 +99,7 @@ class CopyingContainer(ContainerConnection):
                 answers=answers,
                 **_authorized(source),
             )
-        return _told_crc64(answers)
+        return _answered_crc64(answers)
 
     def stage_block_from(
         self,
@@ -111,13 +111,13 @@ class CopyingContainer(ContainerConnection):
         *,
         cancel: Cancel | None = None,
     ) -> int | None:
-        """Put Block From URL: `BlobStore.stage_block` of `length` bytes from `offset` on of another blob.
+        """Put Block From URL: `BlobStore.stage_block` with `length` bytes of another blob, from `offset` on.
 
         https://learn.microsoft.com/rest/api/storageservices/put-block-from-url. Returns the CRC64-NVME of the block, if
-        the service tells.
+        the service sends it.
 
         Args:
-            cancel: breaks the request off.
+            cancel: ends the request early.
 
         Raises:
             BlobChangedError: the source has another ETag.
@@ -134,14 +134,14 @@ class CopyingContainer(ContainerConnection):
                 answers=answers,
                 **_authorized(source),
             )
-        return _told_crc64(answers)
+        return _answered_crc64(answers)
 
 
 def _authorized(source: CopySource) -> dict[str, Any]:
     return {} if source.authorization is None else {"source_authorization": source.authorization}
 
 
-def _told_crc64(answers: Sequence[HttpResponse]) -> int | None:
-    # What the client returns of a copy lacks it.
+def _answered_crc64(answers: Sequence[HttpResponse]) -> int | None:
+    # The client's result of a copy lacks it.
     value = answers[-1].headers.get("x-ms-content-crc64")
     return None if value is None else parse_header_value(value)

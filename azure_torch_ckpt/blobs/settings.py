@@ -1,4 +1,4 @@
-"""What a blob carries beside its bytes: Content-Type, metadata and tags."""
+"""`BlobSettings` and `CopiedSettings`: what a blob has beside its bytes, Content-Type, metadata and tags."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _TAG = re.compile(r"[A-Za-z0-9 +./:=_-]+")
 
 @dataclass(frozen=True, slots=True)
 class BlobSettings:
-    """What a blob carries beside its bytes. None leaves it away; Content-Type is then ``application/octet-stream``.
+    """What a blob has beside its bytes. None omits it; Content-Type is then ``application/octet-stream``.
 
     Attributes:
-        content_type: the header that readers get.
+        content_type: the header Content-Type that readers get.
         metadata: names (C# identifiers) and values (printable ASCII), 8 KiB in all.
         tags: at most 10, with keys of 1 to 128 and values of up to 256 characters: ASCII letters and digits, space,
             and ``+ - . / : = _``.
 
     The rules are those of https://learn.microsoft.com/rest/api/storageservices/naming-and-referencing-containers--blobs--and-metadata
-    and https://learn.microsoft.com/rest/api/storageservices/set-blob-tags. They are checked here, and not by the
-    service when everything else is uploaded.
+    and https://learn.microsoft.com/rest/api/storageservices/set-blob-tags. They are checked here, because the
+    service checks them only after the upload of all bytes.
 
     Raises:
         ValueError: a rule is broken.
@@ -51,7 +51,7 @@ class BlobSettings:
                     "and a value printable ASCII"
                 )
         if sum(len(name) + len(value) for name, value in metadata.items()) > METADATA_LIMIT:
-            raise ValueError("metadata must not be larger than 8 KiB altogether")
+            raise ValueError("all metadata together must not be larger than 8 KiB")
         if len(tags) > 10:
             raise ValueError(f"a blob has at most 10 tags, not {len(tags)}")
         for key, value in tags.items():
@@ -64,10 +64,10 @@ class BlobSettings:
 
 @dataclass(frozen=True, slots=True)
 class CopiedSettings:
-    """What a copy carries beside its bytes: what its source does, as the service told it and unchecked.
+    """What a copy has beside its bytes: the same as its source, as the service sent it and unchecked.
 
     Attributes:
-        content: Content-Type and the like; None for the service's defaults.
+        content: Content-Type and similar headers; None for the service's defaults.
         metadata: names and values.
         tags: keys and values.
     """

@@ -1,4 +1,4 @@
-"""The blocks of one upload: staged under ids of one length, that of others' blocks where those are in the way."""
+"""`Staging`: the blocks of one upload, and their ids. The ids have the length of blocks that others have staged."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ BLOCK_ID_LENGTH = 48
 _OTHER_LENGTH = "InvalidBlobOrBlock"
 _ALPHABET = string.ascii_letters + string.digits + "-_"
 _DIGITS = {character: value for value, character in enumerate(_ALPHABET)}
-# Of an id, if the blocks of two uploads at once shall have different ones, most certainly: 16 million.
+# The shortest ids that two simultaneous uploads most certainly choose differently: 16 million.
 _SHORTEST = 4
 _random = random.SystemRandom()
-# What others stage meanwhile may change the length again, though hardly twice.
+# Others may stage blocks meanwhile and change the length again, though hardly twice.
 _ATTEMPTS = 4
 
 
 def block_id(stem: str, number: int) -> str:
-    """The id of one block.
+    """Return the id of one block.
 
     Args:
-        stem: of one upload alone; 32 characters at most.
+        stem: unique to one upload; 32 characters at most.
         number: of the block; below 10**15.
     """
     return f"{stem}-{number:0{BLOCK_ID_LENGTH - 1 - len(stem)}d}"
 
 
 class Staging:
-    """Stages blocks of one blob, from any threads, and knows the ids to commit.
+    """Stages blocks of one blob, from any thread, and has the ids to commit.
 
-    Uncommitted blocks that somebody else has staged for the blob, or that a killed upload left, make the service refuse
-    ids of another length, for a week. Removing them would write the blob. So the ids get that length here, and the
-    commit drops the others.
+    If another writer has staged blocks for the blob, or a killed upload left some, the service refuses ids of another
+    length, for a week. Removing those blocks would write the blob. So the ids get that length here, and the commit
+    drops the other blocks.
     """
 
     def __init__(self, store: BlobStore, path: str) -> None:
@@ -63,7 +63,7 @@ class Staging:
         self._name: Callable[[int], str] = lambda number: block_id(stem, number)
 
     def ids(self, numbers: Iterable[int]) -> list[str]:
-        """The ids of blocks, once they are staged. Each has a number below `MAX_BLOCKS`."""
+        """Return the ids of blocks that are staged. Each has a number below `MAX_BLOCKS`."""
         return [self._name(number) for number in numbers]
 
     def stage(self, number: int, body: Gather, crc64: int | None, cancel: Cancel) -> None:
@@ -90,19 +90,19 @@ class Staging:
 
     def _give_way(self, refused: Callable[[int], str], error: RequestRefusedError) -> None:
         with self._lock:
-            if self._name is not refused:  # another thread has been here
+            if self._name is not refused:  # another thread has changed it
                 return
             try:
                 others = self._store.uncommitted_blocks(self._path)
             except AccessDeniedError as denied:  # a credential for writing only
                 raise error from denied
             except BlobNotFoundError:
-                return  # they are gone
+                return  # the other blocks are gone
             if not others:
                 return
             self._name = _like(others, error)
             _log.info(
-                "%s/%s has %d uncommitted blocks of others; the ids of this upload have the length of theirs",
+                "%s/%s has %d uncommitted blocks of other writers; the ids of this upload get the same length",
                 self._store.location,
                 self._path,
                 len(others),
@@ -110,15 +110,16 @@ class Staging:
 
 
 def _like(others: Sequence[str], error: RequestRefusedError) -> Callable[[int], str]:
-    """Names as long as those of others, and different from them: numbers of that many digits, from a random one on."""
+    """Return names as long as the others' and different from them: numbers of that many digits, from a random one
+    on."""
     try:
-        taken = [base64.b64decode(other, validate=True).decode("latin-1") for other in others]
+        existing = [base64.b64decode(other, validate=True).decode("latin-1") for other in others]
     except binascii.Error:
         raise error from None
-    length = len(taken[0])
+    length = len(existing[0])
     if length < _SHORTEST:
         raise error
-    values = [_value(name) for name in taken if set(name) <= _DIGITS.keys()]
+    values = [_value(name) for name in existing if set(name) <= _DIGITS.keys()]
     for _ in range(_ATTEMPTS):
         start = _random.randrange(len(_DIGITS) ** length - MAX_BLOCKS)
         if not any(start <= value < start + MAX_BLOCKS for value in values):

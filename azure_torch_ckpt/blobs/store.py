@@ -1,4 +1,5 @@
-"""Blob Storage as the rest of this package sees it: the one door to azure-storage-blob."""
+"""`BlobStore`: the verbs on the blobs of one container. The rest of this package reaches Blob Storage only through
+it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from azure.storage.blob import BlobBlock, ContentSettings
 from azure_torch_ckpt._internal.checksums import header_value, md5
 from azure_torch_ckpt.blobs import blob_info
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
-from azure_torch_ckpt.blobs.container_listing import ListedContainer
-from azure_torch_ckpt.blobs.service_copy import CopyingContainer
+from azure_torch_ckpt.blobs.container_listing import ContainerListing
+from azure_torch_ckpt.blobs.service_copy import ServiceCopy
 from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.errors import BlobNotFoundError, CorruptCheckpointError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
@@ -28,25 +29,25 @@ __all__ = ["BlobInfo", "BlobStore"]
 _BLOCK_NAME = re.compile(rb"<Name>([A-Za-z0-9+/]+=*)</Name>")
 
 
-class BlobStore(CopyingContainer, ListedContainer):
+class BlobStore(ServiceCopy, ContainerListing):
     """One container: small verbs on blobs, with this package's errors and retries.
 
-    Thread-safe; usable after a fork; picklable (the connections are made lazily, in each process). A pickle holds the
-    credential that was given, for it could not be used otherwise.
+    Thread-safe; usable after a fork; picklable (each process makes its connections when it needs them). A pickle holds
+    the given credential, because it would be useless without.
 
     Args:
-        location: names the account and the container; its path plays no role here.
+        location: names the account and the container; its path is ignored.
         access: credential, limits and certificates.
 
     Raises (all methods): `ContainerNotFoundError`, `AccessDeniedError`, `ServiceUnavailableError`,
-        `RequestRefusedError`, and what each method names.
+        `RequestRefusedError`, and the errors that each method lists.
     """
 
     def moved_to(self, location: BlobLocation) -> tuple[BlobLocation, BlobStore]:
-        """A store for `location` with the same credential and options: this one if it serves that container already.
+        """Return a store for `location` with the same credential and options: this one if it is for that container.
 
-        The SAS of this store's URL goes along within its container. Returns the location, with the SAS where it has
-        one now, and the store.
+        Within its container, the SAS of this store's URL is used. Returns the location, with that SAS if it has none,
+        and the store.
         """
         if location.sas is None and location.without_sas().container_root() == self.location.without_sas():
             location = dataclasses.replace(location, sas=self.location.sas)
@@ -59,15 +60,14 @@ class BlobStore(CopyingContainer, ListedContainer):
     def stage_block(
         self, path: str, block_id: str, body: Gather, crc64: int | None = None, *, cancel: Cancel | None = None
     ) -> None:
-        """Put Block: store a part of a blob, invisible until `commit_blocks` names it.
+        """Put Block: store a block of a blob, invisible until `commit_blocks` names it.
 
-        Uncommitted blocks vanish after a week (https://learn.microsoft.com/rest/api/storageservices/put-block).
+        The service removes uncommitted blocks after a week (https://learn.microsoft.com/rest/api/storageservices/put-block).
 
         Args:
             block_id: all ids of a blob must have the same length, 64 bytes at most.
-            crc64: CRC64-NVME of the body. The service refuses a body that arrives with another one, and it is sent
-                again.
-            cancel: breaks the request off.
+            crc64: CRC64-NVME of the body. The service refuses a body with another one, and it is sent again.
+            cancel: ends the request early.
         """
         headers = {} if crc64 is None else {"x-ms-content-crc64": header_value(crc64)}
         with self._translated("write a block of", path):
@@ -90,18 +90,18 @@ class BlobStore(CopyingContainer, ListedContainer):
         if_etag: str | None = None,
         if_missing: bool = False,
     ) -> str:
-        """Put Block List: make the blob `path` of staged blocks, replacing what was there, and return its ETag.
+        """Put Block List: make the blob `path`, new or replaced, of staged blocks, and return its ETag.
 
-        Safe to repeat without a condition. With one, a retry may find what the first attempt did, whose answer got
-        lost: `outcome.commit_blocks` tells.
+        Safe to repeat without a condition. With one, a retry may meet the result of a first attempt whose answer was
+        lost: `outcome.commit_blocks` finds out.
 
         Args:
-            block_ids: without any, the blob is empty.
+            block_ids: an empty list makes an empty blob.
             if_etag: write only over the blob with this ETag.
-            if_missing: write only if there is no such blob.
+            if_missing: write only if the blob does not exist.
 
         Raises:
-            BlobChangedError: the condition does not hold.
+            BlobChangedError: the condition is not met.
         """
         settings = settings or BlobSettings()
         options: dict[str, Any] = {}
@@ -121,26 +121,26 @@ class BlobStore(CopyingContainer, ListedContainer):
             return str(result["etag"])
 
     def committed_blocks(self, path: str) -> list[str]:
-        """Get Block List: the ids of the blocks that the blob consists of, in their order.
+        """Get Block List: return the ids of the blocks of which the blob consists, in their order.
 
         Raises:
-            BlobNotFoundError: there is no such blob.
+            BlobNotFoundError: the blob does not exist.
         """
         with self._translated("look at the blocks of", path):
             return [str(block.id) for block in self._blob(path).get_block_list("committed")[0]]
 
     def uncommitted_blocks(self, path: str) -> list[str]:
-        """Get Block List: the ids, in base64, of the blocks that anybody has staged for the blob and nobody committed.
+        """Get Block List: return the ids, in base64, of the blocks that are staged for the blob and not committed.
 
         Raises:
-            BlobNotFoundError: there are neither such blocks nor a blob.
+            BlobNotFoundError: neither such blocks nor the blob exist.
         """
         answers: list[HttpResponse] = []
         with self._translated("look at the blocks of", path):
-            # What the client makes of ids that are no text has lost their length.
+            # The client decodes ids to text, and loses the length of those that are not text.
             self._blob(path).get_block_list("uncommitted", answers=answers)
-        told = answers[-1].content
-        return [name.decode() for name in _BLOCK_NAME.findall(told.partition(b"<UncommittedBlocks>")[2])]
+        body = answers[-1].content
+        return [name.decode() for name in _BLOCK_NAME.findall(body.partition(b"<UncommittedBlocks>")[2])]
 
     def put(
         self,
@@ -155,17 +155,17 @@ class BlobStore(CopyingContainer, ListedContainer):
         """Put Blob: write a whole blob with one request, and return its ETag.
 
         The service checks the content's MD5 on arrival and keeps it (`BlobInfo.md5`):
-        https://learn.microsoft.com/rest/api/storageservices/put-blob. With a condition, a retry may find what the first
-        attempt did, whose answer got lost: `outcome.put` tells.
+        https://learn.microsoft.com/rest/api/storageservices/put-blob. With a condition, a retry may meet the result of
+        a first attempt whose answer was lost: `outcome.put` finds out.
 
         Args:
-            settings: what the blob carries, of which this is a copy.
+            settings: of the blob that is copied.
             if_etag: write only over the blob with this ETag.
-            if_missing: write only if there is no such blob.
-            doubt: learns whether an attempt before the last one may have been carried out.
+            if_missing: write only if the blob does not exist.
+            doubt: records whether an attempt before the last one may have been carried out.
 
         Raises:
-            BlobChangedError: the condition does not hold.
+            BlobChangedError: the condition is not met.
         """
         content = ContentSettings(content_type="application/octet-stream")
         options: dict[str, Any] = {}
@@ -190,12 +190,12 @@ class BlobStore(CopyingContainer, ListedContainer):
             return str(result["etag"])
 
     def append(self, path: str, data: bytes, at: int) -> str:
-        """Append Block: add to an append blob, and return its ETag. A retry may find what the first attempt did.
+        """Append Block: add to an append blob, and return its ETag. A retry may meet the result of a first attempt.
 
         https://learn.microsoft.com/rest/api/storageservices/append-block.
 
         Args:
-            at: only if the blob has so many bytes.
+            at: append only if the blob has this size (bytes).
 
         Raises:
             BlobChangedError: the blob has another size.
@@ -212,11 +212,11 @@ class BlobStore(CopyingContainer, ListedContainer):
             return str(result["etag"])
 
     def delete(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
-        """Delete a blob, with its snapshots; tell whether it was there. A folder's own blob is for `delete_folder`.
+        """Delete a blob, with its snapshots; return whether it existed. Use `delete_folder` for a folder's own blob.
 
         Args:
             if_etag: delete only the blob with this ETag.
-            cancel: breaks the request off.
+            cancel: ends the request early.
 
         Raises:
             BlobChangedError: the blob's ETag is not `if_etag`.
@@ -230,18 +230,19 @@ class BlobStore(CopyingContainer, ListedContainer):
         return True
 
     def delete_folder(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
-        """Delete the blob that stands for a folder; tell whether it is gone.
+        """Delete the blob that represents a folder; return whether it is gone.
 
-        A directory stays unless it is empty. Elsewhere the blob is a mark, which goes whatever is in the folder.
+        A directory is deleted only if it is empty. In an account without directories the blob is a mark, and is deleted
+        whatever is in the folder.
         """
         try:
             with self._translated("delete the folder", path):
-                # With x-ms-delete-snapshots, it would be 400 OperationNotSupportedOnDirectory for a directory.
+                # With x-ms-delete-snapshots, the answer for a directory is 400 OperationNotSupportedOnDirectory.
                 self._blob(path).delete_blob(cancel=cancel, **_if(if_etag))
         except BlobNotFoundError:
             return True
         except RequestRefusedError as error:
-            if error.error_code == "SnapshotsPresent":  # no directory has them
+            if error.error_code == "SnapshotsPresent":  # a directory has none
                 return self.delete(path, if_etag=if_etag, cancel=cancel)
             if error.error_code != "DirectoryIsNotEmpty":
                 raise
@@ -260,18 +261,18 @@ class BlobStore(CopyingContainer, ListedContainer):
         moment: BlobLocation | None = None,
         cancel: Cancel | None = None,
     ) -> str:
-        """Get Blob: fill `views` with the bytes from `offset` on, with one request; return the blob's ETag.
+        """Get Blob: fill `views` with the bytes from `offset` on, by one request; return the blob's ETag.
 
         Args:
-            views: writable one-dimensional byte views, not empty altogether.
+            views: writable one-dimensional byte views, at least one byte in all.
             if_etag: read only the blob with this ETag.
-            moment: where its URL names a snapshot or a version of the blob, that one is read.
-            cancel: breaks the request off.
+            moment: if it names a snapshot or a version of the blob, that one is read.
+            cancel: ends the request early.
 
         Raises:
-            BlobNotFoundError: there is no such blob.
+            BlobNotFoundError: the blob does not exist.
             BlobChangedError: the blob's ETag is not `if_etag`.
-            RequestRefusedError: the blob ends before the range does (``status`` is 416).
+            RequestRefusedError: the range goes beyond the blob's end (``status`` is 416).
         """
         dest = Scatter(views)
         with self._translated("read", path):
@@ -291,8 +292,8 @@ class BlobStore(CopyingContainer, ListedContainer):
             return etag
         if len(data) != dest.size:
             error = RequestRefusedError(
-                f"could not read {dest.size} bytes at offset {offset} of {self.location}/{path}: only {len(data)} "
-                "are there; the blob is shorter than expected"
+                f"could not read {dest.size} bytes at offset {offset} of {self.location}/{path}, got {len(data)}: "
+                "the blob is shorter than expected"
             )
             error.status = 416
             raise error
@@ -303,30 +304,30 @@ class BlobStore(CopyingContainer, ListedContainer):
         return etag
 
     def read(self, path: str, *, limit: int) -> tuple[bytes, str]:
-        """Get Blob: the content (its first `limit` bytes) of a small blob, and its ETag.
+        """Get Blob: return the content (the first `limit` bytes) of a small blob, and its ETag.
 
         Raises:
-            BlobNotFoundError: there is no such blob.
-            CorruptCheckpointError: the bytes do not have the MD5 that was stored with them.
+            BlobNotFoundError: the blob does not exist.
+            CorruptCheckpointError: the bytes do not have the MD5 that is stored with them.
         """
         data, info = self.read_some(path, 0, limit)
         if info.md5 is not None and len(data) == info.size and info.md5 != md5(data):
             raise CorruptCheckpointError(
-                f"{self.location}/{path} was damaged in storage or on the way: its bytes do not have the MD5 that was "
-                "stored with them. Try again to rule out the way"
+                f"{self.location}/{path} was damaged in storage or by the network: its bytes do not have the MD5 that "
+                "is stored with them. Try again to rule out the network"
             )
         return data, info.etag
 
     def read_some(
         self, path: str, offset: int, limit: int, *, if_etag: str | None = None, moment: BlobLocation | None = None
     ) -> tuple[bytes, BlobInfo]:
-        """Get Blob: at most `limit` bytes from `offset` on, none at the blob's end, and what the blob is.
+        """Get Blob: return at most `limit` bytes from `offset` on, none at the blob's end, and the blob's properties.
 
         Args:
             if_etag, moment: as for `read_into`.
 
         Raises:
-            BlobNotFoundError: there is no such blob.
+            BlobNotFoundError: the blob does not exist.
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
         try:
@@ -338,7 +339,7 @@ class BlobStore(CopyingContainer, ListedContainer):
                 download = blob.download_blob(offset=offset, length=limit, max_concurrency=1, **_if(if_etag))
                 data, properties = download.readall(), download.properties
         except RequestRefusedError as error:
-            # https://learn.microsoft.com/rest/api/storageservices/get-blob: no range fits an empty blob.
+            # https://learn.microsoft.com/rest/api/storageservices/get-blob: no range is valid for an empty blob.
             if error.status != 416:
                 raise
             return b"", self.stat(path, if_etag=if_etag, moment=moment)
@@ -353,13 +354,13 @@ class BlobStore(CopyingContainer, ListedContainer):
         moment: BlobLocation | None = None,
         cancel: Cancel | None = None,
     ) -> BlobInfo:
-        """Get Blob Properties.
+        """Get Blob Properties: return what the service knows of the blob.
 
         Args:
             if_etag, moment, cancel: as for `read_into`.
 
         Raises:
-            BlobNotFoundError: there is no such blob.
+            BlobNotFoundError: the blob does not exist.
             BlobChangedError: the blob's ETag is not `if_etag`.
         """
         answers: list[HttpResponse] = []
@@ -368,10 +369,10 @@ class BlobStore(CopyingContainer, ListedContainer):
         return blob_info.of_properties(path, properties, answers[-1].headers)
 
     def tags(self, path: str) -> dict[str, str]:
-        """Get Blob Tags. It takes a permission of its own, which reading the blob does not include.
+        """Get Blob Tags: return the index tags. They need a permission of their own, beside that to read the blob.
 
         Raises:
-            BlobNotFoundError: there is no such blob.
+            BlobNotFoundError: the blob does not exist.
         """
         with self._translated("read the tags of", path):
             return dict(self._blob(path).get_blob_tags())

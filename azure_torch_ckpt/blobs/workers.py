@@ -1,4 +1,4 @@
-"""A bounded set of threads that carry out the requests of one transfer."""
+"""`Workers`: a bounded number of threads that carry out the requests of one transfer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterable
 __all__ = ["WAIT_SECONDS", "Workers", "run_all"]
 
 WAIT_SECONDS = 0.5
-"""No wait of the main thread is longer, so that SIGTERM ends a transfer whose requests hang: a signal that comes just
-before the thread begins to wait for a lock has its handler run when that wait ends."""
+"""The longest wait of the main thread, so that SIGTERM ends a transfer whose requests hang: the handler of a signal
+that
+comes just before the thread begins to wait for a lock runs when that wait ends."""
 
 
 class Workers:
     """Run tasks on at most `count` threads. The first error stops the rest and is raised to the caller.
 
-    A context manager: leaving it waits for the tasks that have begun, and after an exception drops those that have not.
-    Not a ``ThreadPoolExecutor``, which takes no more tasks once the main thread has ended, while an asynchronous save
-    still goes on in a thread of its own.
+    A context manager: leaving it waits for the tasks that have begun, and after an exception drops the other ones. Not
+    a ``ThreadPoolExecutor``, which accepts no tasks once the main thread has ended, although an asynchronous save may
+    still run in its own thread.
 
     Args:
-        count: threads; they are started when there is work for them.
+        count: threads; they start when there is work for them.
         name: of the threads.
         stop: called after the first error, to end tasks that are running.
     """
@@ -34,8 +35,8 @@ class Workers:
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # A few tasks wait ready, so that no thread idles while the caller prepares the next one.
         self._permits = threading.Semaphore(count + 2)
-        # With each thread, an event for its end: Thread.join believes, up to Python 3.12, that the thread has ended
-        # once a signal's handler has raised in it.
+        # Each thread with an event for its end: up to Python 3.12, once a signal's handler has raised in Thread.join,
+        # that thread counts as ended.
         self._threads: list[tuple[threading.Thread, threading.Event]] = []
         self._error: BaseException | None = None
 
@@ -53,7 +54,7 @@ class Workers:
             raise
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Hand over a task, waiting while ``count + 2`` are unfinished.
+        """Queue a task; wait while ``count + 2`` are unfinished.
 
         Raises:
             the error of an earlier task.
@@ -61,7 +62,7 @@ class Workers:
         while not self._permits.acquire(timeout=WAIT_SECONDS):
             pass
         if self._error is not None:
-            self._permits.release()  # so that a caller who goes on gets the error again instead of waiting for ever
+            self._permits.release()  # so that a caller who continues gets the error again instead of waiting for ever
             raise self._error
         if len(self._threads) < self._count:
             context = contextvars.copy_context()  # tracing finds its parent span there
@@ -72,7 +73,7 @@ class Workers:
                 name=f"{self._name}-{len(self._threads)}",
                 daemon=True,
             )
-            # In this order, for a signal's handler may raise while `start` waits: what runs is always listed.
+            # In this order, because a signal's handler may raise while `start` waits: every running thread is listed.
             self._threads.append((thread, ended))
             try:
                 thread.start()
@@ -92,7 +93,7 @@ class Workers:
             raise self._error
 
     def abort(self, *, wait: bool = True) -> None:
-        """Drop the tasks that have not begun and break off the others; with `wait`, return when no thread is left."""
+        """Drop the tasks that have not begun and stop the others; with `wait`, return when no thread is left."""
         self._fail(ConnectionAbortedError("aborted"))
         self._join(wait)
 

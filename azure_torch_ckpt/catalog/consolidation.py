@@ -40,7 +40,6 @@ from azure_torch_ckpt.huggingface.safetensors_header import as_text, dump_ordere
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
-from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["ConsolidateReport", "Format", "consolidate"]
 
@@ -332,7 +331,7 @@ class _FileOutput:
         self._position = 0
 
     def write(self, view: memoryview) -> None:
-        self._file.write(self._position, view, 0, Cancel())
+        self._file.write(self._position, view)
         self._position += view.nbytes
 
     def commit(self) -> None:

@@ -1,22 +1,38 @@
-"""Options that several commands share: connection, output, the SAS of a target, confirmation."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import logging
+import re
+import ssl
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
 
-from azure_torch_ckpt.cli.option_values import authority_file, read_sas
 from azure_torch_ckpt.cli.output import Output
 from azure_torch_ckpt.credentials import Credential
 
-__all__ = ["Session", "confirm_removal", "output_options", "session_options", "target_sas_option"]
+__all__ = [
+    "Session",
+    "confirm_removal",
+    "duration",
+    "output_options",
+    "read_sas",
+    "session_options",
+    "share",
+    "target_sas_option",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+_UNITS = {"w": 7 * 86_400, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[wdhms])+", re.ASCII)
+_LONGEST_SECONDS = 100 * 366 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +62,7 @@ def session_options(command: _F) -> Callable[..., Any]:
     @click.option(
         "--ca-file",
         type=click.Path(exists=True, dir_okay=False),
-        callback=authority_file,
+        callback=_authority_file,
         metavar="FILE",
         help="PEM file of a certificate authority to trust besides the platform's.",
     )
@@ -93,3 +109,79 @@ def confirm_removal(output: Output, yes: bool) -> None:
     if not output.interactive:
         raise click.UsageError("There is no terminal to ask for confirmation. Add --yes to remove without asking.")
     click.confirm("Remove? This cannot be undone.", abort=True, err=True)
+
+
+def duration(text: str) -> datetime.timedelta:
+    """``30d``, ``12h``, ``90m``, ``45s``, ``2w``, ``1d12h``.
+
+    Raises:
+        click.BadParameter: `text` is not a duration, for example a number without a unit.
+    """
+    text = text.strip().lower()
+    if not _DURATION.fullmatch(text):
+        raise click.BadParameter(
+            f"{text!r} is not a duration. Write a number and a unit: 30d, 12h, 90m, 45s, 2w, 1d12h."
+        )
+    seconds = sum(float(part[:-1]) * _UNITS[part[-1]] for part in re.findall(r"[\d.]+[wdhms]", text))
+    if seconds > _LONGEST_SECONDS:
+        raise click.BadParameter(f"{text!r} is longer than a hundred years.")
+    return datetime.timedelta(seconds=seconds)
+
+
+def share(text: str) -> float:
+    """``10%`` or ``0.1``, from 0 to 1.
+
+    Raises:
+        click.BadParameter: `text` is not such a number.
+    """
+    text = text.strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise click.BadParameter(f"{text!r} is not a share. Write a percentage (10%) or a number from 0 to 1.")
+    return number
+
+
+def read_sas(value: str | None, option: str) -> str | None:
+    """Return the SAS of an option. For ``-``, prompt for it on a terminal, and elsewhere read a line of stdin.
+
+    Args:
+        value: None if the option was not given; then the result is None.
+        option: the option's name, for messages.
+
+    Raises:
+        click.UsageError: the value is not a SAS, or stdin is empty.
+    """
+    if value is None:
+        return None
+    if value == "-":
+        try:
+            value = click.prompt("SAS", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{option} - reads the SAS from standard input, which is not text.") from error
+        if not str(value).strip():
+            raise click.UsageError(f"{option} - reads the SAS from standard input, which is empty.")
+    sas = str(value).strip()
+    if not sas:
+        raise click.UsageError(f"{option} is empty (an unset variable?). Omit it to use the other credentials.")
+    if "sig=" not in sas.lower():
+        raise click.UsageError(
+            f"{option} is not a shared access signature, which contains sig=. Pass an account key in AZURE_STORAGE_KEY."
+        )
+    return sas
+
+
+def _authority_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check that a file holds certificates in PEM form, as a callback of click.
+
+    Raises:
+        click.BadParameter: the file holds none, or cannot be read.
+    """
+    if value is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise click.BadParameter(f"{value} is not a PEM file with certificates.") from error
+    return value

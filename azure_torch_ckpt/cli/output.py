@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.tables import Table, printable
 from azure_torch_ckpt.progress import Progress
 
-__all__ = ["Output", "ReaderGoneError", "age", "local_time", "plural", "printable", "ranges", "zone"]
+__all__ = ["Output", "ReaderGoneError", "age", "local_time", "plural", "ranges", "zone"]
 
 # Wider than any line: output to a pipe or a file is neither cut nor folded.
 _NO_LIMIT = 100_000
@@ -48,8 +48,10 @@ class Output:
         """Whether a person can answer a question."""
         return sys.stdin.isatty() and sys.stderr.isatty()
 
-    def print(self, what: str | Text | Table = "") -> None:
-        """Print a line or a table for people to stdout."""
+    def print(self, what: str | Text | Table = "", style: str = "") -> None:
+        """Print a line or a table for people to stdout. A `Text` must be printable already."""
+        if isinstance(what, str):
+            what = Text(printable(what), style)
         text = Text("\n").join(what.lines(self._out.width)) if isinstance(what, Table) else what
         if not self._out.is_terminal:
             lines = str(text).splitlines()
@@ -121,26 +123,6 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError as error:
         raise ReaderGoneError from error
-
-
-def printable(text: str) -> str:
-    """Escape control characters, which a terminal would obey, and characters that stdout cannot encode.
-
-    Names in a container may hold any character.
-    """
-    if text.isprintable() and _encodes(text):
-        return text
-    return "".join(
-        char if char.isprintable() and _encodes(char) else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def local_time(moment: datetime.datetime) -> str:

@@ -5,12 +5,13 @@ rich's own tables take 0.4 ms a row, mostly because they measure each cell three
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
-__all__ = ["Table"]
+__all__ = ["Table", "printable"]
 
 _GAP = "  "
 # Least width of the first column if it has to be folded.
@@ -31,8 +32,8 @@ class Table:
         self._rows: list[tuple[Text | str, ...]] = []
 
     def add_row(self, *cells: Text | str) -> None:
-        """Add a row, with one cell for each column."""
-        self._rows.append(cells)
+        """Add a row, with one cell for each column. A `Text` must be printable already."""
+        self._rows.append(tuple(printable(cell) if isinstance(cell, str) else cell for cell in cells))
 
     def lines(self, width: int) -> Iterator[Text]:
         """Yield the table's lines, none longer than `width`.
@@ -84,3 +85,23 @@ class Table:
                         line = Text(_GAP)
                 line.append_text(pair)
             yield line
+
+
+def printable(text: str) -> str:
+    """Escape control characters, which a terminal would obey, and characters that stdout cannot encode.
+
+    Names in a container may hold any character.
+    """
+    if text.isprintable() and _encodes(text):
+        return text
+    return "".join(
+        char if char.isprintable() and _encodes(char) else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""What the datasets have in common: their constructors, and the epochs and states of those that are streams."""
+"""What the datasets have in common: constructors and the count of skipped blobs; epochs and states of streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from torch.utils.data import IterableDataset
 
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.datasets.blob import SampleSettings
+from azure_torch_ckpt.datasets.blob import BlobFetcher, SampleSettings
 from azure_torch_ckpt.datasets.epoch_state import Cursor, EpochState
 from azure_torch_ckpt.datasets.listing import BlobListing
 from azure_torch_ckpt.datasets.order import EpochOrder, OrderSettings
@@ -19,7 +19,7 @@ from azure_torch_ckpt.location import BlobLocation
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["ListingConstructors", "StreamDataset", "TarSettings"]
+__all__ = ["ListingDataset", "StreamDataset", "TarSettings"]
 
 _Input = TypeVar("_Input")
 _T_co = TypeVar("_T_co", covariant=True)
@@ -37,10 +37,11 @@ class TarSettings(OrderSettings, SampleSettings, total=False):
     shuffle_buffer: int
 
 
-class ListingConstructors(Generic[_Input, _T_co]):
-    """The constructors of all datasets. A `transform` turns what the class reads (`_Input`) into samples."""
+class ListingDataset(Generic[_Input, _T_co]):
+    """Base of all datasets. A `transform` turns what the class reads (`_Input`) into samples."""
 
     _suffix: ClassVar[str | tuple[str, ...]] = ""
+    _fetcher: BlobFetcher
 
     if TYPE_CHECKING:
 
@@ -100,8 +101,13 @@ class ListingConstructors(Generic[_Input, _T_co]):
         )
         return cls(listing, credential=credential, transform=transform, **settings)
 
+    @property
+    def skipped(self) -> int:
+        """How many blobs (for `TarDataset`: samples and rests of shards) all workers together have skipped."""
+        return self._fetcher.skipped
 
-class StreamDataset(ListingConstructors[_Input, _T_co], IterableDataset[_T_co]):
+
+class StreamDataset(ListingDataset[_Input, _T_co], IterableDataset[_T_co]):
     """Base of `IterableBlobDataset` and `TarDataset`: ranks and workers share the listing; passes can be resumed."""
 
     def __init__(self, listing: BlobListing, **order: Unpack[OrderSettings]) -> None:

@@ -34,10 +34,6 @@ class BlobSamples(Generic[_T]):
         self._fetcher = fetcher
         self._transform = transform or cast("Callable[[Blob], _T]", _url_and_data)
 
-    @property
-    def skipped(self) -> int:
-        return self._fetcher.skipped
-
     def one(self, blob: ListedBlob) -> _T:
         """Return the sample of one blob.
 

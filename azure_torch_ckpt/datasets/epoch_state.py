@@ -1,7 +1,7 @@
 """`EpochState`: how far an epoch has been read, in the process that made the dataset and in its workers.
 
-A DataLoader's workers hold copies of the dataset, some of them for the whole training. What must reach them is in
-shared memory. What belongs to a single worker is not.
+A DataLoader's workers hold copies of the dataset, some of them for the whole training. The numbers that must reach them
+are in shared memory.
 """
 
 from __future__ import annotations
@@ -266,9 +266,9 @@ class EpochState:
             return self._cursor_at(start.epoch, 0, worker.number, worker.workers, StreamPosition(0))
         if start.place.drawn and worker.workers > 1:
             raise ValueError(
-                "This state was taken without workers, in the middle of what shuffle_buffer holds, and "
-                f"{worker.workers} workers would share that differently. Load it with num_workers=0 or 1, or use "
-                "torchdata's StatefulDataLoader, with one number of workers for both"
+                "This state was taken without workers, in the middle of the shuffle buffer, and "
+                f"{worker.workers} workers would share it differently. Load it with num_workers=0 or 1, or use "
+                "torchdata's StatefulDataLoader, with the same number of workers for both"
             )
         place = start.place if worker.number == 0 else StreamPosition(0)
         return self._cursor_at(start.epoch, start.base, worker.number, worker.workers, place)

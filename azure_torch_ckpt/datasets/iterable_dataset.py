@@ -53,16 +53,12 @@ class IterableBlobDataset(StreamDataset[Blob, _T_co]):
     ) -> None:
         order, rest = split_settings(settings)
         super().__init__(listing, **order)
-        self._samples = BlobSamples(BlobFetcher(credential, **rest), transform)
+        self._fetcher = BlobFetcher(credential, **rest)
+        self._samples = BlobSamples(self._fetcher, transform)
 
     def __len__(self) -> int:
         """The number of samples of this rank in a whole epoch, including skipped ones."""
         return len(self._epochs.order.share(0))
-
-    @property
-    def skipped(self) -> int:
-        """How many blobs all worker processes together have skipped."""
-        return self._samples.skipped
 
     def state_at(self, samples: int) -> dict[str, Any]:
         """Return the `state_dict` for a DataLoader with workers, after `samples` samples of this rank in this pass.

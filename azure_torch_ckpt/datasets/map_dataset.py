@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.utils.data import Dataset, Sampler
 
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.datasets.base import ListingConstructors
+from azure_torch_ckpt.datasets.base import ListingDataset
 from azure_torch_ckpt.datasets.blob import Blob, BlobFetcher, SampleSettings
 from azure_torch_ckpt.datasets.blob_samples import BlobSamples, FailedSample
 from azure_torch_ckpt.datasets.epoch_state import Cursor, EpochState, StreamPosition
@@ -23,7 +23,7 @@ __all__ = ["BlobDataset", "BlobSampler"]
 _T_co = TypeVar("_T_co", covariant=True)
 
 
-class BlobDataset(ListingConstructors[Blob, _T_co], Dataset[_T_co]):
+class BlobDataset(ListingDataset[Blob, _T_co], Dataset[_T_co]):
     """A map-style dataset: sample ``i`` is the ``i``-th blob of a listing, transformed.
 
         dataset = BlobDataset.from_container_url(url, prefix="train/", suffix=".jpg", transform=decode)
@@ -49,7 +49,8 @@ class BlobDataset(ListingConstructors[Blob, _T_co], Dataset[_T_co]):
         **settings: Unpack[SampleSettings],
     ) -> None:
         self.listing = listing
-        self._samples = BlobSamples(BlobFetcher(credential, **settings), transform)
+        self._fetcher = BlobFetcher(credential, **settings)
+        self._samples = BlobSamples(self._fetcher, transform)
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -64,11 +65,6 @@ class BlobDataset(ListingConstructors[Blob, _T_co], Dataset[_T_co]):
         if not samples and outcomes and isinstance(outcomes[-1], FailedSample):
             raise outcomes[-1].error
         return samples
-
-    @property
-    def skipped(self) -> int:
-        """How many blobs all worker processes together have skipped."""
-        return self._samples.skipped
 
 
 class BlobSampler(Sampler[int]):

@@ -29,7 +29,7 @@ class Permutation:
     arguments, neither on the platform nor on the version of a library.
 
     Args:
-        key: chooses the order: a seed, the epoch, and what else should give another order.
+        key: chooses the order: a seed, the epoch, and other numbers that should change the order.
     """
 
     def __init__(self, count: int, *key: int) -> None:

@@ -157,7 +157,7 @@ def first_offset(blob: ListedBlob, begin: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """What links to a member need to know about it. `begin` and `data` are offsets."""
+    """The properties of a member that links to it need. `begin` and `data` are offsets."""
 
     begin: int
     kind: bytes

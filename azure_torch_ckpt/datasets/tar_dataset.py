@@ -69,11 +69,6 @@ class TarDataset(StreamDataset[Sample, _T_co]):
         self._fetcher = BlobFetcher(credential, **rest)
         self._transform = transform or cast("Callable[[Sample], _T_co]", _unchanged)
 
-    @property
-    def skipped(self) -> int:
-        """How many samples, and rests of shards, all worker processes together have skipped."""
-        return self._fetcher.skipped
-
     def _read(self, cursor: Cursor) -> Iterator[_T_co]:
         def order(count: int, begin: tuple[int, int]) -> Permutation | range:
             # The place of the block in the epoch stays the same when a pass is resumed.

@@ -87,11 +87,7 @@ class BaseWriter(BaseStorage, StorageWriter):
     """
 
     def __init__(
-        self,
-        url: str | os.PathLike[str] | BlobLocation,
-        access: Access,
-        progress: ProgressOption,
-        overwrite: bool,
+        self, url: str | os.PathLike[str] | BlobLocation, access: Access, progress: ProgressOption, overwrite: bool
     ) -> None:
         super().__init__(url, access, TransferReport("save", progress))
         self._overwrite = overwrite

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from azure_torch_ckpt._internal.torch_private import ExtensionRegistry, StreamTransformExtension
+from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
+from azure_torch_ckpt.blobs.download import Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Read
 from azure_torch_ckpt.errors import CheckpointError
 from azure_torch_ckpt.events import TransferEvent, emit
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from azure_torch_ckpt.blobs.transfer import Check, Download, Read
+from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.workers import WAIT_SECONDS
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.items import ItemReader, batches, open_item, run_reads

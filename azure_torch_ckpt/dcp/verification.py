@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from torch.distributed.checkpoint.metadata import Metadata
 
 from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Check, Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.items import crc64_mismatch, item_name

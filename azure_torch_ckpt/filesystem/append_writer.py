@@ -14,7 +14,7 @@ _BLOCK: Final = 4 * 1024 * 1024  # every version of the service accepts this siz
 
 
 class AppendWriter:
-    """Collects what is written in memory, and appends it on commit.
+    """Collects written data in memory, and appends it on commit.
 
     `BlobIO` uses it in place of a `BlockWriter`. Data of more than one block of 4 MiB is appended block by block, each
     on the condition that no other writer has appended in the meantime.

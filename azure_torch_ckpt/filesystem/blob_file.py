@@ -1,4 +1,4 @@
-"""`BlobFile`: a `BlobIO` with what fsspec expects of a file, its text form, and how `open` makes one for each mode."""
+"""`BlobFile`: a `BlobIO` with the interface of fsspec's files, its text form, and how each mode opens one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from azure_torch_ckpt.blobs.blob_copy import copied_settings
 from azure_torch_ckpt.blobs.blob_info import APPEND_BLOB, BLOCK_BLOB
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.append_writer import AppendWriter
 from azure_torch_ckpt.filesystem.stores import Stores
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.options import TransferOptions
 
 __all__ = ["COPY_BUFFER", "BlobFile", "BlobText", "open_blob"]
 
@@ -34,7 +32,7 @@ class BlobFile(BlobIO):
         location: the same blob as a location.
         autocommit: whether `close` commits the written data. If False, `close` only uploads it, and a transaction calls
             `commit` or `discard` later.
-        settings: those of `BlobIO`, as are the other arguments.
+        mode, settings: those of `BlobIO`.
 
     Raises:
         BlobNotFoundError: mode is ``"rb"``, and there is no such blob.
@@ -47,15 +45,12 @@ class BlobFile(BlobIO):
         mode: Literal["rb", "wb", "xb"],
         *,
         autocommit: bool,
-        credential: Credential,
-        options: TransferOptions | None,
-        ca_file: str | None,
         **settings: Any,
     ) -> None:
         self.path = path
         self._autocommit = autocommit
         self._pending = False
-        super().__init__(location, mode, credential=credential, options=options, ca_file=ca_file, **settings)
+        super().__init__(location, mode, **settings)
         # One request more than BlobIO makes: callers expect this error, and the size, right after opening.
         if mode == "rb" and self._for_reading("open").info().is_folder:
             raise BlobNotFoundError(f"{location} is a folder, not a blob")
@@ -137,15 +132,15 @@ def open_blob(stores: Stores, path: str, mode: str, *, autocommit: bool, **setti
         ValueError: another mode, or settings that this mode cannot apply.
         StoreError: the service cannot be reached or refuses.
     """
-    location = stores.locate(path)
+    location, access = stores.locate(path), stores.access
     open_as = functools.partial(
         BlobFile,
         path,
         location,
         autocommit=autocommit,
-        credential=stores.given,
-        options=stores.options,
-        ca_file=stores.ca_file,
+        credential=access.credential,
+        options=access.options,
+        ca_file=access.ca_file,
     )
     if mode != "ab":
         return open_as(mode, **settings)  # type: ignore[arg-type]  # BlobIO refuses other modes

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
+from azure_torch_ckpt.dcp.blob_names import is_metadata_name
 from azure_torch_ckpt.filesystem.paths import parents
+from azure_torch_ckpt.huggingface.blob_names import INDEX_SUFFIX
 from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["commit_last", "delete_all", "removal_order"]
 
 _T = TypeVar("_T")
 
-# A checkpoint is complete because this blob exists: torch's metadata, or transformers' index of a sharded model.
-_COMMIT_RECORD: Final = re.compile(r"(?:.*/)?(?:(?:__\d+)?\.metadata|[^/]*\.safetensors\.index\.json)")
-
 
 def commit_last(files: Sequence[_T], name: Callable[[_T], str]) -> list[list[_T]]:
-    """Return two groups in the order of writing: data, then what makes a checkpoint complete. Remove in reverse."""
+    """Return two groups in the order of writing: data, then commit records. The order of removal is the reverse."""
     groups: list[list[_T]] = [[], []]
     for file in files:
-        groups[_COMMIT_RECORD.fullmatch(name(file)) is not None].append(file)
+        groups[_is_commit_record(name(file))].append(file)
     return groups
 
 
 def removal_order(blobs: Iterable[BlobInfo]) -> list[list[BlobInfo]]:
     """Return groups of blobs: the blobs of one group may be removed at a time, the groups one after the other.
 
-    The first group is what makes checkpoints complete, so that none stays incomplete; then follows the data. The blobs
-    that represent folders come last, from the bottom up: an account with a hierarchical namespace refuses to delete a
-    directory that is not empty.
+    The commit records come first, so that no checkpoint remains incomplete, and then the data. The blobs that represent
+    folders come last, from the bottom up: an account with a hierarchical namespace refuses to delete a directory that
+    is not empty.
     """
     by_name = {blob.path: blob for blob in blobs}
     above = parents(by_name)
@@ -55,6 +53,11 @@ def delete_all(store: BlobStore, blobs: Iterable[BlobInfo]) -> None:
         "blob-remove",
         cancel.cancel,
     )
+
+
+def _is_commit_record(name: str) -> bool:
+    """Whether a checkpoint is complete exactly if this blob exists: torch's metadata, or transformers' index."""
+    return is_metadata_name(name.rpartition("/")[2]) or name.endswith(INDEX_SUFFIX)
 
 
 def _delete(store: BlobStore, blob: BlobInfo, cancel: Cancel) -> None:

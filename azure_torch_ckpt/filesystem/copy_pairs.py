@@ -95,7 +95,7 @@ def put_pairs(
 
 
 def refuse_mixed(fs: ListingFileSystem, pairs: Iterable[tuple[str, str]]) -> None:
-    """Refuse copies of which one would overwrite what another one reads or writes.
+    """Refuse copies of which one would overwrite the source or the destination of another one.
 
     Raises:
         LocationError: two sources have one destination, or a source is the destination of another one.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fsspec.callbacks import Callback
 
 from azure_torch_ckpt._internal.atomic_file import AtomicFile
+from azure_torch_ckpt.blobs.download import Download, Read
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.blobs.transfer import Download, Read
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobNotFoundError
 
@@ -22,7 +22,7 @@ __all__ = ["BlobSlice", "FileCallbacks", "read_slice", "read_slices", "save_to_d
 
 # Requested before the blob's size is known, so that a small blob costs one request.
 _FIRST = 4 * 1024 * 1024
-# Large files that are begun and not complete. A process may have as few as 256 descriptors (macOS).
+# The number of large files that are open at the same time. A process may have as few as 256 descriptors (macOS).
 _OPEN_FILES = 100
 
 
@@ -142,7 +142,7 @@ def save_to_disk(
             new.file.truncate(begun.length)
             if begun.length > len(begun.data):
                 large.append((number, begun, new))
-                stack.pop_all()  # it stays open
+                stack.pop_all()  # keeps the file open
             else:
                 new.publish(sync=False)
         progress(number, len(begun.data), begun.length)

@@ -54,7 +54,7 @@ def without_folders(found: Expansion) -> list[str]:
 
 
 def is_pattern(fs: ListingFileSystem, path: Any, found: Expansion) -> bool:
-    """Whether an expanded path is a pattern, and not the exact name of what was found, such as ``m[1].pt``."""
+    """Whether an expanded path is a pattern, and not the exact name of a blob, such as ``m[1].pt``."""
     return has_magic(str(path)) and fs._strip_protocol(path) not in found
 
 

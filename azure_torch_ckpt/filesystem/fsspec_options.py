@@ -62,7 +62,7 @@ def refuse_unknown(what: str, options: Iterable[str]) -> None:
     """Refuse all options but the ignored ones, because they would have no effect.
 
     Args:
-        what: what the caller passed the options to, for the message.
+        what: the name of the method or class that got the options.
         options: the names of the options.
 
     Raises:

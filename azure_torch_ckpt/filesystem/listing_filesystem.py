@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from fsspec.spec import AbstractFileSystem
 
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.errors import (
@@ -50,7 +51,7 @@ class ListingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
         refuse_unknown(type(self).__name__, hints)
         super().__init__(use_listings_cache=False)
         given = one_credential(credential, account_key, sas_token, connection_string, anon)
-        self._stores = Stores(endpoint, given, options, ca_file)
+        self._stores = Stores(endpoint, Access(given, options, ca_file))
 
     def __repr__(self) -> str:
         endpoint = "" if self._stores.endpoint is None else repr(self._stores.endpoint)
@@ -58,7 +59,8 @@ class ListingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is 
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = next((name for name, value in self.storage_options.items() if name in _SECRET and value is not None), "")
-        return _restore, (type(self), name, self._stores.pickled(), self._public_options())
+        credential = PickledCredential.of(self._stores.access.credential)
+        return _restore, (type(self), name, credential, self._public_options())
 
     def _public_options(self) -> dict[str, Any]:
         options: dict[str, Any] = self.storage_options

@@ -32,7 +32,6 @@ from azure_torch_ckpt.filesystem.fsspec_options import check_choice, refuse_unkn
 from azure_torch_ckpt.filesystem.listing_filesystem import ListingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
 from azure_torch_ckpt.location import has_empty_segment
-from azure_torch_ckpt.options import TransferOptions
 
 __all__ = ["AzureBlobFileSystem"]
 
@@ -311,7 +310,7 @@ class AzureBlobFileSystem(ListingFileSystem):
         maxdepth: int | None = None,
         **settings: Any,
     ) -> None:
-        """Copy local files to blobs, small ones several at a time. What makes a checkpoint complete is written last."""
+        """Copy local files to blobs, small ones several at a time. The metadata of a checkpoint is written last."""
         files = [pair for pair in put_pairs(self, lpath, rpath, recursive, maxdepth) if not os.path.isdir(pair[0])]
         callback.set_size(len(files))
         lock = threading.Lock()
@@ -347,7 +346,7 @@ class AzureBlobFileSystem(ListingFileSystem):
         on_error: str | None = None,
         **hints: Any,
     ) -> None:
-        """Copy blobs, several at a time. What makes a checkpoint complete is copied last.
+        """Copy blobs, several at a time. The metadata of a checkpoint is copied last.
 
         Args:
             on_error: ``"ignore"`` leaves out blobs that do not exist any more, and is the default with `recursive`;
@@ -494,4 +493,4 @@ class AzureBlobFileSystem(ListingFileSystem):
             raise BlobExistsError(f"{self.unstrip_protocol(self._strip_protocol(path))} exists already")
 
     def _run_all(self, tasks: Iterable[Callable[[], object]]) -> None:
-        run_all(tasks, (self._stores.options or TransferOptions()).concurrency, "blob-files")
+        run_all(tasks, self._stores.access.options.concurrency, "blob-files")

@@ -1,4 +1,4 @@
-"""Which endpoint and which credential belong to a path, and the stores that are made of them."""
+"""`Stores`: the endpoint and the credential for a path, and the `BlobStore` that is made of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, PickledCredential, environment_values, named_endpoint
+from azure_torch_ckpt.credentials import Credential, environment_values, named_endpoint
 from azure_torch_ckpt.errors import CredentialError, LocationError
 from azure_torch_ckpt.filesystem.paths import PathParts, locate
 from azure_torch_ckpt.location import BlobLocation
-from azure_torch_ckpt.options import TransferOptions
 
 __all__ = ["Stores", "one_credential"]
 
@@ -22,10 +21,10 @@ def one_credential(
     connection_string: str | None,
     anon: bool | None,
 ) -> Credential:
-    """What was given under one of these names; None if none was.
+    """Return the credential that was passed under one of these names, or None.
 
     Raises:
-        CredentialError: more than one was given.
+        CredentialError: more than one was passed.
     """
     given: dict[str, Credential] = {
         name: value
@@ -39,23 +38,21 @@ def one_credential(
         if value is not None
     }
     if len(given) > 1:
-        raise CredentialError(f"{', '.join(given)} were given together, and each is a credential. Pass one of them")
+        raise CredentialError(f"{', '.join(given)} were passed together, and each is a credential. Pass one of them")
     return next(iter(given.values()), None)
 
 
 @dataclass(slots=True)
 class Stores:
-    """The way from a path to its container. Nothing is requested here.
+    """Finds the location and the store for a path, without a request.
 
     Attributes:
-        endpoint: of the service, where it does not follow from a path's account or from a connection string.
-        given: the credential that the user passed. None: that of the environment, looked up anew for every path.
+        endpoint: the service's endpoint, if it does not follow from a path's account or from a connection string.
+        access: with the credential that the user passed. None means the environment's, which is read for every path.
     """
 
     endpoint: str | None
-    given: Credential = field(repr=False)
-    options: TransferOptions | None
-    ca_file: str | None
+    access: Access
     _stores: dict[BlobLocation, BlobStore] = field(default_factory=dict, repr=False)
     _environment: tuple[str | None, ...] = field(default=(), repr=False)
 
@@ -65,27 +62,23 @@ class Stores:
                 BlobLocation.parse(self.endpoint.rstrip("/") + "/container")
             except LocationError as error:
                 raise LocationError(
-                    "endpoint= is no URL of Blob Storage; it looks like https://ACCOUNT.blob.core.windows.net or "
+                    "endpoint= is not a URL of Blob Storage. It looks like https://ACCOUNT.blob.core.windows.net or "
                     "http://127.0.0.1:10000/devstoreaccount1, without a container"
                 ) from error
             if "?" in self.endpoint:
                 raise LocationError("endpoint= has a query. Pass a SAS as sas_token=")
 
     def locate(self, path: str) -> BlobLocation:
-        """The blob or folder that a path names. Raises `LocationError`."""
-        return locate(path, self.endpoint or named_endpoint(self.given, PathParts.of(path).account))
+        """Return the location of the blob or folder that a path names. Raises `LocationError`."""
+        return locate(path, self.endpoint or named_endpoint(self.access.credential, PathParts.of(path).account))
 
     def store(self, location: BlobLocation) -> BlobStore:
-        """The store for a location's container: always the same one, for it keeps connections."""
-        environment = environment_values() if self.given is None else ()
-        if environment != self._environment:  # a new SAS, perhaps
+        """Return the store for a location's container: always the same one, because it keeps connections."""
+        environment = environment_values() if self.access.credential is None else ()
+        if environment != self._environment:  # may be a new SAS
             self._environment, self._stores = environment, {}
         root = location.container_root()
         store = self._stores.get(root)
         if store is None:
-            store = self._stores[root] = BlobStore(root, Access(self.given, self.options, self.ca_file))
+            store = self._stores[root] = BlobStore(root, self.access)
         return store
-
-    def pickled(self) -> PickledCredential:
-        """The user's credential, in a form that pickles. Raises `CredentialError`."""
-        return PickledCredential.of(self.given)

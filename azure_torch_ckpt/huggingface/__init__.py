@@ -1,4 +1,7 @@
-"""Checkpoints in the layout of HuggingFace: safetensors files and their index."""
+"""How are models saved and loaded as safetensors files with an index, as transformers does?
+
+Others may use the two classes, `safetensors_header`, and `leftovers`.
+"""
 
 from __future__ import annotations
 

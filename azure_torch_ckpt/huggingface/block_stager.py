@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from azure_torch_ckpt._internal.checksums import combine, crc64
 from azure_torch_ckpt.blobs.staging import block_id
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Item, Segment
+from azure_torch_ckpt.blobs.upload import Item, Segment
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
 

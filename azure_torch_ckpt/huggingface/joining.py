@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.dcp.metadata.schema import storage_info
 from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint
 from azure_torch_ckpt.dcp.tensor_stream import ahead, stream_chunks

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,16 +149,11 @@ class _PlannedTensor:
     shape: tuple[int, ...]
     chunks: list[_RankChunk] = field(default_factory=list)
     is_joined: bool = False
+    blocks: int = 0  # at most
 
     @property
     def length(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    def blocks(self, block_size: int, joined_block_size: int) -> int:
-        """The most blocks that the tensor takes."""
-        if self.is_joined:
-            return -(-self.length // joined_block_size) + 1
-        return sum(chunk.runs * (-(-chunk.run // block_size) + 1) for chunk in self.chunks)
 
     def starts(self, chunk: _RankChunk) -> tuple[int, ...]:
         """The offset of each run of a chunk in the tensor, in bytes."""
@@ -194,19 +189,17 @@ def lay_out(
         CheckpointError: safetensors does not have the dtype of a tensor, the ranks do not save every element of it
             once, or `mapping` lacks it.
     """
-    sizes = (block_size, joined_block_size)
     tensors = _gather(plans)
+    shortest = min(_SHORTEST_RUN, block_size)
     for tensor in tensors.values():
         _check_whole(tensor)
-        shortest = min(_SHORTEST_RUN, block_size)
+        tensor.blocks = sum(chunk.runs * (-(-chunk.run // block_size) + 1) for chunk in tensor.chunks)
         tensor.is_joined = any(
-            chunk.runs > 1 and (chunk.run < shortest or tensor.blocks(*sizes) > _MAX_BLOCKS) for chunk in tensor.chunks
+            chunk.runs > 1 and (chunk.run < shortest or tensor.blocks > _MAX_BLOCKS) for chunk in tensor.chunks
         )
-    groups = (
-        _by_size(list(tensors.values()), max_file_size, *sizes)
-        if mapping is None
-        else _by_mapping(tensors, mapping, *sizes)
-    )
+        if tensor.is_joined:
+            tensor.blocks = -(-tensor.length // joined_block_size) + 1
+    groups = _by_size(tensors.values(), max_file_size) if mapping is None else _by_mapping(tensors, mapping)
     result = ModelLayout([], [{} for _ in plans], {}, [])
     for number, group in enumerate(groups, start=1):
         file = FileLayout(file_name(save_id, number, len(groups)))
@@ -309,26 +302,21 @@ def _shown(box: TensorChunk) -> str:
     return f"the shape {box.sizes} at {box.offsets}"
 
 
-def _by_size(
-    tensors: list[_PlannedTensor], max_file_size: int, block_size: int, joined_block_size: int
-) -> list[list[_PlannedTensor]]:
+def _by_size(tensors: Iterable[_PlannedTensor], max_file_size: int) -> list[list[_PlannedTensor]]:
     groups: list[list[_PlannedTensor]] = []
     size = blocks = 0
     for tensor in tensors:
-        more = tensor.blocks(block_size, joined_block_size)
-        _check_blocks(tensor.name, more)
-        if not groups or size + tensor.length > max_file_size or blocks + more > _MAX_BLOCKS:
+        _check_blocks(tensor.name, tensor.blocks)
+        if not groups or size + tensor.length > max_file_size or blocks + tensor.blocks > _MAX_BLOCKS:
             groups.append([])
             size = blocks = 0
         groups[-1].append(tensor)
         size += tensor.length
-        blocks += more
+        blocks += tensor.blocks
     return groups
 
 
-def _by_mapping(
-    tensors: Mapping[str, _PlannedTensor], mapping: Mapping[str, int], block_size: int, joined_block_size: int
-) -> list[list[_PlannedTensor]]:
+def _by_mapping(tensors: Mapping[str, _PlannedTensor], mapping: Mapping[str, int]) -> list[list[_PlannedTensor]]:
     missing = [name for name in tensors if name not in mapping]
     if missing:
         raise CheckpointError(f"fqn_to_index_mapping has no file for {missing[0]!r} ({len(missing)} in all)")
@@ -336,8 +324,7 @@ def _by_mapping(
     for tensor in tensors.values():
         groups.setdefault(mapping[tensor.name], []).append(tensor)
     for number, group in groups.items():
-        blocks = sum(tensor.blocks(block_size, joined_block_size) for tensor in group)
-        _check_blocks(f"file {number} of fqn_to_index_mapping", blocks)
+        _check_blocks(f"file {number} of fqn_to_index_mapping", sum(tensor.blocks for tensor in group))
     return [groups[number] for number in sorted(groups)]
 
 

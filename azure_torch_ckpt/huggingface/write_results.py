@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.storage import WriteResult
 
 from azure_torch_ckpt._internal.checksums import combine
-from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.errors import IncompleteSaveError
 from azure_torch_ckpt.huggingface.block_stager import StagedBlock
 from azure_torch_ckpt.huggingface.layout import ItemRuns, ModelLayout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -21,7 +22,7 @@ from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.outcome import Outcome
-from azure_torch_ckpt.blobs.transfer import Item
+from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import step
@@ -363,20 +364,19 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         return listed >= {file.name for file in self._layout.files}
 
     def _look_at_url(self) -> _OldModel:
-        index = self._read(INDEX)
-        try:
-            single = self._store.stat(self._location.join(SINGLE).path).etag
-        except BlobNotFoundError:
-            single = None
-        if (index or single) and not self._overwrite:
+        index = index_etag = single_etag = None
+        with contextlib.suppress(BlobNotFoundError):
+            index, index_etag = self._store.read(self._location.join(INDEX).path, limit=INDEX_LIMIT)
+        with contextlib.suppress(BlobNotFoundError):
+            single_etag = self._store.stat(self._location.join(SINGLE).path).etag
+        if (index_etag or single_etag) and not self._overwrite:
             raise CheckpointExistsError(
                 f"There is a model at {self.checkpoint_id} and overwrite=False. Use another URL; or overwrite=True to "
                 "replace it, if no reader that lists files instead of reading the index (vLLM, SGLang) comes meanwhile"
             )
         if not self._overwrite:
             self._check_alone()
-        data, etag = index or (None, None)
-        return _OldModel(data, etag, single)
+        return _OldModel(index, index_etag, single_etag)
 
     def _check_alone(self) -> None:
         """Check that there are no other safetensors files at the URL, which readers that list files would load, too.
@@ -394,12 +394,6 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
                 "files (vLLM, SGLang) would load it together with this model. Use another URL, or remove it first; "
                 "overwrite=True saves beside it, for readers that follow the index"
             )
-
-    def _read(self, name: str) -> tuple[bytes, str] | None:
-        try:
-            return self._store.read(self._location.join(name).path, limit=INDEX_LIMIT)
-        except BlobNotFoundError:
-            return None
 
     def _strays(self) -> set[str]:
         """List the files of other saves at the URL, which no model needs once this save has written its index.

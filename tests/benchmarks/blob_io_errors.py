@@ -211,7 +211,7 @@ class Nothing(BaseHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a use came to: a value, or the built-in classes that an ``except`` may name for its error."""
+    """The result of a use: a value, or the built-in classes that an ``except`` may name for its error."""
 
     shown: str
     kinds: frozenset[type[BaseException]] | None

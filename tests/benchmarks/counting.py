@@ -9,11 +9,11 @@ from typing import Any
 
 
 class HttpCounts:
-    """Requests, bytes and connections of all clients of this process that stand on http.client.
+    """Requests, bytes and connections of all clients of this process that use http.client.
 
-    Ours does, and so does everything that uses requests or urllib3; aiohttp (adlfs) and Rust (obstore) do not, and of
-    them only adlfs' connections are seen. It replaces methods of the standard library for the rest of the process'
-    life, so it is for processes that run one case and end.
+    Ours does, and so does everything on requests or urllib3. aiohttp (adlfs) and Rust (obstore) do not; only the
+    connections of adlfs are counted. It replaces methods of the standard library for the rest of the process's life,
+    so it is for processes that run one case and end.
     """
 
     def __init__(self) -> None:

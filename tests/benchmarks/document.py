@@ -24,8 +24,8 @@ _CHARTS: dict[str, Callable[[Part, Path, str], None]] = {
 def render(folder: Path, endpoint: str, parts: dict[str, Part]) -> None:
     """Draw the charts of an endpoint, and fill the places of performance.md that are for its tables.
 
-    A place is what stands between the lines ``<!-- begin ENDPOINT TABLE -->`` and ``<!-- end ENDPOINT TABLE -->``, with
-    a name of `_TABLES` for TABLE. The document has those that it has something to say to.
+    A place is the text between the lines ``<!-- begin ENDPOINT TABLE -->`` and ``<!-- end ENDPOINT TABLE -->``, with
+    a name of `_TABLES` for TABLE. The document need not have all of them.
 
     Args:
         folder: with performance.md; the charts are put into its folder ``performance``.

@@ -87,7 +87,7 @@ def _rate(step: Callable[[], None]) -> float:
 
 
 def _python_step() -> None:
-    """About a millisecond of bytecode that never lets go of the GIL by itself."""
+    """About a millisecond of bytecode that never releases the GIL on its own initiative."""
     total = 0
     for number in range(20_000):
         total += number & 3

@@ -43,7 +43,7 @@ def _slow_big(step: Step, big: str, few: str) -> list[Case]:
 
 def _small(step: Step, scale: float) -> list[Case]:
     ours = Case("ours", step, "small", _small_tensors(scale), TLS.name)
-    # A load of adlfs' takes 30 ms a tensor, one of BlobIO's 40 ms, whatever else there is.
+    # adlfs needs 30 ms to load a tensor and BlobIO 40 ms, independent of everything else.
     few = _small_tensors(scale if step == "save" else scale / 20)
     return [
         replace(ours, client="null"),

@@ -26,7 +26,7 @@ class Zygote:
     Args:
         preload: modules that it imports before its first job.
         search_first: a folder whose packages go before those of this environment.
-        ca_file: certificates to trust, for libraries that cannot be told.
+        ca_file: certificates to trust, for libraries without such an option.
     """
 
     def __init__(self, preload: list[str], *, search_first: Path | None = None, ca_file: str | None = None) -> None:
@@ -84,7 +84,7 @@ def climit_block(case: Case, payload: int) -> int:
 
 
 def median(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The median of every figure by itself."""
+    """The median of each figure."""
     return {name: statistics.median(values[name] for values in rounds) for name in rounds[0]}
 
 

@@ -22,7 +22,7 @@ _PACKAGES = ["torch", "azure-storage-blob", "adlfs", "fsspec", "obstore"]
 
 @dataclass(frozen=True)
 class Result:
-    """What one case gave.
+    """The measurements of one case.
 
     Attributes:
         case: the fields of the case.
@@ -77,7 +77,7 @@ def part(cases: Sequence[Case | AsyncCase], seen: dict[str, list[dict[str, float
 
 
 def read(path: Path) -> dict[str, Part]:
-    """The parts that a file has; none where there is no file."""
+    """The parts in a file; none if the file does not exist."""
     if not path.exists():
         return {}
     parts: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What is measured, and what a measurement gives: the data classes that travel between the processes of a benchmark."""
+"""Cases, jobs and addresses: the data classes that travel between the processes of a benchmark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Step = Literal["save", "load", "rows", "columns", "twentieth"]
 
 @dataclass(frozen=True)
 class Regime:
-    """What the way to the server is like.
+    """The connection to the server.
 
     Attributes:
         latency_ms: what every request waits before it is answered.
@@ -129,7 +129,7 @@ class Job:
     """One run of a case, for the process that carries it out.
 
     Attributes:
-        path: the checkpoint's place in the container; for a load, something stands there.
+        path: of the checkpoint in the container; a load finds one there.
         warm: the same of a tiny state dict, which is saved or loaded first and not measured.
     """
 

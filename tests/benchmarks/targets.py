@@ -1,4 +1,4 @@
-"""What the project promises of its speed, and whether a run kept it."""
+"""The project's targets for its speed, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Target:
         what: the work and the figure, for a table.
         measured: None where the run did not have the cases.
         at_most: whether `bound` is an upper one.
-        unit: what stands behind the figures.
+        unit: of the figures.
     """
 
     what: str
@@ -125,7 +125,7 @@ def _ratio(ours: Result | None, other: Result | None, name: str) -> float | None
 def _of_rounds(
     ours: Result | None, other: Result | None, name: str, compare: Callable[[float, float], float]
 ) -> float | None:
-    """The median of what the rounds give when each is taken by itself; None where a round lacks one of the two."""
+    """The median of the comparisons within each round; None if a round lacks one of the two."""
     if ours is None or other is None or len(ours.by_round[name]) != len(other.by_round[name]):
         return None
     return statistics.median(map(compare, ours.by_round[name], other.by_round[name]))

@@ -25,12 +25,12 @@ from tests.benchmarks import job as transfer
 from tests.benchmarks import loops
 from tests.benchmarks.spec import AsyncCase, Job
 
-# An alarm that nobody handles ends the process.
+# An alarm without a handler ends the process.
 _SECONDS = 180
 
 
 def serve() -> None:
-    # What a library prints must not get between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -72,7 +72,7 @@ def _fork(job: Job, rank: int, ranks: int, folder: Path) -> tuple[int, int]:
         answer = {"error": f"{job.case.name}, rank {rank}:\n{traceback.format_exc()}"}
     with os.fdopen(sending, "w") as stream:
         json.dump(answer, stream)
-    # Libraries' threads are not waited for.
+    # Without waiting for the threads of libraries.
     os._exit(0)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from azure_torch_ckpt._internal.checksums import crc64
+from azure_torch_ckpt.blobs.download import GAP, Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import GAP, Check, Download, Read, Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobNotFoundError,

@@ -18,7 +18,7 @@ import pytest
 
 from azure_torch_ckpt._internal.checksums import header_value
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.blob_copy import BlobSink, ServiceFetch, copy_blob
+from azure_torch_ckpt.blobs.blob_copy import BlobDestination, ServiceFetch, copy_blob
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.errors import (
@@ -189,12 +189,12 @@ def described(size: int, data: int, **expected: Any) -> Callable[[tuple[bytes, B
 IS_A_DIRECTORY = lambda info: info.is_folder and info.size == 0 and info.etag == ETAG  # noqa: E731
 # A source that the service cannot read is no reason to wait: the bytes can go through this machine.
 NO_SOURCE = Refused(RequestRefusedError, "copy the data through this machine")
-DAMAGED = Refused(RequestRefusedError, "what arrived is not what was checksummed", (5, 25))
+DAMAGED = Refused(RequestRefusedError, "do not have the checksum", (5, 25))
 CHANGED = Refused(BlobChangedError, "412 ConditionNotMet")
 ACCESS = Refused(AccessDeniedError, "Check that the credential")
 ANONYMOUS = Refused(AccessDeniedError, "Pass a credential=")
 NO_BLOB = Refused(BlobNotFoundError, "404 BlobNotFound")
-CPK = Refused(RequestRefusedError, "encrypted with a key that each request must bring.*Store it again")
+CPK = Refused(RequestRefusedError, "encrypted with a key that each request must send.*Store it again")
 IMMUTABLE = Refused(RequestRefusedError, "immutability policy.*Write to another name")
 OTHER_PATH = Refused(RequestRefusedError, "made over the account's dfs endpoint.*Delete it first")
 
@@ -227,7 +227,9 @@ EXPECTED: dict[str, list[tuple[Act, Any]]] = {
     "get-blob-range-of-empty": [(get_blob_to_its_end, lambda got: got[0] == b"" and got[1].size == 0)],
     "get-blob-missing": [(get_blob, NO_BLOB)],
     "get-blob-cpk": [(get_blob, CPK)],
-    "get-blob-anonymous-old": [(get_blob, Refused(ContainerNotFoundError, "a private container answers so as well"))],
+    "get-blob-anonymous-old": [
+        (get_blob, Refused(ContainerNotFoundError, "a private container gives the same answer"))
+    ],
     "head-missing": [(get_properties, NO_BLOB)],
     "head-no-container": [(get_properties, Refused(ContainerNotFoundError, "Create the container"))],
     "head-if-match": [(get_properties_if_match, CHANGED)],
@@ -242,7 +244,7 @@ EXPECTED: dict[str, list[tuple[Act, Any]]] = {
     "delete": [(delete_blob, True)],
     "delete-missing": [(delete_blob, False)],
     "delete-if-match": [(delete_blob_if_match, CHANGED)],
-    "delete-leased": [(delete_blob, Refused(RequestRefusedError, "holds a lease.*break it"))],
+    "delete-leased": [(delete_blob, Refused(RequestRefusedError, "A lease protects.*break it"))],
     "delete-snapshots-present": [(delete_blob, Refused(RequestRefusedError, "Delete those first"))],
     "delete-snapshots-include": [(delete_blob, True)],
     "delete-anonymous": [(delete_blob, ANONYMOUS)],
@@ -263,14 +265,14 @@ EXPECTED: dict[str, list[tuple[Act, Any]]] = {
     "copy-source-unreachable": [(copy_from_url, NO_SOURCE), (put_block_from_url, NO_SOURCE)],
     "copy-source-firewall": [(copy_from_url, NO_SOURCE), (put_block_from_url, NO_SOURCE)],
     "copy-of-empty": [(copy_from_url, NO_SOURCE)],
-    "put-block-other-id-length": [(put_block, Refused(RequestRefusedError, "take another name"))],
+    "put-block-other-id-length": [(put_block, Refused(RequestRefusedError, "another name"))],
     "put-block-on-dfs-file": [(put_block, OTHER_PATH), (put_block_list, OTHER_PATH)],
     "delete-hns-directory-with-snapshots-header": [
         (delete_blob, Refused(RequestRefusedError, "directory of a hierarchical namespace"))
     ],
     "delete-hns-directory-not-empty": [
         (delete_directory, False),
-        (delete_blob, Refused(RequestRefusedError, "Delete what lies in it first")),
+        (delete_blob, Refused(RequestRefusedError, "Delete its content first")),
     ],
     "blob-immutable": [(put_blob, IMMUTABLE), (delete_blob, IMMUTABLE)],
     "blob-archived": [(get_blob, Refused(RequestRefusedError, "Move it to an online tier"))],
@@ -391,8 +393,8 @@ def test_what_the_service_cannot_read_is_copied_through_here_at_once(
         assert target.read("copy", limit=100)[0] == b"0123456789"
         assert proxy.count("Copy Blob") == 1
     else:
-        fetch, sink, info = ServiceFetch(source), BlobSink(target, "copy"), source.stat("source")
-        assert fetch.try_to(sink, info, 0, 5, None, Cancel()) is None
+        fetch, destination, info = ServiceFetch(source), BlobDestination(target, "copy"), source.stat("source")
+        assert fetch.try_to(destination, info, 0, 5, None, Cancel()) is None
         assert not fetch.possible and proxy.count("Put Block") == 1
     assert clock.waits == []
 
@@ -419,9 +421,9 @@ def test_what_ails_one_blob_does_not_end_the_services_copies(
     source.put("source", b"0123456789")
     proxy.when("Copy Blob").do(Answer(status, code))
     fetch, info = ServiceFetch(source), source.stat("source")
-    assert fetch.try_to(BlobSink(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is None
+    assert fetch.try_to(BlobDestination(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is None
     assert fetch.possible
-    assert fetch.try_to(BlobSink(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is not None
+    assert fetch.try_to(BlobDestination(target, "copy"), info, 0, 10, CopiedSettings(), Cancel()) is not None
     assert target.read("copy", limit=100)[0] == b"0123456789"
 
 

@@ -15,12 +15,12 @@ from azure.storage.blob import BlobBlock, BlobClient, ContainerClient
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.blob_copy import BlobSink
+from azure_torch_ckpt.blobs.blob_copy import BlobDestination
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.staging import BLOCK_ID_LENGTH, Staging, block_id
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import RequestRefusedError
 from azure_torch_ckpt.huggingface.block_stager import rank_block_id
 from azure_torch_ckpt.io import BlobIO
@@ -68,17 +68,17 @@ def write_with_upload(store: BlobStore) -> None:
         upload.finish()
 
 
-def write_with_sink(store: BlobStore) -> None:
+def write_with_destination(store: BlobStore) -> None:
     """As copies do that the service does not make at once."""
     store.put("source", DATA)
-    sink = BlobSink(store, "blob")
+    destination = BlobDestination(store, "blob")
     for offset in (2000, 0):
         part = memoryview(DATA)[offset : offset + (2000 if offset == 0 else len(DATA))]
-        sink.write(offset, part, crc64(part), Cancel())
-    sink.commit(store.stat("source"), CopiedSettings())
+        destination.write(offset, part, crc64(part), Cancel())
+    destination.commit(store.stat("source"), CopiedSettings())
 
 
-@pytest.mark.parametrize("write", [write_with_blob_io, write_with_upload, write_with_sink])
+@pytest.mark.parametrize("write", [write_with_blob_io, write_with_upload, write_with_destination])
 @pytest.mark.parametrize("foreign", FOREIGN, ids=repr)
 @pytest.mark.parametrize("there", [False, True])
 def test_a_write_takes_the_length_of_foreign_ids(
@@ -160,14 +160,14 @@ def test_foreign_blocks_that_go_meanwhile_need_no_other_length(
 @pytest.mark.parametrize("foreign", [b"1", b"123"])
 def test_ids_too_short_to_tell_uploads_apart_are_refused(store: BlobStore, blob: BlobClient, foreign: bytes) -> None:
     stage_foreign(blob, foreign)
-    with pytest.raises(RequestRefusedError, match=r"400 InvalidBlobOrBlock.*take another name"):
+    with pytest.raises(RequestRefusedError, match=r"400 InvalidBlobOrBlock.*another name"):
         Staging(store, "blob").stage(0, Gather([memoryview(DATA)]), None, Cancel())
 
 
 def test_a_credential_that_may_not_look_is_told_what_is_in_the_way(container: str, blob: BlobClient) -> None:
     stage_foreign(blob, b"0001")
     writing = BlobStore(BlobLocation.parse(container), Access(AzureSasCredential(sas_for(container, "wc"))))
-    with pytest.raises(RequestRefusedError, match=r"400 InvalidBlobOrBlock.*take another name"):
+    with pytest.raises(RequestRefusedError, match=r"400 InvalidBlobOrBlock.*another name"):
         Staging(writing, "blob").stage(0, Gather([memoryview(DATA)]), None, Cancel())
 
 
@@ -177,7 +177,7 @@ def test_every_id_of_this_package_has_one_length(store: BlobStore, proxy: FaultP
     writes = [
         functools.partial(write_with_upload, store),
         functools.partial(write_with_blob_io, store),
-        functools.partial(BlobSink(store, "blob").write, 1 << 46, memoryview(b"x"), crc64(b"x"), cancel),
+        functools.partial(BlobDestination(store, "blob").write, 1 << 46, memoryview(b"x"), crc64(b"x"), cancel),
     ]
     for write in writes:
         write()

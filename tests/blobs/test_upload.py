@@ -12,7 +12,7 @@ import pytest
 from azure_torch_ckpt import options as options_module
 from azure_torch_ckpt._internal.checksums import crc64, header_value
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.transfer import Upload
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
 )

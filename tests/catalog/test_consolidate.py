@@ -22,6 +22,7 @@ from azure_torch_ckpt import (
     BlobExistsError,
     CheckpointExistsError,
     CheckpointNotFoundError,
+    ConfigurationError,
     CorruptCheckpointError,
     LocationError,
     TransferOptions,
@@ -33,9 +34,9 @@ from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
 from tests.dcp.memory_growth import ENVIRONMENT
+from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call
-from tests.support.mixed_checkpoint import KEY, blobs_below, flip_in_storage, item_of, save, state
-from tests.support.planted import content, put
+from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, state
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 from tests.support.sharded import GLOBAL, expected, rows, writer
@@ -86,7 +87,7 @@ def assert_equal(found: Any, wanted: Any, where: str = "") -> None:
 
 
 def by_torch(url: str, folder: Path) -> Any:
-    """What torch's own converter makes of a checkpoint."""
+    """Convert a checkpoint with torch's own converter."""
     copy(url, folder / "dcp", credential=KEY)
     dcp_to_torch_save(folder / "dcp", folder / "torch.pt")
     return torch.load(folder / "torch.pt", weights_only=True)
@@ -151,7 +152,7 @@ def test_a_model_and_optimizer_under_fsdp(ranks: Ranks, container: str, tmp_path
     assert found["model"]["0.weight"].shape == (53, 37) and found["step"] == 7
 
 
-def test_columns_of_a_matrix_are_put_together(container: str, tmp_path: Path) -> None:
+def test_columns_of_a_matrix_are_joined(container: str, tmp_path: Path) -> None:
     """Shards along the second dimension, whose rows lie apart in the file, larger than a window."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
@@ -177,7 +178,7 @@ def test_columns_of_a_matrix_are_put_together(container: str, tmp_path: Path) ->
     put(container, "columns/.metadata", pickle.dumps(metadata))
     consolidate(url, tmp_path / "x.pt", credential=KEY, options=TIGHT)
     assert_same(torch.load(tmp_path / "x.pt", weights_only=True)["x"], whole)
-    # The checksum of each shard is compared, though it comes in pieces.
+    # The checksum of each shard is compared, though its bytes come in parts.
     flip_in_storage(url, stored_item(infos["b"]), infos["b"].length - 2000)
     with pytest.raises(CorruptCheckpointError, match="CRC64"):
         consolidate(url, tmp_path / "y.pt", credential=KEY, options=TIGHT)
@@ -279,7 +280,7 @@ def test_a_blob_is_written_in_one_go_and_replaced_only_on_request(container: str
             consolidate(f"{container}/a", tmp_path / name, credential=KEY)
 
 
-def test_a_file_that_somebody_wrote_meanwhile_stays(
+def test_a_file_that_another_process_wrote_meanwhile_stays(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path
 ) -> None:
     save(f"{container}/a", 1)
@@ -303,7 +304,7 @@ def test_damage_leaves_no_file(container: str, tmp_path: Path, name: str) -> Non
         with pytest.raises(CorruptCheckpointError, match=f"'{name}'"):
             consolidate(f"{container}/a", target, credential=KEY, options=TIGHT)
     assert list(tmp_path.iterdir()) == []
-    assert "x.pt" not in blobs_below(container)
+    assert "x.pt" not in paths_below(container)
 
 
 def test_data_that_is_missing_or_refused_leaves_no_file(
@@ -333,15 +334,26 @@ def test_what_is_refused_at_once(container: str, tmp_path: Path) -> None:
 
 
 class Unsafe:
-    """Of a class that torch.load does not know."""
+    """A class that torch.load does not trust."""
 
 
-def test_an_object_that_torch_takes_for_unsafe_is_refused_by_name(container: str, tmp_path: Path) -> None:
+def test_an_object_that_torch_does_not_trust_is_refused_by_name(container: str, tmp_path: Path) -> None:
     dcp.save({"x": torch.ones(2), "config": Unsafe()}, storage_writer=writer(f"{container}/a"))
     with pytest.raises(UnsupportedCheckpointError, match=r"'config'.*add_safe_globals"):
         consolidate(f"{container}/a", tmp_path / "x.pt", credential=KEY)
     consolidate(f"{container}/a", tmp_path / "x.pt", credential=KEY, keys=lambda key: key == "x")
     assert torch.load(tmp_path / "x.pt", weights_only=True).keys() == {"x"}
+
+
+def test_keys_that_accept_nothing_are_refused_and_nothing_is_written(container: str, tmp_path: Path) -> None:
+    save(f"{container}/run", 1)
+    for target in (str(tmp_path / "a.pt"), f"{container}/a.safetensors"):
+        with pytest.raises(ConfigurationError, match=r"none of the 4 keys of .*/run.*'large'"):
+            consolidate(f"{container}/run", target, keys=lambda key: key.startswith("model."), credential=KEY)
+    assert not list(tmp_path.iterdir())
+    dcp.save({}, storage_writer=AzureBlobWriter(f"{container}/empty", credential=KEY))
+    with pytest.raises(ConfigurationError, match="is empty"):
+        consolidate(f"{container}/empty", tmp_path / "b.pt", keys=lambda key: True, credential=KEY)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

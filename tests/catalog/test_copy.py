@@ -1,4 +1,4 @@
-"""`copy` within the service: the service moves the data, nothing is visible before it is whole, and it can go on."""
+"""`copy` within the service: the service moves the data, and an interrupted copy is invisible and continues."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     LocationError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
+from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Answer, Call, Kill
-from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, flip_in_storage, item_of, load, save
-from tests.support.planted import content, plant, put
+from tests.support.mixed_checkpoint import KEY, assert_right, flip_in_storage, item_of, load, save
+from tests.support.planted import plant
 from tests.support.proxy import FaultProxy, meet
 from tests.support.put_block_from_url import FromUrlServer
 from tests.support.without_collectives import save_without_collectives
@@ -79,7 +78,7 @@ def test_the_service_moves_the_data_of_all_checkpoints_at_once(proxy: FaultProxy
     assert report.bytes == sum(entry.size for entry in found)
     data = report.bytes - sum(len(content(container, f"run/step-{step}/.metadata")) for step in (1, 2))
     assert (reports[0].operation, reports[0].url) == ("copy", through(proxy, f"{container}/run"))
-    assert [(told.done, told.total) for told in (reports[0], reports[-1])] == [(0, data), (data, data)]
+    assert [(report.done, report.total) for report in (reports[0], reports[-1])] == [(0, data), (data, data)]
     # A listing of source and destination; for each checkpoint its metadata, read and written; and each other blob.
     assert [proxy.count(kind) for kind in ("List", "Get Blob", "Copy Blob", "Put Blob")] == [2, 2, 3, 2]
     assert proxy.count() == 9
@@ -97,12 +96,12 @@ def test_a_second_copy_moves_nothing(proxy: FaultProxy, container: str, other: s
         progress=reports.append,
     )
     assert (report.bytes, report.blobs, report.skipped) == (0, 0, 2)
-    assert reports[-1].done == reports[-1].total > 0
+    assert reports[-1].total == reports[-1].done > 0
     assert {seen.kind for seen in proxy.log} == {"List", "Get Blob"} and proxy.count("Get Blob") == 2
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3])
-def test_a_copy_that_is_killed_is_invisible_and_goes_on(
+def test_a_copy_that_is_killed_is_invisible_and_continues(
     proxy: FaultProxy, container: str, other: str, nth: int
 ) -> None:
     """Killed at the first blob, at the second one, and at the metadata."""
@@ -119,12 +118,10 @@ def test_a_copy_that_is_killed_is_invisible_and_goes_on(
     assert report.skipped == nth - 1 and report.blobs == 4 - (nth - 1)
     assert [entry.complete for entry in list_checkpoints(other, credential=KEY)] == [True]
     assert verify(f"{other}/a", credential=KEY).ok
-    assert len(blobs_below(other)) == 4
+    assert len(paths_below(other)) == 4
 
 
-def test_what_the_service_copied_is_read_back_where_it_tells_no_checksum(
-    proxy: FaultProxy, container: str, other: str
-) -> None:
+def test_data_is_read_back_where_the_service_returns_no_checksum(proxy: FaultProxy, container: str, other: str) -> None:
     save(f"{container}/a")
     size = item_of(f"{container}/a", "large").length
     copy(f"{container}/a", through(proxy, f"{other}/a"), credential=KEY)
@@ -201,7 +198,7 @@ def test_between_two_services_with_credentials_of_their_own(
     assert_right(load(f"{container}/b"), 1)
 
 
-def test_a_sas_in_each_url_is_all_it_takes_and_is_told_nobody(
+def test_a_sas_in_each_url_suffices_and_stays_secret(
     container: str, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -232,12 +229,12 @@ def second_account() -> Iterator[tuple[str, str, str]]:
 
 
 class Accounts:
-    """One emulator with two accounts: what is signed for one is no good for the other."""
+    """One emulator with two accounts: a signature for one is not valid for the other."""
 
     def __enter__(self) -> Accounts:
-        from azure_torch_ckpt import emulator
+        from azure_torch_ckpt._internal.azurite_installation import find_azurite
 
-        node, script = emulator._find_azurite()
+        node, script = find_azurite()
         options = ["--loose", "--skipApiVersionCheck", "--silent", "--inMemoryPersistence", "--disableTelemetry"]
         self._process = subprocess.Popen(
             [node, str(script), *options, "--blobPort", "0"],
@@ -250,8 +247,7 @@ class Accounts:
         endpoint = next(match[1] for match in announced if match is not None)
         self.urls = [f"{endpoint}/{account}/data" for account in ("firstone", "secondone")]
         for url in self.urls:
-            store = BlobStore(BlobLocation.parse(url), Access(KEY))
-            store.create_container()
+            store_of(url).create_container()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -270,23 +266,23 @@ def test_between_accounts_the_service_reads_the_source_with_a_signature(
     assert_right(load(f"{second}/a"), 1)
 
 
-# ---- what stands at the target ---------------------------------------------------------------------------------------
+# ---- what the destination has ----------------------------------------------------------------------------------------
 
 
 def test_another_checkpoint_is_replaced_only_on_request(container: str, other: str) -> None:
     save(f"{container}/a", 1)
     save(f"{other}/a", 2)
     save(f"{container}/b", 3)
-    before = blobs_below(other)
+    before = paths_below(other)
     with pytest.raises(CheckpointExistsError, match="overwrite=True"):
         copy(container, other, credential=KEY)
-    assert blobs_below(other) == before  # not b either
+    assert paths_below(other) == before  # not b either
     copy(f"{container}/a", f"{other}/a", credential=KEY, overwrite=True)
     assert_right(load(f"{other}/a"), 1)
-    assert len(blobs_below(other)) == 2  # the old data is gone
+    assert len(paths_below(other)) == 2  # the old data is gone
 
 
-def test_a_save_that_was_committed_meanwhile_stands(proxy: FaultProxy, container: str, other: str) -> None:
+def test_a_save_that_was_committed_meanwhile_stays(proxy: FaultProxy, container: str, other: str) -> None:
     save(f"{container}/a", 1)
     proxy.when("Copy Blob").do(Call(lambda: save(f"{other}/a", 2), "request"))
     with pytest.raises(CommitConflictError):
@@ -310,7 +306,7 @@ def test_a_source_that_is_replaced_meanwhile_is_an_error(
 def test_torchs_own_layout_is_hidden_while_it_is_replaced(
     proxy: FaultProxy, container: str, other: str, tmp_path: Path
 ) -> None:
-    """Data of the same names: a copy that broke off would leave the old metadata over a mixture."""
+    """Data of the same names: an interrupted copy would leave the old metadata over a mixture."""
     for version, where in ((1, container), (2, other)):
         dcp.save({"x": torch.full((9,), version)}, storage_writer=dcp.FileSystemWriter(tmp_path / str(version)))
         for file in (tmp_path / str(version)).iterdir():
@@ -325,14 +321,14 @@ def test_torchs_own_layout_is_hidden_while_it_is_replaced(
     assert loaded["x"].tolist() == [1] * 9
 
 
-def test_metadata_of_the_other_kind_does_not_stay_beside_the_new_one(container: str, other: str) -> None:
+def test_metadata_of_the_other_kind_is_removed(container: str, other: str) -> None:
     for url in (f"{container}/a", f"{other}/b"):
         save_without_collectives(url, 0, 1)
     save(f"{other}/a", 1)
     save(f"{container}/b", 2)
     for name in ("a", "b"):
         copy(f"{container}/{name}", f"{other}/{name}", credential=KEY, overwrite=True)
-    assert [path for path in blobs_below(other) if path.endswith("metadata")] == [
+    assert [path for path in paths_below(other) if path.endswith("metadata")] == [
         "a/__0.metadata",
         "a/__1.metadata",
         "b/.metadata",
@@ -351,14 +347,13 @@ def test_a_source_without_all_its_data_is_refused_before_anything_is_copied(cont
     put(container, f"a/{name}", data[:-1])
     with pytest.raises(CorruptCheckpointError, match=f"only {len(data) - 1} bytes long where {len(data)} are needed"):
         copy(container, other, credential=KEY)
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
-    store.delete(f"a/{name}")
+    store_of(container).delete(f"a/{name}")
     with pytest.raises(CorruptCheckpointError, match="missing"):
         copy(container, other, credential=KEY)
     put(container, "a/.metadata", b"garbage")
     with pytest.raises(CorruptCheckpointError, match=r"a/\.metadata"):
         copy(container, other, credential=KEY)
-    assert blobs_below(other) == []
+    assert paths_below(other) == []
 
 
 def test_nothing_to_copy_and_nowhere_to(container: str, other: str, tmp_path: Path) -> None:

@@ -16,33 +16,29 @@ import torch.distributed.checkpoint as dcp
 from azure_torch_ckpt import (
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointExistsError,
     CheckpointNotFoundError,
     CommitConflictError,
     CorruptCheckpointError,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, list_checkpoints, verify
 from azure_torch_ckpt.catalog.copying.trees import FolderTree
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
+from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Call, Flip, Gate, Hold, Kill
 from tests.support.mixed_checkpoint import (
     KEY,
     SMALL,
     assert_right,
-    blobs_below,
     flip_in_storage,
     item_of,
     load,
     save,
     zeros,
 )
-from tests.support.planted import content, put
 from tests.support.proxy import FaultProxy, meet
 from tests.support.without_collectives import save_without_collectives
 
@@ -77,7 +73,7 @@ def test_torch_loads_the_copy(proxy: FaultProxy, container: str, proxied_contain
     )
     for step in (1, 2):
         assert_right(load_from(tmp_path / "new" / "folder" / f"step-{step}"), step)
-    names = [path.removeprefix("run/") for path in blobs_below(container)]
+    names = [path.removeprefix("run/") for path in paths_below(container)]
     assert files_below(tmp_path / "new" / "folder") == sorted(names)
     assert (report.blobs, report.skipped) == (5, 0)
     sizes = [(tmp_path / "new" / "folder" / name).stat().st_size for name in names]
@@ -111,13 +107,15 @@ def test_what_is_there_and_right_is_not_fetched_again(
     times = data.stat()
     data.write_bytes(damaged)
     os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert copy(f"{container}/a", tmp_path, credential=KEY, verify=False).skipped == 2  # as it was told
+    assert (
+        copy(f"{container}/a", tmp_path, credential=KEY, verify=False).skipped == 2
+    )  # without verify, size and time decide
     assert copy(f"{container}/a", tmp_path, credential=KEY).blobs == 1
     assert_right(load_from(tmp_path), 1)
 
 
 @pytest.mark.parametrize("at", ["first", "middle", "last"])
-def test_a_copy_that_is_killed_leaves_no_checkpoint_and_goes_on(
+def test_a_copy_that_is_killed_leaves_no_checkpoint_and_continues(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path, at: str
 ) -> None:
     save_without_collectives(f"{container}/a", 0, 1, 2)
@@ -149,7 +147,7 @@ def test_an_interrupt_leaves_nothing_half_done(
     assert files_below(tmp_path) == []
 
 
-def test_damage_on_the_way_or_in_storage_leaves_nothing_visible(
+def test_damage_in_transit_or_in_storage_leaves_nothing_visible(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path
 ) -> None:
     save(f"{container}/a", 1)
@@ -176,7 +174,7 @@ def test_a_part_that_another_copy_is_writing_is_left_alone(container: str, tmp_p
 
 
 def test_a_source_is_not_changed(container: str, tmp_path: Path) -> None:
-    """Not even what a copy to there left behind; nor is it copied on."""
+    """The temporary files of an earlier copy stay, and are not copied."""
     save(f"{container}/a", 1)
     copy(f"{container}/a", tmp_path, credential=KEY)
     part = tmp_path / ".x.0123456789abcdef.part"
@@ -184,8 +182,8 @@ def test_a_source_is_not_changed(container: str, tmp_path: Path) -> None:
     before = files_below(tmp_path)
     copy(tmp_path, f"{container}/b", credential=KEY)
     assert files_below(tmp_path) == before and part.read_bytes() == b"1"
-    assert sorted(blobs_below(f"{container}/b")) == sorted(
-        "b/" + path.removeprefix("a/") for path in blobs_below(f"{container}/a")
+    assert sorted(paths_below(f"{container}/b")) == sorted(
+        "b/" + path.removeprefix("a/") for path in paths_below(f"{container}/a")
     )
 
 
@@ -201,7 +199,7 @@ def test_another_checkpoint_in_the_folder_is_replaced_only_on_request(container:
     assert len(files_below(tmp_path)) == 2
 
 
-def test_metadata_that_somebody_wrote_meanwhile_stands(
+def test_metadata_that_another_process_wrote_meanwhile_stays(
     proxy: FaultProxy, container: str, proxied_container: str, tmp_path: Path
 ) -> None:
     save(f"{container}/a", 1)
@@ -259,17 +257,17 @@ def test_a_folder_becomes_checkpoints_and_a_second_time_nothing_moves(
     assert all(seen.path.endswith(".metadata") for seen in proxy.requests("Get Blob"))
 
 
-def test_an_upload_that_broke_off_goes_on_with_what_is_missing(container: str, on_disk: Path) -> None:
+def test_an_interrupted_upload_continues_with_what_is_missing(container: str, on_disk: Path) -> None:
     report = copy(on_disk, f"{container}/up", credential=KEY)
-    paths = blobs_below(f"{container}/up")
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    paths = paths_below(f"{container}/up")
+    store = store_of(container)
     for path in paths:
         if path.endswith(".metadata") or "step-2" in path:
             store.delete(path)
     again = copy(on_disk, f"{container}/up", credential=KEY)
     assert again.skipped == 2 and again.blobs == report.blobs - 2
-    assert blobs_below(f"{container}/up") == paths
-    # A blob of the same size with other content is no copy.
+    assert paths_below(f"{container}/up") == paths
+    # A blob of the same size with other content is not a copy.
     [data] = [path for path in paths if path.startswith("up/torch/__0_0")]
     put(container, data, b"x" * len(content(container, data)))
     assert copy(on_disk, f"{container}/up", credential=KEY).blobs == 1
@@ -283,7 +281,7 @@ def test_a_damaged_file_is_not_uploaded(container: str, on_disk: Path) -> None:
     data.write_bytes(damaged)
     with pytest.raises(CorruptCheckpointError, match="step-1"):
         copy(on_disk / "step-1", f"{container}/one", credential=KEY)
-    assert blobs_below(f"{container}/one") == []
+    assert paths_below(f"{container}/one") == []
     data.write_bytes(damaged[:-1])
     with pytest.raises(CorruptCheckpointError, match="bytes long"):
         copy(on_disk / "step-1", f"{container}/one", credential=KEY)

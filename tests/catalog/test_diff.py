@@ -98,7 +98,7 @@ def test_without_checksums_the_bits_are_compared(container: str) -> None:
         progress=reports.append,
     )
     assert found.same
-    assert reports[-1].operation == "diff" and reports[-1].done == reports[-1].total > 2 * 240_000
+    assert reports[-1].operation == "diff" and reports[-1].total == reports[-1].done > 2 * 240_000
     # A bit that was flipped in storage is a difference of one element, which nothing else tells.
     flip_in_storage(f"{container}/b", item_of(f"{container}/b", "large"), 100_000)
     [change] = diff(f"{container}/a", f"{container}/b", credential=KEY, values=True, options=TIGHT).changed
@@ -106,7 +106,7 @@ def test_without_checksums_the_bits_are_compared(container: str) -> None:
 
 
 @pytest.mark.parametrize("options", [None, TIGHT], ids=["", "in parts"])
-def test_the_largest_difference_is_told(container: str, options: TransferOptions | None) -> None:
+def test_the_largest_difference_is_reported(container: str, options: TransferOptions | None) -> None:
     one: dict[str, Any] = {
         "float": torch.arange(200_000, dtype=torch.float32).reshape(400, 500),
         "half": torch.ones(10, dtype=torch.bfloat16),
@@ -136,9 +136,9 @@ def test_the_largest_difference_is_told(container: str, options: TransferOptions
     store(f"{container}/a", one)
     store(f"{container}/b", other)
     found = diff(f"{container}/a", f"{container}/b", credential=KEY, values=True, options=options)
-    told = {change.key: (change.elements, change.max_abs_difference) for change in found.changed}
-    assert math.isnan(told.pop("nan")[1] or 0)
-    assert told == {
+    differences = {change.key: (change.elements, change.max_abs_difference) for change in found.changed}
+    assert math.isnan(differences.pop("nan")[1] or 0)
+    assert differences == {
         "float": (2, 8.0),
         "half": (1, 0.5),
         "int": (1, 7.0),
@@ -188,7 +188,7 @@ def save_rows_of_another_version(url: str) -> None:
 
 
 class Unsafe:
-    """Of a class that torch.load does not know."""
+    """A class that torch.load does not trust."""
 
     def __init__(self, value: int) -> None:
         self.value = value

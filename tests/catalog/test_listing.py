@@ -1,4 +1,4 @@
-"""`list_checkpoints` and `latest` know every checkpoint from the listing alone; `inspect` from its metadata alone."""
+"""`list_checkpoints` and `latest` read one listing; `inspect` reads the metadata."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from hypothesis import strategies as st
 from azure_torch_ckpt import (
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointNotFoundError,
     ContainerNotFoundError,
     CorruptCheckpointError,
     LocationError,
     __version__,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import inspect, latest, list_checkpoints
 from azure_torch_ckpt.catalog.listing import step_of
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
+from tests.support.containers import content, put, store_of
 from tests.support.mixed_checkpoint import KEY, save, state
-from tests.support.planted import content, plant, put
+from tests.support.planted import plant
 from tests.support.proxy import FaultProxy
 from tests.support.without_collectives import save_without_collectives
 
@@ -56,7 +54,7 @@ def test_every_checkpoint_is_listed_and_nothing_else(container: str) -> None:
         ("step-10/inner", None, True, 3),
     ]
     assert [entry.url for entry in found] == [f"{container}/run/{entry.name}" for entry in found]
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     sizes = {blob.path: blob.size for blob in store.list("run/step-10/")}
     assert found[1].size == sum(size for path, size in sizes.items() if "/inner/" not in path)
     assert found[3].size == sum(size for path, size in sizes.items() if "/inner/" in path)
@@ -105,7 +103,7 @@ def test_ranks_without_collectives_are_complete_when_all_of_them_are(container: 
     save_without_collectives(url, 2)
     [entry] = list_checkpoints(url, credential=KEY)
     assert entry.complete
-    store = BlobStore(BlobLocation.parse(url), Access(KEY))
+    store = store_of(url)
     assert entry.modified == store.stat("alone/__2.metadata").last_modified
     store.delete("alone/__1.metadata")
     assert [entry.complete for entry in list_checkpoints(url, credential=KEY)] == [False]
@@ -114,7 +112,7 @@ def test_ranks_without_collectives_are_complete_when_all_of_them_are(container: 
 def test_a_thousand_checkpoints_cost_one_request_for_every_5000_blobs(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     with ThreadPoolExecutor(16) as pool:
         paths = [f"run-{number % 10}/step-{number}/.metadata" for number in range(1000)]
         list(pool.map(lambda path: store.put(path, b""), paths))
@@ -135,8 +133,8 @@ def test_nothing_to_list(container: str) -> None:
         list_checkpoints("/a/local/path")
 
 
-def test_the_folders_of_a_hierarchical_namespace_are_no_blobs(container: str) -> None:
-    """There, a listing has an empty blob for each folder. Azurite has none such by itself."""
+def test_the_folders_of_a_hierarchical_namespace_are_not_blobs(container: str) -> None:
+    """There, a listing has an empty blob for each folder. Azurite has no such blobs."""
     plant(container, ["run/step-1"])
     [before] = list_checkpoints(container, credential=KEY)
     for path in ("run", "run/step-1"):
@@ -171,7 +169,7 @@ def test_a_name_that_no_url_can_have_does_not_break_the_listing(container: str) 
         ("", None),
     ],
 )
-def test_the_step_is_what_the_name_tells(name: str, step: int | None) -> None:
+def test_the_step_is_in_the_name(name: str, step: int | None) -> None:
     assert step_of(name) == step
 
 
@@ -189,10 +187,10 @@ def test_steps_compare_as_numbers(container: str) -> None:
     assert latest(f"{container}/run", credential=KEY).name == "step-1000"
 
 
-def test_the_time_decides_where_a_name_tells_no_step(container: str) -> None:
+def test_the_time_decides_where_a_name_has_no_step(container: str) -> None:
     plant(container, ["run/step-9"])
     # The service's times have a resolution of one second.
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     first = store.stat("run/step-9/.metadata").last_modified
     while store.now() <= first + datetime.timedelta(seconds=1):
         pass
@@ -200,7 +198,7 @@ def test_the_time_decides_where_a_name_tells_no_step(container: str) -> None:
     assert latest(f"{container}/run", credential=KEY).name == "best"
 
 
-def test_no_complete_checkpoint_is_an_error_that_says_what_is_there(container: str) -> None:
+def test_without_a_complete_checkpoint_the_error_names_incomplete_saves(container: str) -> None:
     with pytest.raises(CheckpointNotFoundError, match="No save"):
         latest(f"{container}/run", credential=KEY)
     for step in (1, 2):
@@ -212,7 +210,7 @@ def test_no_complete_checkpoint_is_an_error_that_says_what_is_there(container: s
 # ---- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_tells_what_was_saved_with_two_requests_at_most(
+def test_inspect_describes_a_checkpoint_with_one_request(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     url = f"{proxied_container}/a"
@@ -238,7 +236,7 @@ def test_inspect_tells_what_was_saved_with_two_requests_at_most(
     assert found.torch_version == torch.__version__ and type(found.torch_version) is str
     assert found.writer_version == __version__
     assert found.save_id is not None and found.tensors[0].shards[0].blob.startswith(found.save_id)
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     assert found.modified == store.stat("a/.metadata").last_modified
 
 
@@ -246,7 +244,7 @@ def test_a_copy_on_a_disk_still_loads_with_torch_though_the_versions_are_recorde
     container: str, tmp_path: Path
 ) -> None:
     save(f"{container}/a")
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     for blob in store.list("a/"):
         file = tmp_path / blob.path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +273,7 @@ def test_inspect_of_ranks_without_collectives_shows_all_of_them(container: str) 
     ]
 
 
-def test_inspect_of_what_is_no_checkpoint(container: str) -> None:
+def test_inspect_without_a_checkpoint(container: str) -> None:
     with pytest.raises(CheckpointNotFoundError, match="Nothing lies there at all"):
         inspect(f"{container}/nothing", credential=KEY)
     plant(container, ["run/step-1"])

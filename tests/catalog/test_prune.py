@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 
 from azure_torch_ckpt import (
-    BlobLocation,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     ServiceUnavailableError,
     TransferOptions,
     UnsafeMetadataError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, prune, verify
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from tests.catalog.catalog_process import start
 from tests.faults.tally import Tally
+from tests.support.containers import paths_below, put, store_of
 from tests.support.faults import Answer, Call, Kill, Kind
-from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, load, save
-from tests.support.planted import plant, plant_leftovers, put
+from tests.support.mixed_checkpoint import KEY, assert_right, load, save
+from tests.support.planted import plant, plant_leftovers
 from tests.support.proxy import FaultProxy, meet
 from tests.support.without_collectives import save_without_collectives
 
@@ -58,23 +56,21 @@ def steps(*numbers: int) -> list[str]:
     ],
     ids=str,
 )
-def test_a_checkpoint_goes_only_if_every_rule_gives_it_up(
-    container: str, rules: dict[str, Any], removed: list[int]
-) -> None:
+def test_a_checkpoint_goes_only_if_no_rule_keeps_it(container: str, rules: dict[str, Any], removed: list[int]) -> None:
     every = [100, 200, 300, 1000, 2500]
     plant(container, [f"run/step-{step}" for step in every])
     kept = [step for step in every if step not in removed]
     url = f"{container}/run"
-    before = blobs_below(container)
+    before = paths_below(container)
     assert names(prune(url, credential=KEY, **rules)) == (steps(*removed), steps(*kept))
-    assert blobs_below(container) == before  # a dry run is the default
+    assert paths_below(container) == before  # a dry run is the default
     assert names(prune(url, credential=KEY, dry_run=False, **rules)) == (steps(*removed), steps(*kept))
     assert [entry.step for entry in list_checkpoints(url, credential=KEY)] == kept
-    assert len(blobs_below(container)) == 2 * len(kept)
+    assert len(paths_below(container)) == 2 * len(kept)
     assert names(prune(url, credential=KEY, dry_run=False, **rules)) == ([], steps(*kept))
 
 
-def test_age_goes_by_the_services_clock_and_spares_the_newest(container: str) -> None:
+def test_age_is_by_the_services_clock_and_the_newest_stays(container: str) -> None:
     plant(container, ["run/step-1", "run/step-2"])
     # Both are a moment old; older_than of nothing gives up all that was completed before this second.
     report = prune(container, credential=KEY, older_than=NOW)
@@ -112,16 +108,16 @@ def test_an_incomplete_save_is_kept_until_its_grace_is_over(container: str) -> N
     put(container, running)
     report = prune(container, credential=KEY, keep_last=1, dry_run=False)
     assert names(report) == (["run/step-1"], ["run/step-2", "run/step-3"]) and report.remains == []
-    assert running in blobs_below(container)
+    assert running in paths_below(container)
     report = prune(container, credential=KEY, keep_last=1, grace=NOW, dry_run=False)
     assert names(report) == ([], ["run/step-2"])
-    assert [remains.blobs for remains in report.remains] == [[running]]
-    assert running not in blobs_below(container)
+    assert [leftovers.blobs for leftovers in report.remains] == [[running]]
+    assert running not in paths_below(container)
 
 
 def test_a_checkpoint_that_is_being_saved_over_is_kept(container: str) -> None:
     plant(container, ["run/step-1", "run/step-2"])
-    put(container, "run/step-1/notes.txt")  # is no save
+    put(container, "run/step-1/notes.txt")  # not part of a save
     assert names(prune(container, credential=KEY, keep_last=1))[0] == ["run/step-1"]
     # The times have a resolution of a second: as young as the metadata would do for old data.
     running = f"run/step-1/{new_save_id()}/__0_0.distcp"
@@ -136,11 +132,11 @@ def test_a_checkpoint_that_is_being_saved_over_is_kept(container: str) -> None:
     # Once the grace is over it was a failed save, and goes with the rest.
     report = prune(container, credential=KEY, keep_last=1, grace=NOW, dry_run=False)
     assert names(report) == (["run/step-1"], ["run/step-2"]) and len(report.remains) == 1
-    assert [path for path in blobs_below(container) if "step-1" in path] == ["run/step-1/notes.txt"]
+    assert [path for path in paths_below(container) if "step-1" in path] == ["run/step-1/notes.txt"]
 
 
 @pytest.mark.parametrize("kind", ["Get Blob", "Delete"])
-def test_a_checkpoint_that_is_replaced_meanwhile_stands(
+def test_a_checkpoint_that_is_replaced_meanwhile_stays(
     proxy: FaultProxy, container: str, proxied_container: str, kind: Kind
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -152,7 +148,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_stands(
     assert_right(load(f"{container}/run/step-2"), 2)
 
 
-def test_metadata_goes_first_and_a_crash_leaves_only_remains(
+def test_metadata_goes_first_and_a_crash_leaves_only_leftovers(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     save(f"{container}/run/step-1", 1)
@@ -166,21 +162,21 @@ def test_metadata_goes_first_and_a_crash_leaves_only_remains(
     with pytest.raises(CheckpointNotFoundError):
         inspect(f"{container}/run/step-1", credential=KEY)
     assert_right(load(f"{container}/run/step-2"), 2)
-    [remains] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
-    assert remains.url == f"{container}/run/step-1"
-    assert all("step-2" in path for path in blobs_below(container))
+    [leftovers] = prune(container, credential=KEY, grace=NOW, dry_run=False).remains
+    assert leftovers.url == f"{container}/run/step-1"
+    assert all("step-2" in path for path in paths_below(container))
 
 
 def test_metadata_that_cannot_be_read_stops_all_removals(container: str) -> None:
     plant(container, [f"run/step-{step}" for step in range(5)])
     put(container, "run/step-2/.metadata", b"garbage")
-    before = blobs_below(container)
+    before = paths_below(container)
     with pytest.raises(CorruptCheckpointError, match="step-2"):
         prune(container, credential=KEY, keep_last=1, dry_run=False)
-    assert blobs_below(container) == before
+    assert paths_below(container) == before
 
 
-def test_a_dead_service_in_the_middle_is_an_error_and_a_second_try_ends_it(
+def test_a_dead_service_is_an_error_and_a_second_prune_finishes(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     plant(container, [f"run/step-{step}" for step in range(8)])
@@ -190,7 +186,7 @@ def test_a_dead_service_in_the_middle_is_an_error_and_a_second_try_ends_it(
         prune(proxied_container, credential=KEY, keep_last=1, dry_run=False, options=TransferOptions(retry_seconds=0))
     rule.do()
     prune(proxied_container, credential=KEY, keep_last=1, dry_run=False, grace=NOW)
-    assert len(blobs_below(container)) == 2
+    assert len(paths_below(container)) == 2
     assert [entry.step for entry in list_checkpoints(container, credential=KEY)] == [7]
 
 
@@ -200,7 +196,7 @@ def test_two_prunes_at_a_time_do_no_harm(proxy: FaultProxy, container: str, prox
     proxy.when("Delete", nth=2).do(other)
     prune(proxied_container, credential=KEY, keep_last=1, dry_run=False)
     assert [entry.step for entry in list_checkpoints(container, credential=KEY)] == [3]
-    assert len(blobs_below(container)) == 2
+    assert len(paths_below(container)) == 2
 
 
 def test_what_a_prune_of_many_checkpoints_costs(proxy: FaultProxy, container: str, proxied_container: str) -> None:
@@ -216,7 +212,7 @@ def test_what_a_prune_of_many_checkpoints_costs(proxy: FaultProxy, container: st
     assert len(list_checkpoints(container, credential=KEY)) == 160
 
 
-def test_rules_that_make_no_sense_are_refused(container: str) -> None:
+def test_rules_out_of_range_are_refused(container: str) -> None:
     wrong: list[dict[str, Any]] = [{"keep_last": 0}, {"keep_every": 0}, {"older_than": -DAY}, {"grace": -DAY}]
     for rules in wrong:
         with pytest.raises(ValueError, match=next(iter(rules))):
@@ -252,7 +248,7 @@ def a_full_container(container: str) -> tuple[list[str], list[str]]:
     ]
     for path in foreign:
         put(container, path)
-    keep = blobs_below(container)
+    keep = paths_below(container)
     leftovers = [path for folder in ("run/step-1", *LEFTOVERS) for path in plant_leftovers(container, folder)]
     return keep, sorted(leftovers)
 
@@ -265,14 +261,14 @@ def test_prune_finds_leftovers_and_nothing_else(container: str, tally: Tally) ->
     assert len(found) == 6 and all(one.size == 20 and len(one.blobs) == 2 for one in found)
     assert {one.url for one in found} == {f"{container}/{folder}" for folder in LEFTOVERS}
     assert all(one.save_id in path for one in found for path in one.blobs)
-    assert sorted(blobs_below(container)) == sorted(keep + leftovers)  # that was a dry run
+    assert sorted(paths_below(container)) == sorted(keep + leftovers)  # that was a dry run
 
     assert prune(f"{container}/run", credential=KEY, grace=HOUR, dry_run=False).remains == []
-    assert sorted(blobs_below(container)) == sorted(keep + leftovers)
+    assert sorted(paths_below(container)) == sorted(keep + leftovers)
 
     deleted = prune(f"{container}/run", credential=KEY, grace=NOW, dry_run=False).remains
     assert deleted == found
-    assert blobs_below(container) == keep
+    assert paths_below(container) == keep
     for version, name in ((1, "run/step-1"), (2, "run/step-2"), (3, "run/step-2/inner"), (4, "other/step-1")):
         assert_right(load(f"{container}/{name}"), version)
     assert verify(f"{container}/run/step-1", credential=KEY).ok
@@ -292,9 +288,9 @@ def test_prune_of_one_checkpoint_and_of_a_whole_container(container: str) -> Non
     assert_right(load(container), 2)
 
 
-def test_the_grace_period_goes_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
+def test_the_grace_period_is_by_the_services_clock(proxy: FaultProxy, container: str, proxied_container: str) -> None:
     [_, last] = plant_leftovers(container, "a")
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
+    store = store_of(container)
     age = store.now() - store.stat(last).last_modified
     assert prune(f"{container}/a", credential=KEY, grace=age + HOUR).remains == []
     assert proxy.log == []
@@ -311,7 +307,7 @@ def test_metadata_that_cannot_be_read_stops_a_prune_before_it_deletes(container:
     leftovers = {path for folder in ("a", "b", "b", "c") for path in plant_leftovers(container, f"run/{folder}")}
     for data, expected in ((b"garbage", CorruptCheckpointError), (pickle.dumps(print), UnsafeMetadataError)):
         put(container, f"run/b/{name}", data)
-        before = blobs_below(container)
+        before = paths_below(container)
         with pytest.raises(expected, match=name):
             prune(f"{container}/run", credential=KEY, grace=NOW, dry_run=False)
-        assert blobs_below(container) == before and leftovers <= set(before)
+        assert paths_below(container) == before and leftovers <= set(before)

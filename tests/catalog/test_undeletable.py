@@ -1,4 +1,4 @@
-"""What cannot be deleted (here: blobs under a lease) stays, is told, and stops nothing else."""
+"""Blobs that cannot be deleted (here: leased ones) stay, are reported, and stop no other removal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from azure_torch_ckpt import BlobLocation, RequestRefusedError, remove_checkpoin
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import list_checkpoints, prune
 from tests.cli.command_process import cli
-from tests.support.mixed_checkpoint import KEY, assert_right, blobs_below, load, save
+from tests.support.containers import paths_below
+from tests.support.mixed_checkpoint import KEY, assert_right, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -34,8 +35,8 @@ def leased(url: str) -> Iterator[None]:
 
 
 def data_of(container: str, step: int) -> str:
-    """The URL of a data blob of a checkpoint."""
-    [path] = [path for path in blobs_below(container) if f"/step-{step}/" in path and path.endswith(".distcp")]
+    """Return the URL of a checkpoint's data blob."""
+    [path] = [path for path in paths_below(container) if f"/step-{step}/" in path and path.endswith(".distcp")]
     return f"{container}/{path}"
 
 
@@ -51,7 +52,7 @@ def run(container: str) -> str:
     return container
 
 
-def test_prune_goes_on_past_what_is_leased_at_every_run(run: str) -> None:
+def test_every_prune_continues_past_leased_blobs(run: str) -> None:
     data = data_of(run, 1)
     with leased(f"{run}/run/step-0/.metadata"), leased(data):
         tried = prune(run, keep_last=1, grace=NO_GRACE, credential=KEY)
@@ -65,20 +66,20 @@ def test_prune_goes_on_past_what_is_leased_at_every_run(run: str) -> None:
             assert isinstance(held.error, RequestRefusedError) and "is leased" in str(held.error)
             assert (metadata.url, metadata.blobs) == (f"{run}/run/step-0", ["run/step-0/.metadata"])
             assert isinstance(metadata.error, RequestRefusedError) and metadata.error.error_code == "LeaseIdMissing"
-            # What could be deleted was, and what could not is counted neither as removed nor as freed.
+            # Blobs that could not be deleted count neither as removed nor as freed.
             assert report.freed == sum(entry.size for entry in report.removed)
-            assert not any("/step-2/" in path for path in blobs_below(run))
+            assert not any("/step-2/" in path for path in paths_below(run))
             assert steps(run) == [0, 1, 3] == [entry.step for entry in report.kept]
             assert all(verify(f"{run}/run/step-{step}", credential=KEY).ok for step in (0, 1))
     report = prune(run, keep_last=1, grace=NO_GRACE, dry_run=False, credential=KEY)
     assert report.undeleted == [] and [entry.step for entry in report.removed] == [0, 1]
-    assert steps(run) == [3] and len(blobs_below(run)) == 2
+    assert steps(run) == [3] and len(paths_below(run)) == 2
 
 
 def test_data_that_is_leased_after_the_listing_is_found_by_the_next_prune(
     run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lease comes between the listing and the removal: the listing is made to say nothing of it."""
+    """The lease comes between the listing and the removal: the listing is made to omit it."""
     data = data_of(run, 1)
     listed = BlobStore.list
     with leased(data), monkeypatch.context() as patch:
@@ -94,10 +95,10 @@ def test_data_that_is_leased_after_the_listing_is_found_by_the_next_prune(
             removed = sum(entry.size for entry in report.removed)
             assert report.freed == removed + (0 if first else left.size) - left.size
     assert prune(run, grace=NO_GRACE, dry_run=False, credential=KEY).undeleted == []
-    assert steps(run) == [3] and len(blobs_below(run)) == 2
+    assert steps(run) == [3] and len(paths_below(run)) == 2
 
 
-def test_the_command_prune_tells_by_its_exit_code(run: str) -> None:
+def test_the_command_prune_exits_with_the_code_of_the_error(run: str) -> None:
     with leased(f"{run}/run/step-0/.metadata"):
         done = cli("prune", run, "--keep-last", "1", "--grace", "0s", "--yes")
         assert done.code == 7
@@ -129,7 +130,7 @@ def test_the_command_rm_removes_the_others(run: str) -> None:
         assert "removed 0 checkpoints" in said.err
 
 
-def test_a_removal_tells_of_data_that_stays(run: str) -> None:
+def test_a_removal_returns_the_data_that_stays(run: str) -> None:
     data = data_of(run, 1)
     url = f"{run}/run/step-1"
     with leased(data):

@@ -15,19 +15,16 @@ from torch.distributed.checkpoint.metadata import Metadata
 from azure_torch_ckpt import (
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     verify,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.progress import Progress
 from tests.faults.tally import Tally
+from tests.support.containers import content, put, store_of
 from tests.support.faults import Answer
 from tests.support.mixed_checkpoint import KEY, SMALL, data_path, flip_in_storage, item_of, save, state
-from tests.support.planted import content, put
 from tests.support.proxy import FaultProxy
 from tests.support.without_collectives import save_without_collectives
 
@@ -35,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
 def stored_by(url: str, rank: int) -> StoredItem:
-    """The item that a rank has saved without collectives."""
+    """Return the item that a rank saved without collectives."""
     [info] = AzureBlobReader(url, credential=KEY).read_metadata(rank=rank).storage_data.values()
     return stored_item(info)
 
@@ -54,7 +51,7 @@ def test_a_sound_checkpoint(proxy: FaultProxy, container: str, proxied_container
     assert proxy.count("List") == 1  # which tells the sizes of all blobs
 
 
-def test_sizes_are_asked_for_one_by_one_where_a_listing_is_not_allowed(
+def test_sizes_are_requested_one_by_one_where_listing_is_not_allowed(
     proxy: FaultProxy, container: str, proxied_container: str
 ) -> None:
     save(f"{container}/a")
@@ -64,7 +61,7 @@ def test_sizes_are_asked_for_one_by_one_where_a_listing_is_not_allowed(
     assert proxy.count("Head") == 1
 
 
-def test_ranks_that_saved_without_collectives_are_verified_together(container: str) -> None:
+def test_all_ranks_that_saved_without_collectives_are_verified(container: str) -> None:
     save_without_collectives(f"{container}/alone", 0, 1, 2)
     report = verify(f"{container}/alone", credential=KEY)
     assert report.ok and [blob.checked for blob in report.blobs] == [1, 1, 1]
@@ -73,7 +70,7 @@ def test_ranks_that_saved_without_collectives_are_verified_together(container: s
     assert ["'rank2'" in problem for problem in report.problems] == [True]
 
 
-def test_verifying_tells_how_far_it_has_got(container: str) -> None:
+def test_verify_reports_its_progress(container: str) -> None:
     save(f"{container}/a")
     reports: list[Progress] = []
     [blob] = verify(f"{container}/a", credential=KEY, progress=reports.append).blobs
@@ -131,7 +128,7 @@ def test_every_damaged_item_is_reported_by_its_blob(container: str, tally: Tally
     flipped, sound, short = report.blobs
     assert not report.ok and len(report.problems) == 3
     assert sound.problems == [] and sound.checked == 1
-    assert flipped.checked == 2 and short.checked == 0  # what is not there is not read
+    assert flipped.checked == 2 and short.checked == 0  # a short blob is not read
     for name in ("large", "object"):
         item = item_of(url, name)
         [problem] = [problem for problem in flipped.problems if f"{name!r}" in problem]
@@ -140,8 +137,7 @@ def test_every_damaged_item_is_reported_by_its_blob(container: str, tally: Tally
     assert short.size == short.expected_size - 1
     assert short.name in short.problems[0] and "'strided'" in short.problems[0]
 
-    store = BlobStore(BlobLocation.parse(url), Access(KEY))
-    store.delete(others[0])
+    store_of(url).delete(others[0])
     missing = verify(url, credential=KEY).blobs[1]
     assert missing.size is None
     assert "missing" in missing.problems[0] and "'small'" in missing.problems[0] and missing.name in missing.problems[0]

@@ -1,4 +1,4 @@
-"""A target for which the credential allows writing, and nothing else."""
+"""A destination for which the credential allows writing alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from azure_torch_ckpt import AccessDeniedError, CheckpointExistsError
 from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import cli
+from tests.support.containers import content
 from tests.support.mixed_checkpoint import KEY, assert_right, load, save
-from tests.support.planted import content
 from tests.support.put_block_from_url import FromUrlServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -75,13 +75,13 @@ def test_copy(container: str, other: str, tmp_path: Path, source: str) -> None:
     assert_right(load(f"{other}/run/a"), 1)
 
 
-def test_what_the_service_copies_is_compared_all_the_same(azurite: Azurite, container: str, other: str) -> None:
+def test_what_the_service_copies_is_still_compared(azurite: Azurite, container: str, other: str) -> None:
     save(f"{container}/a", 1)
     credential = AzureSasCredential(signature(other, "w"))
     with FromUrlServer(azurite) as server:
         source, target = (f"{server.endpoint}/{url.rpartition('/')[2]}" for url in (container, other))
         copy(f"{source}/a", f"{target}/a", credential=KEY, dst_credential=credential)
-        assert [path for path in server.read if path.endswith(".distcp")]  # the service told no checksum
+        assert [path for path in server.read if path.endswith(".distcp")]  # the service returned no checksum
         server.read.clear()
         copy(f"{source}/a", f"{target}/b", credential=KEY, dst_credential=credential, verify=False)
         assert not [path for path in server.read if path.endswith(".distcp")]

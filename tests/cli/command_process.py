@@ -36,19 +36,19 @@ _forks.set_forkserver_preload(["azure_torch_ckpt.catalog", "azure_torch_ckpt.cli
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended, and what it printed. On a terminal, all of it is in `out`."""
+    """Exit code and output of a command. On a terminal, all output is in `out`."""
 
     code: int
     out: str
     err: str
 
     def json(self, command: str) -> Any:
-        """The printed document of a command that did what it was told."""
+        """Return the printed document of a command without an error."""
         assert self.code in (0, 1), self.err
         return self.document(command)
 
     def document(self, command: str) -> Any:
-        """The printed document, which must be as the command's schema has it."""
+        """Return the printed document, which must match the command's schema."""
         document = json.loads(self.out)
         jsonschema.validate(document, json.loads((SCHEMAS / f"{command}.json").read_text(encoding="utf-8")))
         return document
@@ -133,7 +133,7 @@ def _run(arguments: list[str], environment: dict[str, str], streams: tuple[str, 
 
 
 def _read(master: int, shown: list[bytes], question: bytes, answer: bytes) -> None:
-    with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+    with contextlib.suppress(OSError):  # EIO: no process has the terminal open any more
         while data := os.read(master, 65_536):
             shown.append(data)
             if answer and question in b"".join(shown):

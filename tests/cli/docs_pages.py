@@ -1,8 +1,8 @@
-"""Makes docs/cli of the command's own help and of the JSON schemas that lie there.
+"""Makes docs/cli from the command's help and from the JSON schemas in that folder.
 
     python -m tests.cli.docs_pages
 
-The width is fixed, so that the pages are the same on every machine.
+The width of the text is fixed, so that the pages are the same on every machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ _WIDTH = 100
 
 
 def pages() -> dict[str, str]:
-    """The text of every page by its file's name."""
-    made = {"README.md": _index()}
-    for name, command in app.commands.items():
-        made[f"{name}.md"] = _page(name, command)
-    return made
+    """Return the text of every page, by the name of its file."""
+    return {"README.md": _index()} | {f"{name}.md": _page(name, command) for name, command in app.commands.items()}
 
 
 def _help(command: click.Command, name: str | None = None) -> str:
@@ -52,24 +49,25 @@ def _index() -> str:
 | | |
 |--:|---|
 {codes}
-| 141, 143 | as a shell has it: the reader of a pipe has gone, SIGTERM |
+| 141, 143 | as in a shell: the reader of a pipe closed it, SIGTERM |
 
-Errors are one line on stderr that starts with `{NAME}: error: `, with a second one that starts with `{NAME}: hint: `
-where there is something to try. Progress bars, notes and questions go to stderr as well, and bars only to a terminal.
+An error is one line on stderr that starts with `{NAME}: error: `. A second line that starts with `{NAME}: hint: ` may
+follow with advice. Progress bars, notes and questions go to stderr as well, and bars only to a terminal.
 
 ## JSON
 
-`--json` prints one document to stdout and nothing else there. After an error there is none, but for `verify` and
-`diff`, whose findings are their result, and for `rm`, which tells what it had removed. Each page has the fields, and
-[schema](schema) has them as [JSON Schema](https://json-schema.org). Sizes are bytes, times are RFC 3339 in UTC,
-checksums are hexadecimal text. Fields stay what they are as long as `version` is 1; new ones may come, and then the
-schema has them.
+`--json` prints one document to stdout and nothing else. After an error it prints none, with these exceptions: `verify`
+and `diff` print the problems and differences that they found, and `rm` prints what it had removed. Each page lists the
+fields, and [schema](schema) has them as [JSON Schema](https://json-schema.org). Sizes are bytes, times are RFC 3339 in
+UTC, checksums are hexadecimal text. While `version` is 1, fields keep their meaning; new ones may be added, also to the
+schema.
 
 ## Secrets
 
-No output has one in it, an error's neither: what looks like a signature or a key is `***`. There is no option for an
-account key or a connection string, for any user of a machine can read the arguments of its processes. That goes for
-`--sas` and for a SAS in a URL, too; `--sas -` asks for it on a terminal, and reads a line of stdin elsewhere.
+No output contains a secret, not even an error: everything that looks like a signature or a key is replaced by `***`.
+There is no option for an account key or a connection string, because any user of a machine can read the arguments of
+its processes. The same is true of `--sas` and of a SAS in a URL; `--sas -` prompts for it on a terminal, and reads a
+line of stdin elsewhere.
 """
 
 
@@ -95,7 +93,7 @@ As JSON Schema: [schema/{name}.json](schema/{name}.json).
 
 
 def _fields(schema: dict[str, Any], above: str) -> list[tuple[str, str, str]]:
-    """Path, type and meaning of each field of an object, those of objects in it behind it."""
+    """Return path, type and meaning of each field of an object, and after each field those of the object in it."""
     rows = []
     for name, field in schema["properties"].items():
         path = f"{above}{name}"

@@ -1,9 +1,9 @@
-"""A session of the command on checkpoints of a real training, as Markdown for the README.
+"""Records a session of the command on checkpoints of a real training, as Markdown for the README.
 
     python -m tests.cli.recording > recording.md
 
 examples/gpt.py trains on two processes and saves into an emulator; then the commands below run one after the other, as
-they would in a shell, and what they print is written down as it comes. One byte is changed between two of them.
+in a shell, and their output is recorded. One byte is changed between two of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMMANDS = [
 
 
 def record(url: str, folder: Path) -> list[str]:
-    """The session's lines."""
+    """Run the commands; return the lines of the session."""
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     command = bin_folder / "azure-torch-ckpt"  # as pip installs it
@@ -73,7 +73,7 @@ def record(url: str, folder: Path) -> list[str]:
 
 
 def flip_a_byte(url: str) -> None:
-    """In the middle of the largest data blob of a checkpoint."""
+    """Flip a bit in the middle of the largest data blob of a checkpoint."""
     location = BlobLocation.parse(url)
     store = BlobStore(location)
     blob = max(store.list(location.path + "/"), key=lambda blob: blob.size)

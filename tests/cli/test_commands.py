@@ -1,4 +1,4 @@
-"""The command: what it prints of checkpoints, for people and for scripts."""
+"""What the subcommands print, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.cli.app import app
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
 from tests.cli import docs_pages
 from tests.cli.command_process import cli, cli_on_terminal
+from tests.support.containers import content, paths_below, put
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -47,21 +46,17 @@ def run(azurite: Azurite) -> str:
     for step in (900, 1100, 1000):
         save(f"{container}/run-7/step-{step}", step)
     save(f"{container}/run-8/last", 1)
-    store = BlobStore(BlobLocation.parse(container), Access(KEY))
-    store.put(f"run-7/step-1200/{SAVE_ID}/__0_0.distcp", bytes(5_000))
+    put(container, f"run-7/step-1200/{SAVE_ID}/__0_0.distcp", bytes(5_000))
     return container
 
 
 def damage(url: str) -> str:
-    """Flip a bit of the checkpoint's data blob where a tensor's elements are; return the blob's name."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    (blob,) = [blob for blob in store.list(location.path + "/") if blob.path.endswith(".distcp")]
-    with BlobIO(f"{location.container_root()}/{blob.path}", "rb", credential=KEY) as file:
-        data = bytearray(file.read())
+    """Flip a bit of a tensor in the checkpoint's data blob; return the blob's name."""
+    [path] = paths_below(url, ".distcp")
+    data = bytearray(content(url, path))
     data[data.index(b"\x00\x00\xe1\x44") + 400] ^= 1  # 1800.0, in the middle of them
-    store.put(blob.path, bytes(data))
-    return blob.path.removeprefix(location.path + "/")
+    put(url, path, bytes(data))
+    return path.removeprefix(BlobLocation.parse(url).prefix)
 
 
 def test_ls_sorts_steps_as_numbers_and_marks_what_is_incomplete(run: str) -> None:
@@ -131,7 +126,7 @@ def test_show_lists_tensors_objects_and_the_writer(run: str) -> None:
     assert re.search(r"^step +\d+\.\d kB +0$", done.out, re.MULTILINE)
 
 
-def test_show_of_some_keys_and_where_their_shards_lie(run: str) -> None:
+def test_show_of_some_keys_and_their_shards(run: str) -> None:
     done = cli("show", f"{run}/run-7/step-900", "--match", "*.1.*", "--shards")
     assert re.search(
         r"^model\.layers\.1\.weight  \[0, 0\]  \[30, 20\]  [\d.]+ kB  [0-9a-f]{16}  __0_0\.distcp +\d+$",

@@ -1,4 +1,4 @@
-"""What the command does when something is wrong: exit codes, one line, no traceback, no secret, nothing half done."""
+"""Errors of the command: exit codes, one line, no traceback, no secret, nothing half done."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.cli import app, exit_codes
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import Done, cli, cli_on_terminal, running
+from tests.support.containers import put
 from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 
@@ -51,7 +51,7 @@ def check_error(done: Done, code: int, said: str) -> None:
     assert len(rest) <= 1 and all(line.startswith("azure-torch-ckpt: hint: ") for line in rest)
 
 
-def test_wrong_usage_is_told_with_a_way_to_the_help(container: str) -> None:
+def test_wrong_usage_points_to_the_help(container: str) -> None:
     check_error(cli("ls"), 2, "Missing argument 'URL'")
     check_error(cli("lst", container), 2, "No such command 'lst'")
     check_error(cli("verify", container, "--sample", "120%"), 2, "'120%' is not a share")
@@ -60,7 +60,7 @@ def test_wrong_usage_is_told_with_a_way_to_the_help(container: str) -> None:
     assert done.err.endswith("hint: see azure-torch-ckpt ls --help\n")
 
 
-def test_a_wrong_url_is_told_how_a_right_one_looks() -> None:
+def test_a_wrong_url_gets_an_example_of_a_right_one() -> None:
     check_error(cli("ls", "s3://bucket/x"), 2, "ACCOUNT")
     check_error(cli("show", "./folder"), 2, "azblob://ACCOUNT/CONTAINER/PATH")
 
@@ -129,24 +129,22 @@ def test_anonymous_sends_no_credential(container: str) -> None:
     check_error(cli("ls", container, "--anonymous"), 4, "could not list")
 
 
-def test_a_certificate_that_nobody_vouches_for_is_code_5(azurite_tls: Azurite) -> None:
+def test_an_untrusted_certificate_is_code_5(azurite_tls: Azurite) -> None:
     container = azurite_tls.create_container(f"cli-{os.getpid()}")
     save(f"{container}/step-1", ca_file=str(azurite_tls.certificate))
     done = cli("ls", container)
-    check_error(done, 5, "does not prove who it is")
+    check_error(done, 5, "no trusted certificate")
     assert "--ca-file" in done.err
     assert cli("latest", container, "--ca-file", str(azurite_tls.certificate)).out == f"{container}/step-1\n"
 
 
 def test_a_damaged_metadata_is_code_1(container: str, azurite: Azurite) -> None:
-    from azure_torch_ckpt.blobs.store import BlobStore
-    from azure_torch_ckpt.location import BlobLocation
 
-    BlobStore(BlobLocation.parse(container), Access(KEY)).put("step-1/.metadata", b"no pickle")
+    put(container, "step-1/.metadata", b"no pickle")
     check_error(cli("show", f"{container}/step-1"), 1, "")
 
 
-def test_a_disk_that_cannot_be_written_is_told(container: str, tmp_path: Path) -> None:
+def test_a_disk_that_cannot_be_written_is_an_error(container: str, tmp_path: Path) -> None:
     save(f"{container}/step-1")
     file = tmp_path / "file"
     file.touch()
@@ -175,7 +173,7 @@ def test_ctrl_c_in_the_middle_of_a_copy_leaves_nothing_to_see(
     assert (copy / ".metadata").is_file()
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(container: str, tmp_path: Path) -> None:
+def test_a_pipe_that_its_reader_closes_ends_the_command_quietly(container: str, tmp_path: Path) -> None:
     save(f"{container}/step-1")
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
@@ -238,7 +236,7 @@ def test_the_emulator_serves_until_ctrl_c(tmp_path: Path) -> None:
         pass
 
 
-def test_the_emulator_tells_people_what_to_type(tmp_path: Path) -> None:
+def test_the_emulator_prints_a_line_for_the_shell(tmp_path: Path) -> None:
     out = tmp_path / "out"
     os.mkfifo(out)
     arguments = ("emulator", "--port", "0", "--container", "checkpoints", "--tls")

@@ -1,4 +1,4 @@
-"""What the command prints where names, encodings, terminals or arguments are unusual."""
+"""The command's output with unusual names, encodings, terminals or arguments."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_no_command_fails_for_the_encoding(odd: str, tmp_path: Path, env: dict[s
     assert terminal.code == 0 and "complete" in terminal.out and "\\u28" not in terminal.out
 
 
-def test_arguments_that_are_no_text(odd: str, tmp_path: Path) -> None:
+def test_arguments_that_are_not_text(odd: str, tmp_path: Path) -> None:
     """Bytes of the command line that are not UTF-8 are lone surrogates in Python."""
     name = "\udcff.pt"
     done = cli("consolidate", f"{odd}/läufe/step-1", str(tmp_path / name))
@@ -167,11 +167,13 @@ def test_messages_speak_of_options(container: str, tmp_path: Path) -> None:
     assert done.code == 2 and "is not an account key" in done.err and "TokenCredential" not in done.err
 
 
-def test_words_of_the_command() -> None:
+def test_messages_are_rewritten_for_the_command_line() -> None:
     assert message_for_people("leave it out with keys=, or write a .pt file") == (
         "leave it out with --match, or write a .pt file"
     )
-    assert message_for_people("on the way: verify() tells what") == "on the way: azure-torch-ckpt verify tells what"
+    assert message_for_people("in transit: verify() checks the source") == (
+        "in transit: azure-torch-ckpt verify checks the source"
+    )
     assert message_for_people("use overwrite=True; pass its PEM file as ca_file=") == (
         "use --overwrite; pass its PEM file as --ca-file"
     )
@@ -180,7 +182,7 @@ def test_words_of_the_command() -> None:
 
 
 def test_the_cost_of_a_row() -> None:
-    """Function calls instead of seconds. rich's own tables take 1,800 for such a row."""
+    """Counts function calls instead of seconds. rich's own tables take 1,800 for the same row."""
 
     def calls(rows: int) -> int:
         table = Table("CHECKPOINT", "STEP", "SIZE", "BLOBS", "WRITTEN", "STATE", right=("STEP",))

@@ -1,4 +1,4 @@
-"""The commands that remove: they show, they ask, and they remove what they said and nothing else."""
+"""`rm` and `prune` show what they would remove, ask, and remove that and nothing else."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
-from azure_torch_ckpt.location import BlobLocation
 from tests.cli.command_process import Done, cli, cli_on_terminal
+from tests.support.containers import put
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -27,24 +25,16 @@ def save(url: str, step: int) -> None:
     dcp.save(state, storage_writer=AzureBlobWriter(url, credential=KEY))
 
 
-def fail_to_save(url: str) -> str:
-    """Leave what a rank leaves that dies before the commit; return the blob's path."""
-    location = BlobLocation.parse(url)
-    path = location.join(SAVE_ID, "__0_0.distcp").path
-    BlobStore(location, Access(KEY)).put(path, bytes(5_000))
-    return path
-
-
 def names(container: str) -> list[str]:
     return [entry["name"] for entry in cli("ls", container, "--json").json("ls")["checkpoints"]]
 
 
 @pytest.fixture
 def steps(container: str) -> str:
-    """Four checkpoints of a run and the remains of a failed save."""
+    """Four checkpoints of a run and the leftovers of a failed save."""
     for step in (100, 200, 300, 1000):
         save(f"{container}/run/step-{step}", step)
-    fail_to_save(f"{container}/run/step-1100")
+    put(container, f"run/step-1100/{SAVE_ID}/__0_0.distcp", bytes(5_000))
     return container
 
 
@@ -85,10 +75,10 @@ def test_prune_only_shows_what_it_would_do(steps: str) -> None:
     assert len(names(steps)) == 5
 
 
-def test_prune_as_json_tells_what_goes_and_what_stays(steps: str) -> None:
+def test_prune_as_json_has_what_goes_and_what_stays(steps: str) -> None:
     report = cli("prune", steps, "--keep-every", "100", "--grace", "0s", "--json").json("prune")
     assert report["dry_run"] is True and report["removed"] == []
-    assert [remains["url"] for remains in report["remains"]] == [f"{steps}/run/step-1100"]
+    assert [leftovers["url"] for leftovers in report["remains"]] == [f"{steps}/run/step-1100"]
     assert report["freed"] == 5_000 and len(report["kept"]) == 4
     done = cli("prune", steps, "--keep-last", "1", "--yes", "--json").json("prune")
     assert done["dry_run"] is False and [entry["step"] for entry in done["removed"]] == [100, 200, 300]
@@ -120,7 +110,7 @@ def test_a_duration_needs_a_number_and_a_unit(container: str, wrong: str) -> Non
 
 
 def test_durations_are_added_up() -> None:
-    from azure_torch_ckpt.cli.option_values import duration
+    from azure_torch_ckpt.cli.options import duration
 
     assert duration("1d12h") == datetime.timedelta(hours=36)
     assert duration("2w") == datetime.timedelta(days=14)

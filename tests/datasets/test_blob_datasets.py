@@ -10,15 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch.distributed.checkpoint as dcp
 from azure.core.credentials import AzureNamedKeyCredential
 from azure.storage.blob import BlobClient
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azure_torch_ckpt import (
-    AzureBlobReader,
-    AzureBlobWriter,
     BlobIO,
     BlobLocation,
     BlobNotFoundError,
@@ -236,22 +233,6 @@ def test_a_stateful_dataloader_resumes_in_the_middle_of_an_epoch(listing: BlobLi
     loader.load_state_dict(state)
     assert join(first) + join(loader) == whole
     assert join(loader) == whole
-
-
-def test_a_dataset_is_saved_and_loaded_with_a_checkpoint(listing: BlobListing, container: str):
-    def make() -> IterableBlobDataset[int]:
-        return IterableBlobDataset(listing, transform=number_of, shuffle=True, seed=8)
-
-    dataset = make()
-    dataset.set_epoch(2)
-    source = iter(dataset)
-    first = [next(source) for _ in range(9)]
-    dcp.save({"data": dataset}, storage_writer=AzureBlobWriter(container + "/checkpoint"))
-    rest = list(source)
-    resumed = make()
-    dcp.load({"data": resumed}, storage_reader=AzureBlobReader(container + "/checkpoint"))
-    assert list(resumed) == rest
-    assert sorted(first + rest) == list(range(COUNT))
 
 
 def test_a_state_of_a_worker_is_not_loaded_by_others(listing: BlobListing):

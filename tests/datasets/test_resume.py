@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.datasets import BlobDataset, BlobListing, BlobSampler, IterableBlobDataset, TarDataset
 from azure_torch_ckpt.datasets.base import StreamDataset
 from azure_torch_ckpt.emulator import Azurite
@@ -173,3 +175,25 @@ def test_a_stateful_dataloader_in_turn_with_a_plain_one(
                 dataset.set_epoch(setting)
             assert sorted(join(DataLoader(dataset, 4, num_workers=number, collate_fn=collate))) == list(range(COUNT))
             assert sorted(join(loader)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_a_dataset_is_saved_and_loaded_with_a_checkpoint(
+    listing: BlobListing, shards: BlobListing, container: str, tar: bool
+):
+    def make() -> StreamDataset[Any, int]:
+        if tar:
+            return TarDataset(shards, transform=key, shuffle=True, shuffle_buffer=10, seed=8)
+        return IterableBlobDataset(listing, transform=number_of, shuffle=True, seed=8)
+
+    dataset = make()
+    dataset.set_epoch(2)
+    source = iter(dataset)
+    first = [next(source) for _ in range(13)]
+    dcp.save({"data": dataset}, storage_writer=AzureBlobWriter(container + "/checkpoint"), no_dist=True)
+    rest = list(source)
+    resumed = make()
+    dcp.load({"data": resumed}, storage_reader=AzureBlobReader(container + "/checkpoint"), no_dist=True)
+    resumed.set_epoch(2)
+    assert list(resumed) == rest
+    assert sorted(first + rest) == list(range(COUNT))

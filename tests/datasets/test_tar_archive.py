@@ -158,7 +158,7 @@ def test_a_link_yields_what_it_points_to(container: str, name: str, cached: bool
 @pytest.mark.parametrize(
     "wrong",
     [
-        link("1.jpg", "2.jpg"),  # which follows: a hard link is one to what was packed before
+        link("1.jpg", "2.jpg"),  # it follows: a hard link points to an earlier member
         link("1.jpg", "gone.jpg"),
         symlink("1.jpg", "/data/0.jpg"),
         symlink("1.jpg", "1.jpg"),

@@ -9,12 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import azure_torch_ckpt.datasets.epoch_state
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.datasets import BlobListing, TarDataset
 from azure_torch_ckpt.emulator import Azurite
 from tests.datasets.sample_blobs import collate, fill, join, key, shard, tar_of
@@ -160,23 +158,6 @@ def test_a_stateful_dataloader_resumes_a_tar_dataset(listing: BlobListing, worke
         assert first + list(loader) == whole
         found += join(whole)
     assert sorted(found) == list(range(COUNT))
-
-
-def test_a_tar_dataset_is_saved_and_loaded_with_a_checkpoint(listing: BlobListing, container: str):
-    def make() -> TarDataset[int]:
-        return TarDataset(listing, transform=key, shuffle=True, shuffle_buffer=10, seed=8)
-
-    dataset = make()
-    dataset.set_epoch(2)
-    source = iter(dataset)
-    first = [next(source) for _ in range(13)]
-    dcp.save({"data": dataset}, storage_writer=AzureBlobWriter(container + "/checkpoint"), no_dist=True)
-    rest = list(source)
-    resumed = make()
-    dcp.load({"data": resumed}, storage_reader=AzureBlobReader(container + "/checkpoint"), no_dist=True)
-    resumed.set_epoch(2)
-    assert list(resumed) == rest
-    assert sorted(first + rest) == list(range(COUNT))
 
 
 def test_a_state_inside_a_tar_file_is_for_its_rank(listing: BlobListing):

@@ -1,8 +1,8 @@
 """Every pair of faults at the requests of a save, a removal, a clean-up: the checkpoint is the old one or the new one.
 
-The pairs run against `tests/memory_service.py`, with the package's code from the socket up; a sample of them runs
-through the proxy against Azurite as well. A pair is two requests of one course, each with a fault or with another
-writer who comes just before it; the second may be the first one's retry, or the look at what became of it. Retries do
+The pairs run against `tests/support/memory_service.py`, with the package's code from the socket up; a sample of them
+runs through the proxy against Azurite as well. A pair is two requests of one act, each with a fault or with another
+writer just before it. The second may be the retry of the first one, or the request that finds its outcome. Retries do
 not wait.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from azure_torch_ckpt.emulator import Azurite
-from tests.faults.commit_faults import ACTS, Act, FirstSave, OverwritingModelSave, OverwritingSave, Removal
+from tests.faults.acts import ACTS, Act, FirstSave, OverwritingModelSave, OverwritingSave, Removal
 from tests.faults.tally import Tally
 from tests.support import faults
 from tests.support.faults import Action, Call, Cut, Exchange, Flip, Kind
@@ -48,7 +48,7 @@ class Trial:
         self._before = dict(service.blobs)
 
     def run(self, *happen: Happening) -> tuple[str, list[tuple[str, str]]]:
-        """What is there afterwards, and which requests there were."""
+        """Run the act; return what is there afterwards, and the requests."""
         service, act = self.service, self.act
         service.calm()
         service.restore(self._before)
@@ -73,7 +73,7 @@ class Trial:
         return told, seen
 
     def singles(self) -> Iterator[tuple[Happening, str, int]]:
-        """Everything that can happen at each request of the undisturbed course; what came of it, and of how many."""
+        """Everything that can happen at each request of the undisturbed act; the result, and the number of requests."""
         _, seen = self.run()
         for number, what in itertools.product(range(1, len(seen) + 1), WHAT):
             told, after = self.run((number, what))
@@ -81,7 +81,7 @@ class Trial:
 
 
 def seconds(first: Happening, count: int) -> Iterator[Happening]:
-    """Everything that can happen after the first of two things; the course with that one has `count` requests."""
+    """Everything that can happen after the first of two things; the act with that one has `count` requests."""
     yield from itertools.product(range(first[0] + 1, count + 1), WHAT)
 
 
@@ -91,7 +91,7 @@ def test_one_fault_at_every_request(service: MemoryService, tally: Tally, kind: 
     tally.add_all(f"{kind.name}, in memory: one fault or another writer at every request", outcomes)
 
 
-# The requests of an undisturbed act from which on it decides what is deleted: the commit, or the metadata's deletion.
+# The number of the request of an undisturbed act that is the commit, or that deletes the metadata.
 _DECIDES = {FirstSave: 4, OverwritingSave: 4, Removal: 3}
 
 
@@ -122,7 +122,7 @@ def test_two_faults_at_every_pair_of_requests(service: MemoryService, tally: Tal
 
 # ---- The same through the proxy ------------------------------------------------------------------------------------
 
-# What the proxy can do as well. It does not kill here: `tests/test_crash_matrix.py` does, real processes.
+# What the proxy can do as well. It kills no process: `tests/faults/test_crash_matrix.py` does.
 PROXIED: dict[What, Sequence[Action]] = {
     Fault.CUT: [Cut("request")],
     Fault.LOST: [Cut("answer")],
@@ -163,14 +163,14 @@ def run_proxied(azurite: Azurite, container: str, kind: type[Act], *happen: Happ
 
 
 def _numbered(number: int, kind: Kind | None, ended: list[bool]) -> Callable[[Exchange], bool]:
-    """Whether a request is the one with this number, and of this kind if one is given. None is once `ended` has any."""
+    """A condition for the proxy: a request with this number, of this kind if one is given, until `ended` has any."""
     numbers = itertools.count(1)
     return lambda seen: next(numbers) == number and kind in (None, seen.kind) and not ended
 
 
 @pytest.mark.parametrize("kind", [OverwritingSave, Removal, OverwritingModelSave], ids=lambda kind: kind.name)
 def test_a_sample_of_the_pairs_through_the_proxy(azurite: Azurite, tally: Tally, kind: type[Act]) -> None:
-    """Of all pairs that the proxy can make, by a fixed chance."""
+    """A random sample, the same in every run."""
     chance = random.Random(kind.name)
     outcomes: Counter[str] = Counter()
     what = [*PROXIED, *OTHERS]

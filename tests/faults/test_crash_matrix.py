@@ -1,7 +1,7 @@
-"""Whatever request of a save or a removal a process dies at, the checkpoint is the old one or the new one, whole.
+"""If a process dies at any request of a save or a removal, the URL holds the old checkpoint or the new one, complete.
 
 Every case runs a job behind proxies that kill one of its ranks at its k-th request: when the request has come and the
-service has seen nothing of it (``"request"``), or when the service has carried it out and nobody has heard of it
+service has seen nothing of it (``"request"``), or when the service has carried it out and no answer has gone back
 (``"answer"``). k goes from 1 to one more than an undisturbed run makes.
 """
 
@@ -84,7 +84,7 @@ def pruned(url: str, *, dry_run: bool) -> set[str]:
 
 
 def check(url: str, stands: int | None) -> None:
-    """The checkpoint of this version is at `url`, whole, and prune finds everything else that lies there."""
+    """The complete checkpoint of this version is at `url`, and prune finds everything else below it."""
     assert jobs.version_at(url) == stands
     if stands is not None:
         report = verify(url, credential=KEY)
@@ -116,7 +116,7 @@ def requests_of_a_save(site: Site, world: int, victim: int, standing: bool) -> i
 
 
 def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point, standing: bool) -> str:
-    """Kill a rank at its k-th request, then the rest of the job; check; tell what stood there afterwards."""
+    """Kill a rank at its k-th request, then the rest of the job; check; return the outcome."""
     with proxies(site.azurite, world) as between:
         with Job(jobs.save, [(proxy.through(url), NEW) for proxy in between]) as job:
             between[victim].when(anything, nth=k).do(Kill(job.pid(victim), at=at))
@@ -128,7 +128,7 @@ def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point
         killed = between[victim].count() >= k
     if killed:
         assert ends[victim].exitcode == -signal.SIGKILL
-        # gloo tells the others that their peer is gone; none of them hangs, none believes that it has saved.
+        # gloo reports to the others that their peer is gone; none of them hangs, none returns from the save.
         assert all(end.errors for rank, end in enumerate(ends) if rank != victim), ends
     else:
         assert committed
@@ -191,7 +191,7 @@ def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
 
 # ---- SIGTERM -------------------------------------------------------------------------------------------------------
 
-# Below the 60 s after which a request that nobody answers is given up, and far more than the end takes.
+# Below the 60 s after which a request without an answer fails, and far more than the end takes.
 _PROMPTLY = 45.0
 
 

@@ -34,7 +34,7 @@ from azure_torch_ckpt import (
 )
 from tests.support import sharded
 from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, save
-from tests.support.containers import content, paths_below, put, snapshot
+from tests.support.containers import KEY, content, paths_below, put, snapshot
 from tests.support.faults import Action, Answer, Cut, Flip
 from tests.support.proxy import FaultProxy
 
@@ -76,11 +76,11 @@ def other_save(url: str) -> None:
 
 
 def removal(url: str) -> None:
-    remove_checkpoint(url, credential=sharded.KEY)
+    remove_checkpoint(url, credential=KEY)
 
 
 def save_meanwhile(url: str, meanwhile: Callable[[str], None], says: str) -> None:
-    """This save loses; all that stands in the container then stood there when the winner had finished."""
+    """This save loses, and leaves no blob that the container did not have when the winner had finished."""
     stands: list[dict[str, tuple[str, bytes]]] = []
 
     def win() -> None:
@@ -92,7 +92,7 @@ def save_meanwhile(url: str, meanwhile: Callable[[str], None], says: str) -> Non
         assert snapshot(url).items() <= stands[0].items()
 
 
-LOST = "Another save committed the checkpoint at .*/run/step-1 since this one began, so this one was dropped. Give each"
+LOST = "Another save committed .*/run/step-1"
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -110,7 +110,7 @@ def test_loser_of_two_saves(ranks: Ranks, url: str, before: bool, size: int) -> 
 
 def test_save_over_a_checkpoint_that_is_removed_meanwhile(url: str) -> None:
     save(url, 1)
-    save_meanwhile(url, removal, "Another save removed the checkpoint at")
+    save_meanwhile(url, removal, "Another save removed .*/run/step-1")
     assert snapshot(url) == {}
 
 
@@ -132,7 +132,7 @@ class Paused(dcp.DefaultLoadPlanner):
         return super().finish_plan(central_plan)
 
 
-REPLACED = "The checkpoint at .*/run/step-1 was replaced or removed while it was being read. Load again"
+REPLACED = "/run/step-1 was replaced or removed .*Load again"
 
 
 def load_meanwhile(url: str, meanwhile: Callable[[str], None], failed: list[int]) -> None:
@@ -157,7 +157,7 @@ class Apart(AzureBlobReader):
     """The ranks read the metadata one after the other, and before the last one does, something happens."""
 
     def __init__(self, url: str, meanwhile: Callable[[str], None]) -> None:
-        super().__init__(url, credential=sharded.KEY)
+        super().__init__(url, credential=KEY)
         self._meanwhile = meanwhile
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -189,8 +189,8 @@ def save_rank_by_rank(url: str) -> None:
 def test_ranks_that_read_different_metadata(ranks: Ranks, url: str) -> None:
     save(url, 1)
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
-    ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, "is not there", [1])
-    # The first rank finds no metadata but its own, of a save without collectives; the second finds that of all.
+    ranks(2).run(load_apart, url, removal, CheckpointNotFoundError, r"\.metadata", [1])
+    # The first rank finds only its own metadata, of a save without collectives; the second finds that of all ranks.
     ranks(2).run(save_rank_by_rank, url)
     assert [name.rpartition("/")[2] for name in paths_below(url, "metadata")] == ["__0.metadata", "__1.metadata"]
     ranks(2).run(load_apart, url, other_save, CheckpointReplacedError, REPLACED, [0])
@@ -244,13 +244,13 @@ def save_with_planner(url: str, planner: type[dcp.DefaultSavePlanner]) -> None:
 @pytest.mark.parametrize(
     ("planner", "kind", "says"),
     [
-        (Usurper, CheckpointError, "replaced SavePlan.storage_data of rank 0 with str; .* into planner_data"),
+        (Usurper, CheckpointError, "storage_data of rank 0 .*planner_data"),
         (
             Dropper,
             IncompleteSaveError,
-            "1 of the planned items were not written .* nothing was committed at .*save again",
+            "1 of the planned items .*save again",
         ),
-        (Liar, CheckpointError, "The planner gave bytes for"),
+        (Liar, CheckpointError, " gave bytes "),
         (Keeper, UnsafeMetadataError, "Hue.*add_safe_globals"),
     ],
     ids=["takes storage_data", "drops an item", "gives no tensor", "adds what is refused"],
@@ -292,16 +292,16 @@ def test_one_lost_answer(proxy: FaultProxy, proxied_container: str, url: str, ki
 def test_a_commit_that_nobody_heard_of_stands(
     proxy: FaultProxy, proxied_container: str, url: str, before: bool
 ) -> None:
-    """Whether a commit without an answer was carried out is unknown, so nobody may take its data away."""
+    """Whether a commit without an answer was carried out is unknown, so its data must stay."""
     if before:
         save(url, 1)
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob", times=None).do(Cut("answer"))
     writer = sharded.writer(proxied, options=IMPATIENT)
-    says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
+    says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     sharded.assert_stands(url, 2, sharded.plain)
-    # The same writer goes on, in vain: what stands must not suffer from it.
+    # The same writer saves again and fails: the checkpoint must survive that.
     proxy.when("Put Block", times=None).do(Cut("request"))
     with pytest.raises(BaseException, match="could not write a block"):
         dcp.save(sharded.plain(3), storage_writer=writer)
@@ -324,7 +324,7 @@ def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
     looks = proxy.when("Get Blob", nth=2, times=None)  # the first one is before the save
     looks.do(*look)
     writer = sharded.writer(proxied, options=IMPATIENT)
-    says = "Whether this save was committed at .*/run/step-1 is unknown"
+    says = "/run/step-1 is unknown"
     error = raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
     assert error.status in (409, 412)
     looks.do()
@@ -332,7 +332,7 @@ def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
     sharded.assert_stands(url, 2, sharded.plain)
     dcp.save(sharded.plain(3), storage_writer=writer)
     sharded.assert_stands(url, 3, sharded.plain)
-    prune(url, grace=datetime.timedelta(0), dry_run=False, credential=sharded.KEY)
+    prune(url, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
     sharded.assert_stands(url, 3, sharded.plain)
     assert len(snapshot(url)) == 2
 
@@ -346,7 +346,7 @@ def test_a_look_that_is_damaged_once_is_repeated(proxy: FaultProxy, proxied_cont
 
 
 def test_a_commit_that_was_refused_for_sure_says_so(proxy: FaultProxy, proxied_container: str, url: str) -> None:
-    """Only an attempt whose fate nobody knows makes the outcome unknown."""
+    """Only an attempt without an answer makes the outcome unknown."""
     proxied = f"{proxied_container}/run/step-1"
     proxy.when("Put Blob").do(Answer(403, "AuthorizationFailure"))
     error = raised(AccessDeniedError, lambda: save(proxied, 1), "403 AuthorizationFailure")
@@ -370,7 +370,7 @@ def test_a_commit_that_never_arrived(proxy: FaultProxy, proxied_container: str, 
     save(url, 1)
     before = snapshot(url)
     proxy.when("Put Blob", times=None).do(Cut("request"))
-    says = "Whether this save was committed at .* is unknown.*could not write .*/run/step-1/.metadata: no answer"
+    says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     proxied = f"{proxied_container}/run/step-1"
     raised(CommitUnknownError, lambda: save(proxied, 2, options=IMPATIENT), says)
     assert snapshot(url).items() >= before.items()

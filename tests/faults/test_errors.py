@@ -35,7 +35,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.transport import connections
 from tests.support import sharded
 from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, raised_on_ranks, save, unchanged
-from tests.support.containers import content, paths_below, put, snapshot, store_of
+from tests.support.containers import KEY, content, paths_below, put, snapshot, store_of
 from tests.support.faults import Answer, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.waits import without_waiting
@@ -75,9 +75,9 @@ def leave_data_alone(url: str) -> None:
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (nothing, r"/run/step-1: \.metadata is not there\. Nothing lies there at all; check the URL"),
-        (leave_data_alone, "Data blobs lie there without it: a save that did not finish. Use an older checkpoint"),
-        (save_two_below, "Complete checkpoints lie below it: a, b"),
+        (nothing, r"/run/step-1: \.metadata .*check the URL"),
+        (leave_data_alone, "Data blobs .*older checkpoint"),
+        (save_two_below, "below it: a, b"),
     ],
     ids=["nothing", "data without metadata", "folder of checkpoints"],
 )
@@ -89,20 +89,20 @@ def test_no_checkpoint(ranks: Ranks, url: str, prepare: Callable[[str], object],
 def test_no_checkpoint_in_the_root_of_a_container(container: str) -> None:
     save(f"{container}/run/step-1", 1)
     with unchanged(container):
-        raised(CheckpointNotFoundError, lambda: load(container), "Complete checkpoints lie below it: run/step-1")
+        raised(CheckpointNotFoundError, lambda: load(container), "below it: run/step-1")
 
 
 def test_metadata_of_single_ranks_is_told_and_not_taken_for_a_failed_save(container: str) -> None:
     for rank in (0, 1):
         save_without_collectives(f"{container}/run", rank)
-    with pytest.raises(CheckpointNotFoundError, match=r"metadata of ranks 0, 1 lies there.*use_collectives=False"):
+    with pytest.raises(CheckpointNotFoundError, match=r"ranks 0, 1 .*use_collectives=False"):
         sharded.reader(f"{container}/run").read_metadata()
 
 
 def test_what_lies_there_is_shown_as_a_folder_would_show_it(container: str) -> None:
     for path in ("run/notes.txt", "run/a/1", "run/a/2", *(f"run/z{number}/x" for number in range(5))):
         put(container, path)
-    says = r"What lies there: a/, notes\.txt, z0/, z1/, z2/, \.\.\.$"
+    says = r": a/, notes\.txt, z0/, z1/, z2/, \.\.\.$"
     with pytest.raises(CheckpointNotFoundError, match=says):
         sharded.reader(f"{container}/run").read_metadata()
 
@@ -111,15 +111,15 @@ def test_read_metadata_itself_raises(url: str) -> None:
     reader = sharded.reader(url)
     # torch's own load calls it twice, and the second call is the one that must not raise; these are not that one.
     for _ in range(2):
-        with pytest.raises(CheckpointNotFoundError, match=r": \.metadata is not there"):
+        with pytest.raises(CheckpointNotFoundError, match=r": \.metadata "):
             reader.read_metadata()
     for rank in (0, 1):
         for _ in range(2):
-            with pytest.raises(CheckpointNotFoundError, match=rf"__{rank}\.metadata is not there"):
+            with pytest.raises(CheckpointNotFoundError, match=rf"__{rank}\.metadata"):
                 sharded.reader(url).read_metadata(rank=rank)
     other = sharded.reader(url)
     for _ in range(2):
-        with pytest.raises(CheckpointNotFoundError, match=r"__0\.metadata is not there"):
+        with pytest.raises(CheckpointNotFoundError, match=r"__0\.metadata"):
             other.read_metadata(rank=0)
 
 
@@ -166,9 +166,9 @@ def load_tensors(url: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (remove, "data blob of the checkpoint is missing: .*Somebody deleted it; use another checkpoint"),
-        (cut_short, "data blob of the checkpoint is shorter than its metadata says: .*Use another checkpoint"),
-        (damage, "CRC64 [0-9a-f]{16} where [0-9a-f]{16} was saved.*Load an older checkpoint"),
+        (remove, "is missing.*another checkpoint"),
+        (cut_short, "is shorter .*another checkpoint"),
+        (damage, "CRC64 [0-9a-f]{16} .*[0-9a-f]{16} .*older checkpoint"),
     ],
     ids=["removed", "cut short", "damaged"],
 )
@@ -202,7 +202,7 @@ def test_one_item_of_a_blob_that_is_gone(url: str, key: str) -> None:
 @pytest.mark.parametrize(("attempt", "failed"), [(load, [0, 1]), (partial(save, version=1), [0])], ids=["load", "save"])
 def test_no_container(ranks: Ranks, url: str, attempt: Callable[[str], None], failed: list[int]) -> None:
     elsewhere = url.replace("/test-", "/none-")
-    says = "404 ContainerNotFound. Create the container 'none-[0-9a-f]+' in account 'devstoreaccount1', or correct the"
+    says = "404 ContainerNotFound.*'none-[0-9a-f]+' .*'devstoreaccount1'"
     error = raised(ContainerNotFoundError, lambda: attempt(elsewhere), says)
     assert (error.status, error.error_code) == (404, "ContainerNotFound")
     assert type(error.__cause__).__name__ == "ResourceNotFoundError"
@@ -215,14 +215,12 @@ def test_no_container(ranks: Ranks, url: str, attempt: Callable[[str], None], fa
 def sas(container: str, permission: str, hours: float = 1) -> str:
     end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours)
     name = container.rpartition("/")[2]
-    return generate_container_sas("devstoreaccount1", name, account_key=sharded.KEY, permission=permission, expiry=end)
+    return generate_container_sas("devstoreaccount1", name, account_key=KEY, permission=permission, expiry=end)
 
 
 def test_wrong_key(ranks: Ranks, url: str) -> None:
     save(url, 1)
-    says = (
-        "403 AuthorizationFailure. Check that the credential is meant for account 'devstoreaccount1', has not expired"
-    )
+    says = "403 AuthorizationFailure.* credential .*'devstoreaccount1'"
     raised_everywhere(ranks, AccessDeniedError, partial(load, credential=WRONG_KEY), url, says)
     saving = partial(save, version=2, credential=WRONG_KEY)
     raised_everywhere(ranks, AccessDeniedError, saving, url, says, failed=[0])
@@ -252,7 +250,7 @@ def test_sas_that_does_not_do(
 
 def test_sas_without_list_still_says_that_nothing_is_there(container: str, url: str) -> None:
     signed = f"{url}?{sas(container, 'rw')}"
-    says = r"\.metadata is not there\. What lies there instead is unknown, for the credential does not allow listing"
+    says = r"\.metadata .*credential does not allow listing"
     raised(CheckpointNotFoundError, lambda: load(signed, credential=None), says)
     save(signed, 1, credential=None)
     load(signed, credential=None)
@@ -266,7 +264,7 @@ def test_sas_without_delete_replaces_and_says_what_stays(
     save(f"{url}?{sas(container, 'rwl')}", 2, credential=None)
     sharded.assert_stands(url, 2, sharded.plain)
     assert old in paths_below(url, ".distcp")
-    assert f"could not remove {container}/{old}, which is no longer needed" in caplog.text
+    assert f"could not remove {container}/{old}" in caplog.text
 
 
 def test_no_secret_in_what_torch_reports(container: str, url: str) -> None:
@@ -319,7 +317,7 @@ def port(*, listens: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def short_time_outs() -> Iterator[None]:
-    """A request that nobody answers is given up after a second; without waits three of them follow it at least."""
+    """A request without an answer fails after a second; without waits, at least three more follow it."""
     with (
         mock.patch.object(connections, "IO_SECONDS", 1.0),
         mock.patch.object(connections, "TIMEVAL", struct.pack("ll", 1, 0)),
@@ -341,7 +339,7 @@ def save_impatiently(url: str) -> None:
 @pytest.mark.parametrize("listens", [False, True], ids=["refuses", "never answers"])
 def test_dead_endpoint(ranks: Ranks, listens: bool) -> None:
     said = "time(d )?out" if listens else "Connection ?[Rr]efused"
-    says = f"no answer .*{said}.*Check that the endpoint http://127.0.0.1:[0-9]+/devstoreaccount1 is right"
+    says = f"no answer .*{said}.* endpoint http://127.0.0.1:[0-9]+/devstoreaccount1"
     with port(listens=listens) as url:
         error = raised(ServiceUnavailableError, lambda: load_impatiently(url), says)
         assert error.status is None and error.__cause__ is not None
@@ -358,16 +356,16 @@ def test_service_that_falls_silent(ranks: Ranks, proxy: FaultProxy, proxied_cont
     proxy.when(lambda seen: seen.method == "GET" and seen.path.endswith(data), times=None).do(Hold(at=200))
     proxy.when("Put Block", times=None).do(Hold())
     with unchanged(url):
-        says = "could not read .*distcp: no answer .*Check that the endpoint"
+        says = "could not read .*distcp: no answer .* endpoint"
         raised(ServiceUnavailableError, lambda: load_impatiently(proxied), says)
         ranks(2).run(raised_on_ranks, ServiceUnavailableError, load_impatiently, proxied, says, [0, 1])
-        says = "could not write a block of .*distcp: no answer .*Check that the endpoint"
+        says = "could not write a block of .*distcp: no answer .* endpoint"
         raised(ServiceUnavailableError, lambda: save_impatiently(proxied), says)
         ranks(2).run(raised_on_ranks, ServiceUnavailableError, save_impatiently, proxied, says, [0, 1])
     sharded.assert_stands(url, 1, sharded.plain)
 
 
-# What does not fit what is there
+# State dicts that do not fit the checkpoint
 
 
 def load_more(url: str) -> None:
@@ -391,13 +389,13 @@ def test_keys_and_shapes_are_checked_by_torch(
 
 def test_overwrite_false(ranks: Ranks, url: str) -> None:
     save(url, 1, overwrite=False)
-    says = "A checkpoint stands at .*/run/step-1 already and overwrite=False. Use another URL, or overwrite=True"
+    says = "/run/step-1 .*overwrite=False.* overwrite=True"
     saving = partial(save, version=2, overwrite=False)
     raised_everywhere(ranks, CheckpointExistsError, saving, url, says, failed=[0])
 
 
 def save_rank_by_rank(url: str, says: str) -> None:
-    # Without collectives there is nobody to gather failures: each rank raises its own.
+    # Without collectives no rank gathers the failures: each raises its own.
     state: dict[str, Any] = sharded.plain(2)
     with pytest.raises(CheckpointExistsError, match=says):
         dcp.save(state, storage_writer=sharded.writer(url), use_collectives=False)
@@ -405,7 +403,7 @@ def save_rank_by_rank(url: str, says: str) -> None:
 
 def test_no_save_without_collectives_beneath_one_with(ranks: Ranks, url: str) -> None:
     save(url, 1)
-    says = "readers would prefer it to one that is saved with use_collectives=False. Use another URL, or remove"
+    says = "/run/step-1.*use_collectives=False"
     with unchanged(url):
         save_rank_by_rank(url, says)
         ranks(2).run(save_rank_by_rank, url, says)

@@ -1,4 +1,4 @@
-"""Every fault that heals, at every request of a save and of a load: both succeed, and everything is there once."""
+"""Every fault that heals, at every request of a save and of a load: both succeed, and every item is stored once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ REAL_FIRST_DELAY = azure_torch_ckpt.transport.retry._FIRST_DELAY
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long a retry waits is the subject of some tests only."""
+    """The length of the wait before a retry is the subject of some tests only."""
     monkeypatch.setattr(azure_torch_ckpt.transport.retry, "_FIRST_DELAY", 0.005)
 
 
@@ -80,7 +80,7 @@ def tls_proxy(azurite: Azurite, tls_files: tuple[Path, Path]) -> Iterator[FaultP
 
 
 def assert_stands_once(url: str, version: int) -> None:
-    """The checkpoint is right, its blob holds every item once, and nothing else lies there."""
+    """The checkpoint is right, its blob holds every item once, and nothing else is below it."""
     location = BlobLocation.parse(url)
     assert_right(load(url, options=None), version)
     storage = AzureBlobReader(url, credential=KEY).read_metadata().storage_data
@@ -190,7 +190,7 @@ def test_connections_are_refused_at_every_request(
 
 
 class TlsBreaker:
-    """Stands before a TLS server and changes one byte of what passes, once: of whatever is encrypted there."""
+    """A TCP relay to a TLS server that changes one encrypted byte, once."""
 
     def __init__(self, port: int) -> None:
         self._upstream = port

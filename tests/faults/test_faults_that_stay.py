@@ -104,7 +104,7 @@ def test_a_service_that_stays_down(
         rule.do(Answer(status, "ServerBusy"))
         error = gives_up(ServiceUnavailableError, run, f"{proxied_container}/a")
         assert error.status == status
-        assert "also after retries" in str(error)
+        assert "retries" in str(error)
         assert rule.seen >= 3
         rule.do()
     assert_right(load(f"{container}/a"))
@@ -119,14 +119,14 @@ def test_connections_that_always_break(proxy: FaultProxy, container: str, proxie
         rule.do(*actions)
         error = gives_up(ServiceUnavailableError, load, f"{proxied_container}/a")
         assert error.status is None
-        assert "can be reached from here" in str(error)
+        assert "reached" in str(error)
         rule.do()
 
 
 def test_an_endpoint_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is given up sooner than a service that answers with errors."""
     monkeypatch.setattr(azure_torch_ckpt.transport.retry, "_SELDOM_RECOVERS_SECONDS", 1.0)
-    with socket.socket() as bound:  # and does not listen; nobody else can do so there
+    with socket.socket() as bound:  # and does not listen; no other process can do so there
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/devstoreaccount1/container/a"
         with waiting_at_most(1.0):
@@ -160,7 +160,7 @@ def test_a_service_that_falls_silent(
         for kind, run, hold in stalls:
             rule = proxy.when(kind, times=None)
             rule.do(hold)
-            while not rule.seen:  # a machine that stands still may end the attempts at an earlier request
+            while not rule.seen:  # on a machine that pauses, the attempts may end at an earlier request
                 error = gives_up(ServiceUnavailableError, run, url, ca_file=str(tls_files[0]))
                 assert "imeout" in str(error)
             assert rule.seen >= 2

@@ -363,7 +363,7 @@ def test_a_writer_is_used_again_after_an_error(
         dcp.save(state(version), storage_writer=writer)
         assert_right(load(url), version)
         if where == "Put Blob":
-            # Nobody can tell whether a commit that failed was carried out, so its blobs stay for `prune`.
+            # Whether a commit without an answer was carried out is unknown, so its blobs stay for `prune`.
             assert len(prune(url, credential=KEY, grace=datetime.timedelta(0), dry_run=False).remains) == 1
         names = {info.relative_path for info in _storage_data(url)}
         assert sorted(paths_below(url)) == sorted(["a/.metadata", *(f"a/{name}" for name in names)])
@@ -419,7 +419,7 @@ def test_sigterm_in_the_middle_of_a_save_stops_it_and_leaves_nothing_visible(
     with child_process(tmp_path, f"{proxied_container}/a", "here") as process:
         gate.wait_for(2, DEADLINE_SECONDS)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM  # though nobody has answered its requests
+        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM  # although its requests got no answer
     gate.open()
     assert_right(load(url), 1)
     assert len(paths_below(url)) == 2

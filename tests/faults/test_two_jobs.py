@@ -1,6 +1,6 @@
 """Jobs that get in each other's way at one URL: two that save, one that saves and one that removes or reads.
 
-Whatever the order, the checkpoint is one of those that were saved, whole; who lost is told so; nothing else is left.
+In any order, the checkpoint is one of the saved ones and complete, the loser gets an error, and nothing else is left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.faults import Exchange, Gate, Hold
 from tests.support.jobs import End, Job
 from tests.support.proxy import FaultProxy
 
-# Versions: what stands in the beginning, what the jobs save, what a reader may find that comes later.
+# Versions: of the checkpoint in the beginning, and of those that the jobs save.
 OLD, FIRST, SECOND = 0, 1, 2
 
 Point = Literal["request", "answer"]
@@ -57,7 +57,7 @@ def commit_of(proxy: FaultProxy) -> Exchange:
 
 
 def assert_whole(url: str, version: int | None) -> None:
-    """The checkpoint of this version stands at `url`, and nothing else; with None nothing at all."""
+    """The checkpoint of this version is at `url`, and nothing else; with None, nothing at all."""
     assert jobs.version_at(url) == version
     assert blob_names(url) == live_blobs(url)
 
@@ -66,7 +66,7 @@ def assert_whole(url: str, version: int | None) -> None:
 
 
 def outcome(ends: list[End]) -> Literal["saved", "conflict"]:
-    """What all ranks of a job were told: that it has saved, or that another one did."""
+    """The outcome on all ranks of a job: it saved, or another job did."""
     if not any(end.errors for end in ends):
         assert [end.exitcode for end in ends] == [0] * len(ends)
         return "saved"
@@ -148,7 +148,7 @@ def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
 def test_two_jobs_that_race_leave_the_one_that_committed_last(
     azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, standing: bool
 ) -> None:
-    """Nobody holds them together, so the later one may find the checkpoint of the other and replace it."""
+    """Nothing synchronises them, so the later one may find the checkpoint of the other and replace it."""
     outcomes: Counter[str] = Counter()
     for seed in range(15):
         chance = random.Random(seed)

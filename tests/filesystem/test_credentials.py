@@ -19,6 +19,7 @@ from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AccessDeniedError, BlobLocation, CredentialError, TransferOptions
+from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.filesystem.stores import Stores
@@ -88,7 +89,7 @@ def test_anonymous_access_is_denied_by_a_private_container(container: str):
 
 
 def test_a_repr_of_the_stores_hides_the_credential():
-    assert KEY not in repr(Stores(None, KEY, None, None))
+    assert KEY not in repr(Stores(None, Access(KEY)))
 
 
 def test_two_credentials_at_a_time_are_refused():

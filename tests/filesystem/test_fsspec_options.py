@@ -246,10 +246,6 @@ def test_protocol_and_path(fs: AzureBlobFileSystem, container: str, name: str) -
         assert file.read() == b"x"
 
 
-def test_an_https_url_has_escapes() -> None:
-    assert strip("https://acct.blob.core.windows.net/c/New%20York%25") == "acct/c/New York%"
-
-
 def test_info_has_the_fields_of_adlfs(fs: AzureBlobFileSystem, root: str, container: str) -> None:
     path = f"{root}/run/model.pt"
     client = BlobClient.from_connection_string(connection_string(container), root.split("/")[1], "run/model.pt")

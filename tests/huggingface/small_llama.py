@@ -1,4 +1,4 @@
-"""A small Llama, whole and sharded, and what ranks do with it, for the tests of the HuggingFace layout."""
+"""A small Llama, whole and sharded, and other tensors; saved, loaded and compared, by one process or by ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from azure_torch_ckpt import BlobLocation, TransferOptions
 from azure_torch_ckpt.blobs.access import Access
@@ -81,13 +81,17 @@ def save(url: str, version: int = 0, **options: Any) -> None:
     dcp.save(model(version).state_dict(), storage_writer=writer(url, **options))
 
 
-def load(url: str, version: int = 0) -> None:
-    """The model at `url` is the one of this version, bit for bit."""
-    wanted = model(version).state_dict()
-    state = {name: torch.zeros_like(value) for name, value in wanted.items()}
-    dcp.load(state, storage_reader=reader(url))
+def assert_loads(url: str, wanted: dict[str, torch.Tensor], state: dict[str, torch.Tensor] | None = None) -> None:
+    """Assert that the tensors at `url` are these, bit for bit; they are loaded into zeros of the layout of `state`."""
+    loaded = {name: torch.zeros_like(value) for name, value in (state or wanted).items()}
+    dcp.load(loaded, storage_reader=reader(url))
     for name, value in wanted.items():
-        assert_same(state[name], value, name)
+        assert_same(loaded[name], value, name)
+
+
+def load(url: str, version: int = 0) -> None:
+    """Assert that the model at `url` is the one of this version."""
+    assert_loads(url, model(version).state_dict())
 
 
 def save_alone(url: str, version: int = 0) -> None:
@@ -96,10 +100,7 @@ def save_alone(url: str, version: int = 0) -> None:
 
 
 def load_alone(url: str, version: int = 0) -> None:
-    state = {name: torch.zeros_like(value) for name, value in odd().items()}
-    dcp.load(state, storage_reader=reader(url))
-    for name, value in odd(version).items():
-        assert_same(state[name], value, name)
+    assert_loads(url, odd(version))
 
 
 def download(url: str, folder: Path) -> Path:
@@ -148,11 +149,7 @@ def save_sharded(url: str, version: int = 0, **options: Any) -> None:
 
 
 def load_sharded(url: str, version: int = 0) -> None:
-    wanted = model(version).state_dict()
-    state = {name: torch.zeros_like(value) for name, value in sharded(version + 1).state_dict().items()}
-    dcp.load(state, storage_reader=reader(url))
-    for name, value in wanted.items():
-        assert_same(state[name], value, name)
+    assert_loads(url, model(version).state_dict(), sharded(version + 1).state_dict())
 
 
 def save_odd(url: str, dim: int = 0) -> None:
@@ -172,7 +169,7 @@ def failures_of(function: Any, *args: Any) -> list[str]:
     return []
 
 
-def columns(version: int = 0, over: DeviceMesh | None = None) -> dict[str, DTensor]:
+def columns(version: int = 0, over: DeviceMesh | None = None) -> dict[str, torch.Tensor]:
     """The model's weights, the matrices sharded by columns as tensor parallelism does it; or in both ways on a grid."""
     grid = over or mesh(dist.get_world_size())
     matrix = (Shard(1),) if grid.ndim == 1 else (Shard(0), Shard(1))
@@ -191,11 +188,7 @@ def save_grid(url: str, version: int = 0) -> None:
 
 
 def load_columns(url: str, version: int = 0) -> None:
-    wanted = model(version).state_dict()
-    state = {name: torch.zeros_like(value) for name, value in columns(version + 1).items()}
-    dcp.load(state, storage_reader=reader(url))
-    for name, value in wanted.items():
-        assert_same(state[name], value, name)
+    assert_loads(url, model(version).state_dict(), columns(version + 1))
 
 
 def experts(version: int = 0) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`AzureBlobHuggingFaceReader`: files of anybody, by ranges, and nothing that is damaged or made to do harm."""
+"""`AzureBlobHuggingFaceReader`: files of any writer, in ranges, and nothing that is damaged or made to do harm."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def test_puts_the_shards_of_several_files_together(url: str):
     whole = torch.arange(24.0).reshape(6, 4)
     hf.put(url, "shard-00001-model-00001-of-00001.safetensors", save({"w": whole[:4]}, sharding({"w": [0, 0]})))
     hf.put(url, "shard-00002-model-00001-of-00001.safetensors", save({"w": whole[4:]}, sharding({"w": [4, 0]})))
-    state = {"w": torch.zeros(6, 4)}
-    dcp.load(state, storage_reader=hf.reader(url))
-    assert_same(state["w"], whole, "w")
+    hf.assert_loads(url, {"w": whole})
     hf.put(url, "shard-00002-model-00001-of-00001.safetensors", save({"w": whole[5:]}, sharding({"w": [5, 0]})))
     assert "files are missing" in str(failure(url, {"w": torch.zeros(6, 4)}))
     # As many rows as there should be, one of them twice and one not at all.
@@ -223,7 +221,7 @@ def test_a_model_that_is_replaced_while_it_is_read_is_an_error(url: str, proxied
 
 
 def test_a_foreign_file_that_is_replaced_while_it_is_read_is_an_error(url: str, proxied: str, proxy: FaultProxy):
-    """It keeps its name, and the header that was read is that of the old one."""
+    """It keeps its name, and the header that was read is the old one."""
     hf.put(url, "model.safetensors", save({"w": torch.arange(100.0)}))
     new = save({"w": torch.arange(100.0) + 1})
     proxy.when("Get Blob", nth=2).do(Call(lambda: hf.put(url, "model.safetensors", new), at="request"))
@@ -233,7 +231,4 @@ def test_a_foreign_file_that_is_replaced_while_it_is_read_is_an_error(url: str, 
 def test_large_headers_are_read_whole(url: str):
     state = {f"layer.{number:06d}.{'x' * 50}": torch.full((2,), float(number)) for number in range(2000)}
     hf.put(url, "model.safetensors", save(state))
-    loaded = {name: torch.zeros(2) for name in state}
-    dcp.load(loaded, storage_reader=hf.reader(url))
-    for name, value in state.items():
-        assert_same(loaded[name], value, name)
+    hf.assert_loads(url, state)

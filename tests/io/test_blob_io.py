@@ -52,7 +52,7 @@ def test_refuses_arguments_that_are_not_for_the_mode(url: str, container: str):
         BlobIO(url, "xb", if_etag='"0x1"')
     with pytest.raises(LocationError, match="is a container"):
         BlobIO(container, "rb")
-    with pytest.raises(ValueError, match="no URL"):
+    with pytest.raises(ValueError, match="not a URL"):
         BlobIO("blob.bin", "rb")
     with pytest.raises(TypeError, match="positional"):
         BlobIO(url, "rb", None)  # type: ignore[call-arg]

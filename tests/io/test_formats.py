@@ -87,7 +87,7 @@ def test_torch_loads_the_old_format_and_objects(proxy: FaultProxy, url: str):
 def test_torch_load_says_what_to_do_instead_of_mmap(url: str, tmp_path: Path):
     with BlobIO(url, "wb") as file:
         torch.save({"a": torch.ones(3)}, file)
-    with pytest.raises(ValueError, match="Leave mmap=True away") as caught, BlobIO(url, "rb") as file:
+    with pytest.raises(ValueError, match="Omit mmap=True") as caught, BlobIO(url, "rb") as file:
         torch.load(file, mmap=True)
     assert isinstance(caught.value, io.UnsupportedOperation)
     assert "mmap" in str(caught.value.__cause__)
@@ -119,7 +119,7 @@ def test_torch_load_with_mmap_outside_of_with_raises_torchs_own_error(proxy: Fau
     assert {"read", "seek", "tell"} <= set(asked) and {"fileno", "close", "__fspath__"}.isdisjoint(asked)
     assert {name for name in asked if not name.startswith("_")} <= of_a_file
     assert requests(proxy) > 0
-    with pytest.raises(io.UnsupportedOperation, match="Leave mmap=True away"):
+    with pytest.raises(io.UnsupportedOperation, match="Omit mmap=True"):
         file.fileno()
     file.close()
 

@@ -1,8 +1,7 @@
-"""What the ranks of the tests of strategies run: Trainers and Fabrics of both namespaces, and the states they reach."""
+"""Jobs for the ranks of the tests of strategies: they run Trainers and return the states that these reach."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.objects.states import FsdpStates, States, gathered
+from tests.support.trainers import Namespace
 
-KEY = Azurite.account_key
 STRATEGIES = {"ddp": "AzureDDPStrategy", "fsdp2": "AzureModelParallelStrategy", "fsdp": "AzureFSDPStrategy"}
 
 
@@ -28,13 +26,13 @@ class Run:
     """One call of ``Trainer.fit``.
 
     Attributes:
-        kind: of strategy: a key of `STRATEGIES`, or "stock" for one process without any.
-        root: folder to be in; nothing is to appear there.
-        save: path that the state at the end is saved to.
+        kind: of strategy: a key of `STRATEGIES`, or "stock" for one process without a strategy.
+        root: the working folder, which must stay empty.
+        save: path to save the final state to.
         resume: path of the checkpoint to start from.
-        folder: where `AzureBlobModelCheckpoint` is to save, "" for no callback.
+        folder: the `dirpath` of an `AzureBlobModelCheckpoint`; "" for no callback.
         arguments: of the strategy.
-        package: of ours.
+        package: ours, for one of Lightning's distributions.
     """
 
     kind: str
@@ -73,18 +71,17 @@ def samples() -> TensorDataset:
     return TensorDataset(torch.randn(48, 5, generator=generator), torch.randn(48, 1, generator=generator))
 
 
-def model(pytorch: Any) -> Any:
-    """A LightningModule of the namespace `pytorch`."""
+def model(package: str) -> Any:
+    """A LightningModule for our `package`."""
 
-    class Model(pytorch.LightningModule):  # type: ignore[misc]
+    class Model(Namespace(package).pl.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(3)
             self.net = network()
 
         def configure_model(self) -> None:
-            mesh = getattr(self, "_device_mesh", None)
-            if mesh is not None and not isinstance(next(self.parameters()), DTensor):
+            if (mesh := self.device_mesh) is not None and not isinstance(next(self.parameters()), DTensor):
                 shard(self.net, mesh)
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -106,22 +103,22 @@ def model(pytorch: Any) -> Any:
 
 
 def trainer(run: Run) -> Any:
-    ours = importlib.import_module(f"azure_torch_ckpt.{run.package}")
+    space = Namespace(run.package)
     strategy: Any = "auto"
     if run.kind != "stock":
-        strategy_class = getattr(ours, STRATEGIES[run.kind])
+        strategy_class = getattr(space.ours, STRATEGIES[run.kind])
         arguments = dict(run.arguments)
         if run.kind == "fsdp2":
             arguments.update(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
         strategy = (fsdp_on_the_cpu(strategy_class) if run.kind == "fsdp" else strategy_class)(**arguments)
     callbacks = []
     if run.folder:
-        callbacks.append(ours.AzureBlobModelCheckpoint(dirpath=run.folder, save_last=True, save_top_k=1))
-    return stock_of(run.package).pytorch.Trainer(
+        callbacks.append(space.checkpoint(dirpath=run.folder, save_last=True, save_top_k=1))
+    return space.pl.Trainer(
         accelerator="cpu",
         devices=1 if run.kind == "stock" else dist.get_world_size(),
         strategy=strategy,
-        plugins=[ours.AzureBlobCheckpointIO(KEY, async_save=run.async_save)],
+        plugins=[space.plugin(async_save=run.async_save)],
         callbacks=callbacks,
         max_epochs=run.epochs,
         logger=False,
@@ -133,10 +130,10 @@ def trainer(run: Run) -> Any:
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Train; return the whole state, the same on all ranks but for what DDP lets differ."""
+    """Train; return the full state, which is the same on all ranks except for what DDP lets differ."""
     os.chdir(run.root)
     used = trainer(run)
-    used.fit(model(stock_of(run.package).pytorch), ckpt_path=run.resume or None)
+    used.fit(model(run.package), ckpt_path=run.resume or None)
     reached = reached_state(used)
     if run.save:
         used.save_checkpoint(run.save)
@@ -147,12 +144,12 @@ def score(run: Run) -> Any:
     """Load a checkpoint for a test, without any optimizer; return the module's state."""
     os.chdir(run.root)
     used = trainer(run)
-    used.test(model(stock_of(run.package).pytorch), ckpt_path=run.resume, verbose=False)
+    used.test(model(run.package), ckpt_path=run.resume, verbose=False)
     return cloned(gathered(States().of_module(used.lightning_module), True))
 
 
 def reached_state(used: Any) -> dict[str, Any]:
-    """What a resumed run must have in common with an uninterrupted one."""
+    """The state that a resumed run and an uninterrupted one must have in common."""
     is_fsdp = "FSDP" in type(used.strategy).__mro__[1].__name__
     states = FsdpStates() if is_fsdp else States()
     module = used.strategy.model if is_fsdp else used.lightning_module
@@ -167,7 +164,7 @@ def reached_state(used: Any) -> dict[str, Any]:
 
 
 def cloned(state: Any) -> Any:
-    """Tensors alone, in dicts without attributes."""
+    """A copy of a state: tensors in plain dicts and lists."""
     if isinstance(state, torch.Tensor):
         return state.detach().clone()
     if isinstance(state, dict):
@@ -175,12 +172,8 @@ def cloned(state: Any) -> Any:
     return [cloned(value) for value in state] if isinstance(state, list) else state
 
 
-def stock_of(package: str) -> Any:
-    return importlib.import_module(f"azure_torch_ckpt.{package}.stock")
-
-
 def fsdp_on_the_cpu(strategy_class: Any) -> Any:
-    """Lightning lets FSDP choose the device, and it does not choose the CPU; told to, it works there."""
+    """A subclass of a strategy that runs FSDP on the CPU, which FSDP does only if it is told to."""
 
     class OnCpu(strategy_class):  # type: ignore[misc]
         def _setup_model(self, module: nn.Module) -> nn.Module:

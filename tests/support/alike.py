@@ -1,4 +1,4 @@
-"""Whether two objects are the same through and through: values, types, and what is one object or one memory in both."""
+"""Deep equality of two objects: values, types, and which parts are the same object or share memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["assert_alike", "through_codec", "through_torch"]
 
 
 def through_torch(value: Any, **load: Any) -> Any:
-    """What torch.save and torch.load make of it: the standard to hold the codec to."""
+    """The value after torch.save and torch.load: the codec must return the same."""
     stream = io.BytesIO()
     torch.save(value, stream)
     stream.seek(0)
@@ -24,7 +24,7 @@ def through_torch(value: Any, **load: Any) -> Any:
 
 
 def through_codec(value: Any, **load: Any) -> Any:
-    """What the codec makes of it when every item arrives as it was sent."""
+    """The value after the codec, when every item arrives as it was sent."""
     packed = pack(value)
     arrived: set[str] = set()
 
@@ -102,7 +102,7 @@ class _Comparison:
 
     def compare_memory(self, got: torch.Tensor, wanted: torch.Tensor, where: str) -> None:
         if wanted.untyped_storage().nbytes() == 0 or wanted.numel() == 0:
-            return  # torch keeps the memory around an empty tensor; nobody can tell
+            return  # torch keeps the memory around an empty tensor, and no operation shows it
         here, there = got.untyped_storage().data_ptr(), wanted.untyped_storage().data_ptr()
         apart = got.data_ptr() - wanted.data_ptr()
         assert self.storages.setdefault(there, (here, apart)) == (here, apart), f"{where}: memory of its own"

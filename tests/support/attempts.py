@@ -1,4 +1,4 @@
-"""Saves and loads that are to fail: what torch reports of them, and what stands in a container before and after.
+"""Saves and loads that must fail: the errors that torch reports, and a container that must not change.
 
 Everything here can be called in the test's process and on the ranks of `tests/support/ranks.py`.
 """
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions
 from tests.support import sharded
-from tests.support.containers import snapshot
+from tests.support.containers import KEY, snapshot
 from tests.support.waits import waiting_at_most
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _E = TypeVar("_E", bound=BaseException)
 
-# A dead service is given up soon.
+# So that a request to a dead service fails soon.
 IMPATIENT = TransferOptions(retry_seconds=1)
 
 
@@ -37,9 +37,9 @@ def save(
     no_dist: bool = False,
     **options: Any,
 ) -> None:
-    """Save whole tensors, or on ranks, unless `no_dist` leaves the other ranks out, sharded ones."""
+    """Save whole tensors; on ranks sharded ones, unless `no_dist` leaves the other ranks out."""
     make = sharded.rows if dist.is_initialized() and not no_dist else sharded.plain
-    writer = AzureBlobWriter(url, **{"credential": sharded.KEY, **options})
+    writer = AzureBlobWriter(url, **{"credential": KEY, **options})
     dcp.save(make(version), storage_writer=writer, planner=planner, no_dist=no_dist)
 
 
@@ -49,13 +49,13 @@ def load(
     """Load `state`, or all that `save` saves."""
     if state is None:
         state = sharded.empty(sharded.rows() if dist.is_initialized() else sharded.plain())
-    dcp.load(state, storage_reader=AzureBlobReader(url, **{"credential": sharded.KEY, **options}), planner=planner)
+    dcp.load(state, storage_reader=AzureBlobReader(url, **{"credential": KEY, **options}), planner=planner)
 
 
 def raised(
     kind: type[_E], attempt: Callable[[], object], says: str, *, ranks: Sequence[int] = (0,), seconds: float = 8.0
 ) -> _E:
-    """The error of the first of these ranks, which are all that failed, each with this kind.
+    """Check that `attempt` fails on exactly these ranks, each with this kind of error; return the first rank's.
 
     Args:
         says: a regular expression that all messages match.
@@ -84,7 +84,7 @@ def unchanged(url: str) -> Iterator[None]:
 def raised_on_ranks(
     kind: type[BaseException], attempt: Callable[[str], object], url: str, says: str, failed: Sequence[int]
 ) -> None:
-    """What `raised` says; a group of ranks runs this, and each of them hears of all that failed."""
+    """`raised`, to be run by a group of ranks: each of them gets the errors of all."""
     raised(kind, lambda: attempt(url), says, ranks=failed)
 
 
@@ -97,7 +97,7 @@ def raised_everywhere(
     *,
     failed: Sequence[int] = (0, 1),
 ) -> _E:
-    """What `raised` says holds in this process and for both of two ranks, of which those `failed`.
+    """`raised` in this process, and then on two ranks, of which those in `failed` fail.
 
     Nothing in the container changes. Returns the error of this process.
     """

@@ -1,8 +1,8 @@
-"""What the tests' proxy can do to a request, and what it notes about one.
+"""The faults of the tests' proxy, and what it records of each request.
 
-Faults happen at a point of an exchange: ``"request"``, its head has come and the service has seen nothing of it;
-``"answer"``, the service has answered and nothing has gone back; or a number, so many bytes of the response's body have
-gone back (a reset may destroy the last of them on their way).
+A fault happens at a point of an exchange: at ``"request"``, the proxy has the request's head and the service has seen
+nothing of it; at ``"answer"``, the service has answered and the client has received nothing; at a number, the proxy has
+sent so many bytes of the response's body (a reset may destroy the last of them on their way).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ At: TypeAlias = "Literal['request', 'answer'] | int"
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and what became of it. Header names are in lower case; times are ``time.monotonic()``."""
+    """One request and its outcome. Header names are in lower case; times are ``time.monotonic()``."""
 
     kind: Kind
     method: str
@@ -44,14 +44,14 @@ class Exchange:
     connection: int
     received_at: float
     body_length: int = 0
-    status: int | None = None  # what was sent back; None while or where nothing was
+    status: int | None = None  # that was sent back; None before that, or if none was
     answered_at: float | None = None
     sent: int = 0  # bytes of the response's body
     finished_at: float | None = None
 
 
 class Gate:
-    """Where exchanges wait until a test lets them go."""
+    """Stops exchanges until the test opens it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -66,7 +66,7 @@ class Gate:
             self._waiting = []
 
     def wait_for(self, count: int, seconds: float = 60) -> None:
-        """Wait until `count` exchanges stand before it."""
+        """Wait until `count` exchanges wait here."""
         with self._changed:
             came = self._changed.wait_for(lambda: len(self._waiting) >= count, seconds)
             assert came, f"{len(self._waiting)} of {count} requests came within {seconds} s"
@@ -83,7 +83,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Wait for a gate (one that nobody opens stalls for ever), or for seconds where time is the subject."""
+    """Wait for a gate (one that is never opened stalls for ever), or for seconds where time is the subject."""
 
     until: Gate | float = field(default_factory=Gate)
     at: At = "request"
@@ -106,7 +106,7 @@ class CutHead:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """SIGKILL a process and reset the connection: at ``"request"`` the service never hears of the request."""
+    """SIGKILL a process and reset the connection: at ``"request"`` the service never sees the request."""
 
     pid: int
     at: At

@@ -8,15 +8,15 @@ Azurite keeps the blobs; this is a proxy in front of it that makes directories o
 - A directory is an empty blob with the metadata ``hdi_isfolder: true`` and the resource type ``directory``. It appears
   when something is written below it, stays when that goes, and is listed: flat among the blobs, with a delimiter as a
   prefix (facts ``head-hns-directory``, ``head-hns-directory-new`` and ``list-hns`` of recordings of the service; List
-  Blobs tells ``ResourceType`` since version 2020-10-02).
+  Blobs returns ``ResourceType`` since version 2020-10-02).
 - Delete Blob of a directory: 400 OperationNotSupportedOnDirectory with ``x-ms-delete-snapshots``, 409
   DirectoryIsNotEmpty where something is in it (facts ``delete-hns-directory-with-snapshots-header`` and
   ``delete-hns-directory-not-empty``).
 - A path is a file or a directory, never both. Writing over a directory, or below a file, is a conflict. A listing
   whose prefix leads through a file is an error, as the documentation of List Blobs says. The codes of conflicts are a
-  guess, for no source tells them, so no test may depend on them.
+  guess, because no source documents them, so no test may depend on them.
 - Empty segments and slashes at either end of a path vanish.
-- A SAS for a directory (``sr=d``, `directory_sas`) is good for what lies below it, listings included, and nothing else.
+- A SAS for a directory (``sr=d``, `directory_sas`) allows requests below it, listings included, and no others.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class HierarchicalAccount(ForwardingServer):
         return f"{self.endpoint}/{name}"
 
     def paths(self, url: str) -> list[str]:
-        """What lies in the container of a URL; directories end in "/"."""
+        """Blobs and directories in the container of a URL; directories end in "/"."""
         name = urlsplit(url).path.split("/")[2]
         with ContainerClient(self.upstream, name, _KEY) as client:
             known = self.container(name).directories
@@ -101,7 +101,7 @@ class HierarchicalAccount(ForwardingServer):
         with self.lock:
             return self._containers.setdefault(name, _Container(name))
 
-    # What the namespace consists of
+    # The namespace
 
     def is_directory(self, container: str, path: str) -> bool:
         return path in self.container(container).directories
@@ -117,7 +117,7 @@ class HierarchicalAccount(ForwardingServer):
             return next(iter(client.list_blob_names(name_starts_with=path + "/", results_per_page=1)), None) is None
 
     def make_directories(self, container: str, path: str) -> None:
-        """Those above `path`. Raises `_Refused` where one of them is a file."""
+        """Make those above `path`. Raises `_Refused` where one of them is a file."""
         for above in _above(path):
             if self.is_directory(container, above):
                 continue

@@ -8,7 +8,7 @@
 A process with torch costs seconds to start, so these are forked from multiprocessing's fork server, which has imported
 all of it and has neither a second thread nor a connection.
 
-This module also has what such jobs do, and tells which checkpoint stands at a URL.
+This module also has the functions that such jobs run, and finds which version of the checkpoint is at a URL.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Job:
             connection.send("go")
 
     def wait_until_blocked(self, rank: int = 0) -> None:
-        """Wait until all threads of a rank sleep, and stay asleep, because nobody answers them."""
+        """Wait until all threads of a rank sleep, and stay asleep, because no answer comes."""
         tasks = Path(f"/proc/{self.pid(rank)}/task")
         deadline = time.monotonic() + _SECONDS
         before: dict[str, str] = {}
@@ -159,7 +159,7 @@ class Job:
 
 
 def run(function: Callable[..., Any], *args: tuple[Any, ...]) -> list[End]:
-    """A whole job, a rank for each tuple of arguments."""
+    """Run a job to its end, with a rank for each tuple of arguments."""
     with Job(function, args) as job:
         job.go()
         return job.ends()
@@ -168,7 +168,7 @@ def run(function: Callable[..., Any], *args: tuple[Any, ...]) -> list[End]:
 def _warm_up() -> None:
     """Start the fork server, which goes on until this process ends."""
     _context.set_forkserver_preload([__name__, "pytest"])
-    # It does not take sys.path over by itself. More threads than one per rank would only fight for the cores.
+    # It does not inherit sys.path. More threads than one per rank would only compete for the cores.
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, environment):
         multiprocessing.forkserver.ensure_running()
@@ -201,7 +201,7 @@ def _work(
 
 
 def threads() -> int:
-    """Of this process, whoever started them."""
+    """Number of threads of this process, including those of libraries."""
     return len(os.listdir("/proc/self/task"))
 
 
@@ -226,10 +226,10 @@ def save(url: str, version: int) -> None:
 
 
 def load(url: str) -> int:
-    """Load the checkpoint at `url`, every rank all of it, and tell its version.
+    """Load the checkpoint at `url`, every rank all of it, and return its version.
 
     Raises:
-        AssertionError: it is none of `save`, bit for bit.
+        AssertionError: no version that `save` saves has these bits.
     """
     loaded: dict[str, Any] = {
         name: torch.zeros(sizes, dtype=dtype) for name, (sizes, dtype) in {**SHARDED, **WHOLE}.items()
@@ -264,7 +264,7 @@ def clean_up_until_told_to_stop(url: str, names: list[str]) -> None:
     remove_blobs(BlobStore(location, Access(KEY, options=OPTIONS)), location, names)
 
 
-# ---- What stands at a URL ------------------------------------------------------------------------------------------
+# ---- The checkpoint at a URL ---------------------------------------------------------------------------------------
 
 
 def version_at(url: str) -> int | None:

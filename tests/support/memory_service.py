@@ -4,14 +4,14 @@
         service.at = {3: Fault.LOST, 5: Fault.DAMAGED}  # of the requests from now on, the third and the fifth
         dcp.save(state, storage_writer=AzureBlobWriter(f"{service.url}/run", credential=False))
 
-Pairs of faults at every request are thousands of saves: too many for an emulator in a process of its own, and each has
-to take the same course as the last one. So the connections of this process lead here. Everything above the socket is
-the package's own: the SDK, retries, `http.client`, the transport. Of the service there is what a checkpoint needs, with
-its conditions: an ETag that every write changes, If-Match and If-None-Match, 409 BlobAlreadyExists, 412
-ConditionNotMet, 404 BlobNotFound, as https://learn.microsoft.com/rest/api/storageservices/put-blob and its neighbours
-have them. A sample of the pairs goes through `tests/support/proxy.py` to Azurite as well.
+Pairs of faults at every request are thousands of saves: too many for an emulator in a process of its own, and each must
+run like the one before. So the connections of this process lead here. Everything above the socket is the package's own:
+the SDK, retries, `http.client`, the transport. The service has the requests that a checkpoint needs, with their
+conditions: an ETag that every write changes, If-Match and If-None-Match, 409 BlobAlreadyExists, 412 ConditionNotMet,
+404 BlobNotFound, as in https://learn.microsoft.com/rest/api/storageservices/put-blob and its neighbours. A sample of
+the pairs goes through `tests/support/proxy.py` to Azurite as well.
 
-Damage is only for what has a checksum: blobs. Nobody could notice a changed letter in a listing, besides TLS.
+Damage is only for what has a checksum: blobs. Only TLS could notice a changed letter in a listing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BEGAN = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 class Fault(enum.Enum):
-    """What happens to one request. Its value says so in the table of docs/reliability.md."""
+    """What happens to one request. The values are the words of the table in docs/reliability.md."""
 
     CUT = "the connection breaks before the request is carried out"
     LOST = "the answer is lost"
@@ -93,7 +93,7 @@ class MemoryService:
 
     Attributes:
         at: what happens to the requests from now on, by their number from 1 on: a fault, or a function that is called
-            before the request is carried out (another writer; its own requests are not counted and meet no fault).
+            before the request is carried out (another writer; its own requests are not counted and have no faults).
         seen: the requests that were counted: the method and the blob's path.
         dead: whether the process was killed.
         undeletable: blobs under a lease, so that Delete Blob answers 412 LeaseIdMissing.

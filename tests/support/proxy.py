@@ -1,14 +1,14 @@
-"""A reverse proxy in front of the emulator that records every request and breaks what a test tells it to break.
+"""A reverse proxy in front of the emulator that records every request and injects faults where a test says so.
 
     with FaultProxy(azurite.endpoint) as proxy:
-        proxy.when("Put Block", nth=3).do(Cut("answer"))  # carried out, and nobody hears of it
+        proxy.when("Put Block", nth=3).do(Cut("answer"))  # carried out, and the answer is lost
         proxy.when("Get Blob", times=2).do(Answer(503, "ServerBusy"))
         proxy.when(lambda seen: "__1_" in seen.path).do(Kill(pid, at="answer"))
         ...
         assert proxy.count("Put Block List") == 1
 
-It runs in a thread of its own, relays bodies as they come, and keeps one connection to the emulator for each of its
-clients. `faults` has the faults.
+It runs in a thread of its own, relays bodies as they arrive, and keeps one connection to the emulator for each client.
+The faults are in `tests/support/faults.py`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class FaultProxy:
         self.idle: set[HttpStream] = set()
         self._changed = threading.Condition()
         self._bug: BaseException | None = None
-        # Bound from beginning to end, so that nobody else gets the port while connections are refused.
+        # Bound from beginning to end, so that no other process gets the port while connections are refused.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._kept = socket.socket(family, socket.SOCK_STREAM)
         self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,7 +134,7 @@ class FaultProxy:
         self._run(self._listen())
 
     def close_idle(self) -> int:
-        """Close the connections that no request is under way on, as a server does after some time; tell how many."""
+        """Close the connections without a request, as a server does after some time; return how many."""
         return self._run(self._close_idle())
 
     def __enter__(self) -> FaultProxy:
@@ -250,7 +250,7 @@ class FaultProxy:
         return stream
 
     def begin(self, exchange: Exchange) -> tuple[Action, ...]:
-        """Note a request that has come; return what is to be done to it."""
+        """Record a request; return the actions for it."""
         with self._changed:
             self.log.append(exchange)
             self.in_flight += 1
@@ -269,7 +269,7 @@ class FaultProxy:
 
 
 def meet(proxy: FaultProxy, count: int, what: Kind | Callable[[Exchange], bool]) -> None:
-    """Let the next `count` requests of a kind go on only when all of them are there: fewer at a time hang."""
+    """Hold the next `count` requests of a kind until all of them have arrived: fewer at a time hang."""
     gate = Gate()
     proxy.when(what, times=count - 1).do(Hold(gate))
     proxy.when(what, nth=count).do(Call(gate.open, "request"))

@@ -1,12 +1,12 @@
-"""What the service does with Put Block From URL and Azurite answers 501 to: fetch a range of another blob as a block.
+"""Put Block From URL, to which Azurite answers 501: the service fetches a range of another blob as a block.
 
     with FromUrlServer(azurite) as server:
         copy(f"{server.endpoint}/a", f"{server.endpoint}/b", credential=KEY)
         assert server.fetched == [(0, 67108864), ...]
 
-It stands in front of the emulator and hands everything else on. The source is fetched by the URL (and with the ETag)
-that the request names, so its SAS must be good; the answer has the block's CRC64, as
-https://learn.microsoft.com/rest/api/storageservices/put-block-from-url has it.
+It forwards everything else to the emulator. It fetches the source by the URL (and with the ETag) that the request
+names, so the SAS in it must be valid. The answer has the block's CRC64, as documented in
+https://learn.microsoft.com/rest/api/storageservices/put-block-from-url.
 """
 
 from __future__ import annotations

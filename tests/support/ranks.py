@@ -3,7 +3,7 @@
 Starting a group costs seconds, so one group of each size serves all tests. A group whose function failed or hung is
 killed, for its collectives may be out of step, and the next call starts another one.
 
-A test module uses it with ``pytest_plugins = ("ranks",)``. This file is also the script that each rank runs.
+`tests/conftest.py` has the fixture `ranks`. This file is also the script that each rank runs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class RankError(Exception):
     """A function failed on a rank, or did not end in time. The message holds the stacks of all ranks."""
 
 
-# What a function came to on a rank: its value, or a formatted traceback. A tuple, because a class of the script that
-# a rank runs would be called `__main__` there.
+# The result of a function on a rank: its value, or a formatted traceback. A tuple, because a class of the script that
+# a rank runs would be in the module `__main__` there.
 _Outcome = tuple[Any, str | None]
 
 
@@ -262,7 +262,7 @@ def _receive(peer: _Peer, tasks: queue.SimpleQueue[bytes]) -> None:
     with contextlib.suppress(EOFError):
         while True:
             tasks.put(peer.receive())
-    # Whoever ran the tests is gone, by SIGKILL too. The main thread may hang, and children may be left.
+    # The process of the tests has ended, perhaps by SIGKILL. The main thread may hang, and children may be left.
     os.killpg(0, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""State dicts of every kind of sharding whose values any rank can compute, and what stands in a container.
+"""State dicts of every kind of sharding, whose values any rank can compute.
 
 The functions that take part in a save or a load run on the ranks of `tests/support/ranks.py`.
 """
@@ -36,7 +36,7 @@ GLOBAL = {
 
 
 def values(name: str, sizes: tuple[int, ...], dtype: torch.dtype, version: int = 0) -> torch.Tensor:
-    """The bits that a tensor of this name has in this version: any, and different for each of the two."""
+    """The bits that a tensor of this name has in this version: arbitrary, and different for each name and version."""
     seed = zlib.crc32(f"{name}:{version}".encode())
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
@@ -145,7 +145,7 @@ def assert_stands(url: str, version: int, make: Callable[[int], dict[str, Any]] 
 
 
 def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
-    """What torch's exception tells every rank: the error of each rank that had one."""
+    """The errors of all ranks in the exception that torch raises on every rank."""
     try:
         save()
     except CheckpointException as caught:

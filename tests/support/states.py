@@ -1,4 +1,4 @@
-"""What tests of saving and loading share: a checkpoint's place, tensors of any bits, a comparison bit for bit."""
+"""Tensors of arbitrary bits for tests of saving and loading, and comparisons bit for bit."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Place:
 
 
 def fill(tensor: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Any bits at all, so all sorts of NaN among them; 0 and 1 where others are no value."""
+    """Fill with arbitrary bits, all sorts of NaN among them; with 0 and 1 for bool, which has no other values."""
     raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     raw.random_(0, 2 if tensor.dtype is torch.bool else 256, generator=torch.Generator().manual_seed(seed))
     return tensor

@@ -1,4 +1,4 @@
-"""Small models and Trainers for the tests of the Lightning parts, for either of Lightning's namespaces."""
+"""Makes small models, data and Trainers for either of Lightning's distributions, and lists what their runs saved."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.location import BlobLocation
 
 KEY = Azurite.account_key
-NAMESPACES = ["lightning", "pytorch_lightning"]
+NAMESPACES = ("lightning", "pytorch_lightning")
+BATCHES = 4
+_MODULES = {
+    "lightning": ("lightning.pytorch", "lightning.fabric"),
+    "pytorch_lightning": ("pytorch_lightning", "lightning_fabric"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,75 +33,120 @@ class Namespace:
     name: str
 
     @functools.cached_property
-    def ours(self) -> Any:
-        return importlib.import_module(f"azure_torch_ckpt.{self.name}")
-
-    @functools.cached_property
     def pl(self) -> Any:
-        return importlib.import_module("lightning.pytorch" if self.name == "lightning" else "pytorch_lightning")
+        return importlib.import_module(_MODULES[self.name][0])
 
     @functools.cached_property
     def fabric(self) -> Any:
-        return importlib.import_module("lightning.fabric" if self.name == "lightning" else "lightning_fabric")
+        return importlib.import_module(_MODULES[self.name][1])
 
-    def plugin(self, **arguments: Any) -> Any:
-        return self.ours.AzureBlobCheckpointIO(KEY, **arguments)
+    @functools.cached_property
+    def ours(self) -> Any:
+        return importlib.import_module(f"azure_torch_ckpt.{self.name}")
 
-    def trainer(self, root: Path, **arguments: Any) -> Any:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        fixed = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "default_root_dir": root}
-        return self.pl.Trainer(**{**quiet, **fixed, **arguments})
+    def module(self, name: str) -> Any:
+        """A module of our package."""
+        return importlib.import_module(f"azure_torch_ckpt.{self.name}.{name}")
 
-    def model(self, **hparams: Any) -> Any:
-        return net(self.name)(**hparams)
+    @property
+    def cli(self) -> Any:
+        return importlib.import_module(f"{self.pl.__name__}.cli").LightningCLI
+
+    def plugin(self, credential: Any = KEY, **arguments: Any) -> Any:
+        return self.ours.AzureBlobCheckpointIO(credential, **arguments)
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ours.AzureBlobModelCheckpoint(*args, **kwargs)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pl.callbacks.ModelCheckpoint(*args, **kwargs)
+
+    def trainer(self, folder: Path, *callbacks: Any, plugin: Any = "ours", **arguments: Any) -> Any:
+        """A quiet Trainer on the CPU, with our plugin unless another one, or None, is given."""
+        plugins = [self.plugin() if plugin == "ours" else plugin]
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(one, self.pl.callbacks.Checkpoint) for one in callbacks),
+            "num_sanity_val_steps": 0,
+            "default_root_dir": folder,
+            "callbacks": list(callbacks),
+            "plugins": [plugin for plugin in plugins if plugin is not None],
+        }
+        return self.pl.Trainer(**{**defaults, **arguments})
+
+    def model(self, scores: tuple[float, ...] = (), width: Any = 8, lr: Any = 0.01, **attributes: Any) -> Any:
+        """A model; in epoch n ``val_loss`` is ``scores[n]``, if there are any."""
+        model = model_class(self.name)(width, lr)
+        for name, value in {"scores": scores, **attributes}.items():
+            setattr(model, name, value)
+        return model
 
 
 @functools.cache
-def net(name: str) -> Any:
+def model_class(name: str) -> Any:
     pl = Namespace(name).pl
 
     class Net(pl.LightningModule):  # type: ignore[misc, name-defined]
-        """Everything that a checkpoint keeps of a run: buffers, Adam's moments, a schedule, hyperparameters."""
+        """Everything that a checkpoint keeps of a run: buffers, Adam's moments, a schedule, hyperparameters.
+
+        Attributes:
+            trained: the global step of each batch.
+            losses: of each batch.
+        """
 
         def __init__(self, width: int = 8, lr: float = 0.01) -> None:
             super().__init__()
             self.save_hyperparameters()
+            torch.manual_seed(11)
+            self.lr = lr
+            self.batch_size = 2
+            self.scores: tuple[float, ...] = ()
+            self.trained: list[int] = []
+            self.losses: list[float] = []
             self.body = torch.nn.Sequential(
                 torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU(), torch.nn.Linear(width, 1)
             )
-            self.losses: list[float] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            inputs, wanted = batch
-            loss: torch.Tensor = torch.nn.functional.mse_loss(self.body(inputs), wanted)
+            self.trained.append(self.trainer.global_step)
+            loss = self.loss(batch)
             self.losses.append(loss.item())
-            self.log("loss", loss)
+            self.log("train_loss", loss)
             return loss
 
+        def loss(self, batch: Any) -> torch.Tensor:
+            return torch.nn.functional.mse_loss(self.body(batch[0]), batch[1])
+
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            inputs, wanted = batch
-            self.log("val_loss", torch.nn.functional.mse_loss(self.body(inputs), wanted))
+            self.log("val_loss", self.scores[self.current_epoch] if self.scores else self.loss(batch))
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("test_loss", self.loss(batch))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.body(batch[0])
 
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+            optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
 
         def train_dataloader(self) -> Any:
-            return data(0)
+            return data(batch_size=self.batch_size)
 
-        def val_dataloader(self) -> Any:
-            return data(1)
+        val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
-    # Spawned processes find it by its name.
-    Net.__qualname__ = Net.__name__ = f"Net_{name}"
-    globals()[Net.__name__] = Net
     return Net
 
 
-def data(seed: int) -> DataLoader[Any]:
+def data(seed: int = 5, batch_size: int = 2) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(24, 4, generator=generator)
-    return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=6)
+    inputs = torch.randn(2 * BATCHES, 4, generator=generator)
+    return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=batch_size)
 
 
 def save_each_epoch(pl: Any, url: str) -> Any:
@@ -106,7 +160,33 @@ def save_each_epoch(pl: Any, url: str) -> Any:
 def train(name: str, url: str, root: str, epochs: int, async_save: bool = False) -> None:
     """A run that overwrites its checkpoint after each epoch, in a process of its own."""
     space = Namespace(name)
-    torch.manual_seed(0)
     plugin = space.plugin(async_save=async_save)
-    trainer = space.trainer(Path(root), max_epochs=epochs, plugins=[plugin], callbacks=[save_each_epoch(space.pl, url)])
+    trainer = space.trainer(Path(root), save_each_epoch(space.pl, url), max_epochs=epochs, plugin=plugin)
     trainer.fit(space.model())
+
+
+def names(url: str) -> set[str]:
+    """The checkpoints below a URL. Each must be complete, with no blob but its own, and there must be no other blob."""
+    entries = list_checkpoints(url, credential=KEY)
+    assert all(entry.complete for entry in entries), entries
+    blobs = etags(url)
+    assert sum(entry.blobs for entry in entries) == len(blobs), blobs
+    # One process saves one data blob and the metadata.
+    assert all(entry.blobs == 2 for entry in entries), entries
+    return {entry.name for entry in entries}
+
+
+def etags(url: str) -> dict[str, str]:
+    location = BlobLocation.parse(url)
+    return {blob.path: blob.etag for blob in BlobStore(location, Access(KEY)).list(location.prefix)}
+
+
+def trained_state(trainer: Any, model: Any) -> dict[str, Any]:
+    """Everything that a resumed run and an uninterrupted one must have in common."""
+    return {
+        "model": dict(model.state_dict()),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
+        "global_step": trainer.global_step,
+    }

@@ -1,7 +1,7 @@
-"""How long failed requests wait before they are tried again: without the waiting, or noted while it takes place.
+"""The waits between attempts of a failed request: skipped, or measured.
 
-How soon something is given up is asserted on these waits and not on a clock: a machine that stands still for some
-seconds makes no product slow.
+Tests assert on these waits, not on a clock, how soon an operation gives up: a machine that pauses for some seconds says
+nothing about the package.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt._internal.checksums import combine, crc64, md5
-from azure_torch_ckpt.blobs.blob_copy import MARK, SERVICE_PART, BlobSink, ServiceFetch
+from azure_torch_ckpt.blobs.blob_copy import MARK, SERVICE_PART, BlobDestination, ServiceFetch
+from azure_torch_ckpt.blobs.download import Check
 from azure_torch_ckpt.blobs.settings import METADATA_LIMIT, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo
-from azure_torch_ckpt.blobs.transfer import Check
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.plan import FilePlan
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, Tree
@@ -189,7 +189,7 @@ class FileCopy:
         run, source = self._run, self.plan.source
         if run.service is None or not run.service.possible:
             return False
-        assert isinstance(run.source, BlobTree) and isinstance(self._file, BlobSink)
+        assert isinstance(run.source, BlobTree) and isinstance(self._file, BlobDestination)
         blob = dataclasses.replace(source, path=run.source.path(source.path))
         try:
             settings = self._settings() if length == self.size else None

@@ -18,7 +18,7 @@ __all__ = ["LocalFile", "local_file_errors"]
 
 
 class LocalFile:
-    """A `DestinationFile` on a disk, written under a temporary name. Any threads may write ranges of it.
+    """A file that is written under a temporary name, as `BlobSink` writes a blob. Any threads may write ranges of it.
 
     Its folder is created with the first write.
 
@@ -31,14 +31,16 @@ class LocalFile:
         self._new: AtomicFile | None = None
         self._lock = threading.Lock()
 
-    def write(self, offset: int, data: memoryview, crc64: int, cancel: Cancel) -> None:
+    def write(self, offset: int, part: memoryview, crc64: int = 0, cancel: Cancel | None = None) -> None:
+        """Write the range that starts at `offset`."""
         with self._errors():
             descriptor = self._open().file.fileno()
             written = 0
-            while written < data.nbytes:
-                written += os.pwrite(descriptor, data[written:], offset + written)
+            while written < part.nbytes:
+                written += os.pwrite(descriptor, part[written:], offset + written)
 
     def commit(self, source: BlobInfo, settings: CopiedSettings) -> None:
+        """Make the file visible as the copy of `source`, after all ranges were written."""
         with self._errors():
             descriptor = self._open().file.fileno()  # nothing was written of an empty file
             # A later copy recognizes the file by its time and size, as rsync does.

@@ -10,11 +10,10 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from azure_torch_ckpt._internal.atomic_file import is_part, remove_abandoned
 from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.blob_copy import MARK, BlobSink, copied_settings
+from azure_torch_ckpt.blobs.blob_copy import MARK, BlobDestination, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.catalog.copying.local_file import LocalFile, local_file_errors
@@ -35,28 +34,15 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel
 
-__all__ = ["BlobTree", "DestinationFile", "FolderTree", "Tree", "join_name", "open_tree"]
+__all__ = ["BlobTree", "FolderTree", "Tree", "join_name", "open_tree"]
 
 _log = logging.getLogger(__name__)
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
 
 
-class DestinationFile(Protocol):
-    """One blob or file of the destination. Any threads may write ranges of it, in any order."""
-
-    def write(self, offset: int, part: memoryview, crc64: int, cancel: Cancel) -> None:
-        """Write the range that starts at `offset`; `crc64` is its CRC64-NVME."""
-
-    def commit(self, source: BlobInfo, settings: CopiedSettings) -> None:
-        """Make the file visible as the copy of `source`, after all ranges were written."""
-
-    def abandon(self) -> None:
-        """Remove what was written, unless the file was committed."""
-
-
-class Tree(Protocol):
-    """The source or the destination of a copy.
+class Tree:
+    """The source or the destination of a copy, for `open_tree`.
 
     Its string form is a URL without a SAS, or a local path. All names and folders are relative to its root, with "/"
     between their parts.
@@ -65,16 +51,18 @@ class Tree(Protocol):
         readable: False once the service refused to let the credential list or read here.
     """
 
-    readable: bool
+    readable = True
 
     def infos(self) -> list[BlobInfo]:
         """List all blobs or files."""
+        raise NotImplementedError
 
     def remove_abandoned(self) -> None:
-        """Remove the temporary files that killed copies left here, as far as `infos` found them."""
+        """Remove the temporary files that killed copies left in a folder, as far as `infos` found them."""
 
     def copy_mark(self, info: BlobInfo) -> str | None:
         """Return the mark that a copy left on a blob; None for a file, and for a blob that is not a copy."""
+        return None
 
     def read_into(self, info: BlobInfo, offset: int, target: memoryview, cancel: Cancel) -> None:
         """Fill `target` with the bytes of a blob or file from `offset` on.
@@ -83,15 +71,19 @@ class Tree(Protocol):
             CheckpointReplacedError: the blob is not the one that `info` describes any more.
             CorruptCheckpointError: the file is shorter than `info` says.
         """
+        raise NotImplementedError
 
     def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         """Read the metadata of the checkpoint in `folder`; None if it does not exist."""
+        raise NotImplementedError
 
-    def create(self, name: str) -> DestinationFile:
+    def create(self, name: str) -> BlobDestination | LocalFile:
         """Begin to write a blob or file."""
+        raise NotImplementedError
 
     def settings(self, info: BlobInfo) -> CopiedSettings:
         """Return what a copy of the blob carries besides its bytes. A file carries nothing."""
+        return CopiedSettings()
 
     def commit_metadata(
         self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
@@ -104,6 +96,7 @@ class Tree(Protocol):
         Raises:
             CommitConflictError: another save wrote metadata meanwhile.
         """
+        raise NotImplementedError
 
     def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         """Remove the metadata of the checkpoint in `folder`, and so hide the checkpoint.
@@ -111,9 +104,11 @@ class Tree(Protocol):
         Raises:
             CommitConflictError: the metadata is not `stored` any more.
         """
+        raise NotImplementedError
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove blobs or files, and the folders that become empty."""
+        raise NotImplementedError
 
     def sync(self, names: Iterable[str]) -> None:
         """Make visible files survive a power cut."""
@@ -148,13 +143,12 @@ def join_name(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-class BlobTree:
+class BlobTree(Tree):
     """The blobs below a URL."""
 
     def __init__(self, location: BlobLocation, store: BlobStore) -> None:
         self.location = location
         self.store = store
-        self.readable = True
 
     def __str__(self) -> str:
         return str(self.location)
@@ -170,9 +164,6 @@ class BlobTree:
             for blob in self.store.list(prefix)
             if not blob.is_folder
         ]
-
-    def remove_abandoned(self) -> None:
-        pass  # the service discards uncommitted blocks after a week
 
     def copy_mark(self, info: BlobInfo) -> str | None:
         return None if info.metadata is None else info.metadata.get(MARK)
@@ -192,8 +183,8 @@ class BlobTree:
     def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         return read_metadata_blob(self.store, self._checkpoint(folder), rank)
 
-    def create(self, name: str) -> BlobSink:
-        return BlobSink(self.store, self.path(name))
+    def create(self, name: str) -> BlobDestination:
+        return BlobDestination(self.store, self.path(name))
 
     def settings(self, info: BlobInfo) -> CopiedSettings:
         try:
@@ -225,22 +216,15 @@ class BlobTree:
     def remove(self, names: Iterable[str]) -> None:
         remove_blobs(self.store, self.location, names)
 
-    def sync(self, names: Iterable[str]) -> None:
-        pass
-
-    def check_free_space(self, needed: int) -> None:
-        pass
-
     def _checkpoint(self, folder: str) -> BlobLocation:
         return self.location.join(folder) if folder else self.location
 
 
-class FolderTree:
+class FolderTree(Tree):
     """The files below a folder on a disk."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.readable = True
         self._temporary: list[Path] = []
 
     def __str__(self) -> str:
@@ -265,9 +249,6 @@ class FolderTree:
     def remove_abandoned(self) -> None:
         for path in self._temporary:
             remove_abandoned(path)
-
-    def copy_mark(self, info: BlobInfo) -> str | None:
-        return None
 
     def read_into(self, info: BlobInfo, offset: int, target: memoryview, cancel: Cancel) -> None:
         path = self.root / info.path
@@ -296,16 +277,13 @@ class FolderTree:
             raise CheckpointError(f"{name!r} cannot be the name of a file below {self.root}; nothing was copied")
         return LocalFile(self.root / name)
 
-    def settings(self, info: BlobInfo) -> CopiedSettings:
-        return CopiedSettings()
-
     def commit_metadata(
         self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
         name = join_name(folder, metadata_name(rank))
         file = LocalFile(self.root / name)
         try:
-            file.write(0, memoryview(data), 0, Cancel())
+            file.write(0, memoryview(data))
             if not file.publish(only_new=replaces is None):
                 raise CommitConflictError(
                     f"Another process wrote {self.root / name} since this copy began, and its checkpoint stays. Copy "

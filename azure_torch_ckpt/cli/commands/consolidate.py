@@ -6,12 +6,10 @@ import fnmatch
 from typing import Literal
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
-from azure_torch_ckpt.cli.option_values import read_sas
-from azure_torch_ckpt.cli.options import Session, session_options, target_sas_option
-from azure_torch_ckpt.cli.output import plural, printable
+from azure_torch_ckpt.cli.options import Session, read_sas, session_options, target_sas_option
+from azure_torch_ckpt.cli.output import plural
 from azure_torch_ckpt.errors import AzureCheckpointError, ConfigurationError
 
 __all__ = ["consolidate"]
@@ -77,4 +75,4 @@ def consolidate(
         return
     what = f"{plural(report.tensors, 'tensor')} and {plural(report.objects, 'object')}"
     took = f"{format_duration(report.seconds)} ({format_rate(report.bytes, report.seconds)})"
-    output.print(Text(printable(f"wrote {what} to {report.dst}: {format_bytes(report.bytes)} in {took}")))
+    output.print(f"wrote {what} to {report.dst}: {format_bytes(report.bytes)} in {took}")

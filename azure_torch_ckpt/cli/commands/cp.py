@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
-from azure_torch_ckpt.cli.option_values import read_sas
-from azure_torch_ckpt.cli.options import Session, session_options, target_sas_option
+from azure_torch_ckpt.cli.options import Session, read_sas, session_options, target_sas_option
 from azure_torch_ckpt.cli.output import plural
 
 __all__ = ["cp"]

@@ -8,9 +8,8 @@ import click
 from rich.text import Text
 
 from azure_torch_ckpt.cli.exit_codes import PROBLEM
-from azure_torch_ckpt.cli.option_values import read_sas
-from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import Output, plural, printable
+from azure_torch_ckpt.cli.options import Session, read_sas, session_options
+from azure_torch_ckpt.cli.output import Output, plural
 from azure_torch_ckpt.cli.tables import Table
 
 if TYPE_CHECKING:
@@ -58,17 +57,15 @@ def _print(output: Output, report: CheckpointDiff, values: bool) -> None:
         return
     table = Table("KEY", "DIFFERENCE", "A", "B")
     for key in report.only_a:
-        table.add_row(Text(printable(key)), "only in A", "", "")
+        table.add_row(key, "only in A", "", "")
     for key in report.only_b:
-        table.add_row(Text(printable(key)), "only in B", "", "")
+        table.add_row(key, "only in B", "", "")
     for change in report.changed:
         what: str = change.what
         if change.elements is not None:
             largest = "" if change.max_abs_difference is None else f", by up to {change.max_abs_difference:.3g}"
             what = f"{plural(change.elements, 'element')}{largest}"
-        table.add_row(
-            Text(printable(change.key)), what, *(Text(printable(each or "")) for each in (change.a, change.b))
-        )
+        table.add_row(change.key, what, *(each or "" for each in (change.a, change.b)))
     output.print(table)
     keys = len({change.key for change in report.changed}) + len(report.only_a) + len(report.only_b)
     output.note(f"{plural(keys, 'key')} differ, {report.unchanged} do not ({compared} compared)")

@@ -1,4 +1,4 @@
-"""``emulator``: Blob Storage on this machine, for trying things out and for tests."""
+"""``emulator``: run an emulator of Blob Storage on this machine, to experiment and for tests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt.cli.options import output_options
-from azure_torch_ckpt.cli.output import Output, printable
+from azure_torch_ckpt.cli.output import Output
 
 if TYPE_CHECKING:
     from azure_torch_ckpt.emulator import Azurite
@@ -19,22 +18,22 @@ __all__ = ["emulator"]
 
 
 @click.command(short_help="Run an emulator of Blob Storage on this machine.")
-@click.option("--port", type=click.IntRange(0, 65535), default=10000, show_default=True, help="0 takes any free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=10000, show_default=True, help="0 takes any free port.")
 @click.option("--container", "containers", multiple=True, metavar="NAME", help="Create a container. Can be repeated.")
 @click.option(
     "--data",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Keep the blobs in this folder. Without it, they are in memory and gone at the end.",
+    help="Keep the blobs in this folder. Without it, they are in memory and lost at the end.",
 )
 @click.option("--tls", is_flag=True, help="Serve https:// with a certificate of its own.")
 @output_options
 def emulator(output: Output, port: int, containers: tuple[str, ...], data: Path | None, tls: bool) -> None:
     """Run Azurite, Microsoft's emulator of Blob Storage, until Ctrl-C.
 
-    It needs Node.js, or pip install 'azure-torch-ckpt[emulator]', and installs Azurite into your cache folder where it
-    is missing. Its account and key are the same everywhere and no secret; other commands know them, so a URL of the
-    emulator needs no credential. Ctrl-C ends it with exit code 0.
+    The emulator needs Node.js, or pip install 'azure-torch-ckpt[emulator]'. If Azurite is missing, the command installs
+    it into your cache folder. The emulator's account and key are public; the other commands know them, so that a URL of
+    the emulator needs no credential. Ctrl-C ends the command with exit code 0.
 
     \b
     Examples:
@@ -49,7 +48,7 @@ def emulator(output: Output, port: int, containers: tuple[str, ...], data: Path 
     azurite = Azurite(data_dir=data, port=port, tls=tls)
     try:
         with azurite:
-            # What is there from before is no error: the folder's containers come back with it.
+            # A container in the folder may exist already.
             urls = [azurite.url(name) for name in containers]
             for name in containers:
                 azurite.create_container(name)
@@ -77,7 +76,7 @@ def _print(output: Output, azurite: Azurite, urls: list[str]) -> None:
     if azurite.certificate is not None:
         lines.append(("certificate", str(azurite.certificate)))
     for name, value in lines:
-        output.print(Text(f"{name:<11}  {printable(value)}"))
+        output.print(f"{name:<11}  {value}")
     output.print()
-    output.print(Text(f"export AZURE_STORAGE_CONNECTION_STRING='{azurite.connection_string}'"))
+    output.print(f"export AZURE_STORAGE_CONNECTION_STRING='{azurite.connection_string}'")
     output.note("Ctrl-C stops it")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import printable
 
 __all__ = ["latest"]
 
@@ -33,4 +31,4 @@ def latest(session: Session, url: str) -> None:
     if output.as_json:
         output.json(checkpoint=entry)
     else:
-        output.print(Text(printable(entry.url)))
+        output.print(entry.url)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import Output, local_time, plural, printable, zone
+from azure_torch_ckpt.cli.output import Output, local_time, plural, zone
 from azure_torch_ckpt.cli.tables import Table
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def print_checkpoints(output: Output, entries: list[CheckpointEntry]) -> None:
     columns = ["CHECKPOINT", "STEP", "SIZE", "BLOBS", f"WRITTEN ({zone()})", "STATE"]
     table = Table(*(column for column in columns if any_step or column != "STEP"), right=("STEP", "SIZE", "BLOBS"))
     for entry in entries:
-        cells: list[str | Text] = [Text(printable(entry.name) or ".")]
+        cells: list[str | Text] = [entry.name or "."]
         if any_step:
             cells.append("-" if entry.step is None else str(entry.step))
-        state = Text("complete") if entry.complete else Text("incomplete", style="yellow")
+        state: str | Text = "complete" if entry.complete else Text("incomplete", style="yellow")
         table.add_row(*cells, format_bytes(entry.size), str(entry.blobs), local_time(entry.modified), state)
     output.print(table)
     size = format_bytes(sum(entry.size for entry in entries))

@@ -7,14 +7,12 @@ import functools
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.commands.ls import print_checkpoints
 from azure_torch_ckpt.cli.exit_codes import exit_code
-from azure_torch_ckpt.cli.option_values import duration
-from azure_torch_ckpt.cli.options import Session, confirm_removal, session_options
-from azure_torch_ckpt.cli.output import Output, local_time, plural, printable, zone
+from azure_torch_ckpt.cli.options import Session, confirm_removal, duration, session_options
+from azure_torch_ckpt.cli.output import Output, local_time, plural, zone
 from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.location import BlobLocation
 
@@ -117,7 +115,7 @@ def _print_plan(output: Output, report: PruneReport, url: str, dry_run: bool) ->
         for leftovers in report.remains:
             size, blobs = format_bytes(leftovers.size), str(len(leftovers.blobs))
             name = leftovers.url.removeprefix(f"{BlobLocation.parse(url)}").removeprefix("/") or "."
-            table.add_row(Text(printable(name)), size, blobs, local_time(leftovers.last_modified))
+            table.add_row(name, size, blobs, local_time(leftovers.last_modified))
         output.print(table)
     if not (report.removed or report.remains):
         output.note(f"nothing to remove; {_kept(report)}")

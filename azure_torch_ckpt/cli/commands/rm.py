@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.exit_codes import exit_code
 from azure_torch_ckpt.cli.options import Session, confirm_removal, session_options
-from azure_torch_ckpt.cli.output import age, local_time, plural, printable, zone
+from azure_torch_ckpt.cli.output import age, local_time, plural, zone
 from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.errors import AzureCheckpointError
 from azure_torch_ckpt.location import BlobLocation
@@ -59,7 +58,7 @@ def rm(session: Session, urls: tuple[str, ...], yes: bool) -> None:
         for contents in checkpoints:
             size, tensors = format_bytes(contents.size), str(len(contents.tensors))
             completed = f"{local_time(contents.modified)}, {age(contents.modified)}"
-            table.add_row(Text(printable(contents.url)), size, tensors, completed)
+            table.add_row(contents.url, size, tensors, completed)
         output.print(table)
     confirm_removal(output, yes)
     removed: list[str] = []

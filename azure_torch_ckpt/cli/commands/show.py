@@ -7,11 +7,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import Output, age, local_time, plural, printable, ranges, zone
+from azure_torch_ckpt.cli.output import Output, age, local_time, plural, ranges, zone
 from azure_torch_ckpt.cli.tables import Table
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def show(session: Session, url: str, match: str | None, shards: bool) -> None:
             if not shards:
                 ranks = ranges({shard.rank for shard in tensor.shards if shard.rank is not None})
                 table.add_row(
-                    Text(printable(tensor.key)),
+                    tensor.key,
                     tensor.dtype,
                     _dims(tensor.shape),
                     format_bytes(tensor.size),
@@ -69,12 +68,12 @@ def show(session: Session, url: str, match: str | None, shards: bool) -> None:
                 continue
             for shard in tensor.shards:
                 table.add_row(
-                    Text(printable(tensor.key)),
+                    tensor.key,
                     _dims(shard.offsets),
                     _dims(shard.sizes),
                     format_bytes(shard.length),
                     "-" if shard.crc64 is None else f"{shard.crc64:016x}",
-                    Text(printable(shard.blob.removeprefix(f"{contents.save_id}/"))),
+                    shard.blob.removeprefix(f"{contents.save_id}/"),
                     f"{shard.offset}",
                 )
         output.print(table)
@@ -83,7 +82,7 @@ def show(session: Session, url: str, match: str | None, shards: bool) -> None:
         table = Table("OBJECT", "PICKLE", "RANK", right=("PICKLE", "RANK"))
         for entry in objects:
             rank = "?" if entry.rank is None else str(entry.rank)
-            table.add_row(Text(printable(entry.key)), format_bytes(entry.length), rank)
+            table.add_row(entry.key, format_bytes(entry.length), rank)
         output.print(table)
     if match is not None and not tensors and not objects:
         output.note("no key matches")
@@ -109,9 +108,9 @@ def _print_summary(output: Output, contents: CheckpointContents) -> None:
         ("saved by", ", ".join(writers) or "unknown"),
         ("save id", contents.save_id or "none"),
     ]
-    output.print(Text(printable(contents.url), style="bold"))
+    output.print(contents.url, style="bold")
     for name, value in lines:
-        output.print(Text(f"  {name:<9}  {printable(value)}"))
+        output.print(f"  {name:<9}  {value}")
 
 
 def _dims(numbers: tuple[int, ...]) -> str:

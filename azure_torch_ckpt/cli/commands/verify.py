@@ -10,9 +10,8 @@ from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
 from azure_torch_ckpt.cli.exit_codes import PROBLEM
-from azure_torch_ckpt.cli.option_values import share
-from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import Output, plural, printable
+from azure_torch_ckpt.cli.options import Session, session_options, share
+from azure_torch_ckpt.cli.output import Output, plural
 from azure_torch_ckpt.cli.tables import Table
 from azure_torch_ckpt.progress import Progress
 
@@ -76,13 +75,11 @@ def _print(output: Output, report: VerifyReport, nbytes: int, seconds: float) ->
         for blob in report.blobs:
             if blob.problems:
                 size = "missing" if blob.size is None else format_bytes(blob.size)
-                table.add_row(
-                    Text(printable(blob.name)), size, str(blob.items), str(blob.checked), str(len(blob.problems))
-                )
+                table.add_row(blob.name, size, str(blob.items), str(blob.checked), str(len(blob.problems)))
         output.print(table)
         output.print()
         for problem in report.problems:
-            output.print(Text(printable(problem), style="red"))
+            output.print(problem, style="red")
         output.print()
     compared = f"{checked} of {plural(items, 'item')} in {plural(len(report.blobs), 'blob')} compared"
     took = f"{format_bytes(nbytes)} in {format_duration(seconds)} ({format_rate(nbytes, seconds)})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from azure_torch_ckpt.blobs.transfer import GAP, Check, Read
+from azure_torch_ckpt.blobs.download import GAP, Check, Read
 from azure_torch_ckpt.dcp.tensors.copies import write_elements
 from azure_torch_ckpt.dcp.tensors.memory import own_bytes, writable
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from azure_torch_ckpt.blobs.transfer import GAP, Check, Read
+from azure_torch_ckpt.blobs.download import GAP, Check, Read
 from azure_torch_ckpt.dcp.tensors.regions import RegionRange, region_ranges, region_reads, row_major
 
 MIB = 1 << 20

@@ -41,39 +41,12 @@ from tests.support.proxy import FaultProxy
 from tests.support.states import DTYPES, fill
 from tests.support.trainers import KEY, NAMESPACES, Namespace
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:ComplexHalf support"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
-]
-
-
-@pytest.fixture(params=NAMESPACES)
-def space(request: pytest.FixtureRequest) -> Namespace:
-    return Namespace(request.param)
-
-
-@pytest.fixture
-def lightning() -> Namespace:
-    return Namespace("lightning")
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
 def url(container: str) -> str:
     return f"{container}/run 7/last.ckpt"
-
-
-@pytest.fixture(autouse=True)
-def nothing_appears_in_the_working_directory(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Path(url) as a local path would be a folder ``https:``."""
-    folder = tmp_path_factory.mktemp("cwd")
-    monkeypatch.chdir(folder)
-    yield
-    assert not list(folder.iterdir())
 
 
 def mixture() -> dict[Any, Any]:
@@ -155,7 +128,7 @@ def test_a_path_of_a_url_is_understood(lightning: Namespace, url: str) -> None:
     assert jobs.blobs(url) == set()
 
 
-def test_a_url_that_is_no_place_is_refused(lightning: Namespace) -> None:
+def test_a_url_outside_of_blob_storage_is_refused(lightning: Namespace) -> None:
     for use in (lightning.plugin().load_checkpoint, lightning.plugin().remove_checkpoint):
         with pytest.raises(LocationError):
             use("https://account.blob.core.windows.net")
@@ -187,7 +160,7 @@ def test_a_shard_of_another_ranks_tensor_is_not_saved_for_the_whole(lightning: N
     try:
         mesh = init_device_mesh("cpu", (2,))
         plugin.save_checkpoint({"w": DTensor.from_local(torch.zeros(4), mesh, [Replicate()])}, url)
-        with pytest.raises(CheckpointError, match="has not all of 'w'"):
+        with pytest.raises(CheckpointError, match="'w'"):
             plugin.save_checkpoint({"w": DTensor.from_local(torch.ones(4), mesh, [Shard(0)])}, url)
     finally:
         dist.destroy_process_group()
@@ -227,7 +200,7 @@ def test_a_blob_that_torch_save_wrote_is_loaded_and_removed(lightning: Namespace
     assert not list(BlobStore(location, Access(KEY)).list(location.path))
 
 
-def test_an_empty_blob_is_the_mark_of_a_folder_and_no_checkpoint(lightning: Namespace, url: str) -> None:
+def test_an_empty_blob_is_a_folder_and_not_a_checkpoint(lightning: Namespace, url: str) -> None:
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(KEY))
     store.put(location.path, b"")
@@ -298,14 +271,6 @@ def test_the_store_of_a_container_is_made_once(lightning: Namespace, container: 
     assert plugin.store(f"{container}-other/a")[1] is not store
 
 
-def test_our_plugin_is_found_within_lightnings_wrappers(space: Namespace) -> None:
-    plugin = space.plugin()
-    checkpoint_io = sys.modules[type(plugin).__module__]
-    assert checkpoint_io.blob_checkpoint_io(space.pl.plugins.AsyncCheckpointIO(plugin)) is plugin
-    assert checkpoint_io.blob_checkpoint_io(space.pl.plugins.AsyncCheckpointIO()) is None
-    assert checkpoint_io.blob_checkpoint_io(space.pl.plugins.TorchCheckpointIO()) is None
-
-
 # ---- The namespaces ------------------------------------------------------------------------------------------------
 
 
@@ -339,8 +304,6 @@ def test_without_lightning_the_error_says_what_to_install(name: str, hint: str) 
 
 def test_both_packages_have_the_same_names(space: Namespace) -> None:
     assert space.ours.__all__ == Namespace("lightning").ours.__all__
-    stock = [sys.modules[f"azure_torch_ckpt.{name}.stock"] for name in NAMESPACES if Namespace(name).ours]
-    assert stock[0].__all__ == stock[1].__all__
     assert issubclass(space.ours.AzureBlobCheckpointIO, space.pl.plugins.CheckpointIO)
 
 
@@ -350,12 +313,12 @@ def test_both_packages_have_the_same_names(space: Namespace) -> None:
 def fitted(
     space: Namespace, root: Path, epochs: int, callbacks: Any = (), ckpt_path: str | None = None, **arguments: Any
 ) -> Any:
-    torch.manual_seed(0 if ckpt_path is None else 1)  # the weights of a resumed run come from the checkpoint alone
     stopping = space.pl.callbacks.EarlyStopping("val_loss", patience=50)
-    trainer = space.trainer(
-        root, max_epochs=epochs, plugins=[space.plugin(**arguments)], callbacks=[stopping, *callbacks]
-    )
-    trainer.fit(space.model(), ckpt_path=ckpt_path)
+    trainer = space.trainer(root, stopping, *callbacks, max_epochs=epochs, plugin=space.plugin(**arguments))
+    model = space.model()
+    if ckpt_path is not None:  # the weights of a resumed run come from the checkpoint alone
+        torch.nn.init.zeros_(model.body[0].weight)
+    trainer.fit(model, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -418,28 +381,12 @@ def test_a_run_killed_between_data_and_metadata_of_an_overwritten_checkpoint_res
 
 def test_testing_and_predicting_take_a_url(space: Namespace, url: str, tmp_path: Path) -> None:
     fitted(space, tmp_path, 1, [trainers.save_each_epoch(space.pl, url)])
-    trainer = space.trainer(tmp_path, plugins=[space.plugin()])
+    trainer = space.trainer(tmp_path)
     model = space.model()
     before = trainer.validate(model, verbose=False)[0]["val_loss"]
     assert trainer.validate(model, ckpt_path=url, verbose=False)[0]["val_loss"] != before
     with pytest.raises(CheckpointNotFoundError):
         trainer.validate(model, ckpt_path=f"{url}-gone")
-
-
-def test_the_learning_rate_finder_keeps_its_checkpoint_on_the_local_disk(
-    lightning: Namespace, url: str, tmp_path: Path
-) -> None:
-    """It saves to and removes from ``default_root_dir`` through the plugin, whatever that is."""
-    finder = lightning.pl.callbacks.LearningRateFinder(num_training_steps=3)
-    callbacks = [finder, trainers.save_each_epoch(lightning.pl, url)]
-    trainer = lightning.trainer(
-        tmp_path, max_epochs=1, plugins=[lightning.plugin(async_save=True)], callbacks=callbacks
-    )
-    trainer.fit(lightning.model())
-    assert finder.optimal_lr is not None
-    # Of the four steps, Lightning 2.5.0 itself leaves out those that the finder took.
-    assert lightning.plugin().load_checkpoint(url)["global_step"] == trainer.global_step > 0
-    assert not list(tmp_path.glob("*"))
 
 
 def test_the_plugin_works_in_forked_trainers_of_several_processes(
@@ -449,11 +396,10 @@ def test_the_plugin_works_in_forked_trainers_of_several_processes(
     before = model.state_dict()["body.0.weight"].clone()
     trainer = lightning.trainer(
         tmp_path,
-        max_epochs=1,
+        trainers.save_each_epoch(lightning.pl, url),
         devices=2,
         strategy="ddp_fork",
-        plugins=[lightning.plugin(async_save=True)],
-        callbacks=[trainers.save_each_epoch(lightning.pl, url)],
+        plugin=lightning.plugin(async_save=True),
     )
     trainer.fit(model)
     saved = lightning.plugin().load_checkpoint(url)
@@ -488,9 +434,8 @@ def test_fabric_saves_and_loads_through_the_plugin(space: Namespace, url: str) -
 def test_lightnings_own_asynchronous_plugin_takes_ours(space: Namespace, url: str, tmp_path: Path) -> None:
     trainer = space.trainer(
         tmp_path,
-        max_epochs=1,
-        plugins=[space.pl.plugins.AsyncCheckpointIO(space.plugin())],
-        callbacks=[trainers.save_each_epoch(space.pl, url)],
+        trainers.save_each_epoch(space.pl, url),
+        plugin=space.pl.plugins.AsyncCheckpointIO(space.plugin()),
     )
     trainer.fit(space.model())
     assert space.plugin().load_checkpoint(url)["global_step"] == 4

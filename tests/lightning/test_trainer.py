@@ -7,34 +7,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from tests.lightning.lightning_support import LIGHTNING_WARNINGS, NAMESPACES, Namespace, names, trained_state
 from tests.support.alike import assert_alike
-
-pytest_plugins = ("tests.lightning.lightning_support",)
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
-]
-
-
-@pytest.fixture(params=NAMESPACES)
-def space(request: pytest.FixtureRequest) -> Namespace:
-    return Namespace(request.param)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("http", "azblob"))]
-    assert not [path for path in tmp_path.rglob("*.ckpt") if path.relative_to(tmp_path).parts[0] != "slurm"]
+from tests.support.trainers import Namespace, names, trained_state
 
 
 def fail_after(batches: int) -> Callable[..., None]:
@@ -58,8 +39,8 @@ def test_the_learning_rate_and_the_batch_size_can_be_searched(space: Namespace, 
     tuner = space.pl.tuner.Tuner(trainer)
     model = space.model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = tuner.lr_find(model, num_training=30)
-    assert model.learning_rate == found.suggestion() != 0.01
+    found = tuner.lr_find(model, num_training=30, early_stop_threshold=None)
+    assert model.lr == found.suggestion() != 0.01
     assert tuner.scale_batch_size(model, max_trials=2, steps_per_trial=1) == model.batch_size > 2
     assert_alike(dict(model.state_dict()), before)
     assert not names(container)
@@ -75,10 +56,11 @@ def test_finders_at_the_start_of_a_resumed_fit_leave_its_checkpoint_alone(
     url = f"{container}/run"
     space.trainer(folder, space.checkpoint(url), max_epochs=1).fit(space.model())
     finders = [
-        space.pl.callbacks.LearningRateFinder(num_training_steps=30),
+        space.pl.callbacks.LearningRateFinder(num_training_steps=30, early_stop_threshold=None),
         space.pl.callbacks.BatchSizeFinder(max_trials=2, steps_per_trial=1),
     ]
-    trainer = space.trainer(folder, *finders, space.checkpoint(url), max_epochs=3)
+    plugin = space.plugin(async_save=True)
+    trainer = space.trainer(folder, *finders, space.checkpoint(url), max_epochs=3, plugin=plugin)
     trainer.fit(model := space.model(), ckpt_path=f"{url}/epoch=0-step=4.ckpt")
     assert trainer.current_epoch == 3 and model.batch_size > 2
     assert len(names(url)) == 2 and "epoch=0-step=4.ckpt" in names(url)
@@ -185,7 +167,7 @@ def test_a_slurm_requeue_goes_through_the_local_root_beside_remote_checkpoints(
             signal.raise_signal(signal.SIGUSR1)
             model.trainer.should_stop = True
 
-    url, shared = f"{container}/run", folder / "slurm"
+    url, shared = f"{container}/run", folder / "local"
     shared.mkdir()
     model = space.model(on_train_batch_start=interrupt)
     before = signal.getsignal(signal.SIGUSR1)
@@ -262,7 +244,7 @@ def test_progress_bars_show_what_they_show_with_local_checkpoints(
     space: Namespace, container: str, folder: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     shown = []
-    for checkpoint in (space.stock(folder / "slurm" / "stock"), space.checkpoint(f"{container}/run")):
+    for checkpoint in (space.stock(folder / "local" / "stock"), space.checkpoint(f"{container}/run")):
         bar = getattr(space.pl.callbacks, kind)()
         trainer = space.trainer(folder, checkpoint, bar, enable_progress_bar=True, max_epochs=2)
         capfd.readouterr()

@@ -15,26 +15,22 @@ import torch
 
 from azure_torch_ckpt import AccessDeniedError
 from azure_torch_ckpt.location import BlobLocation
-from tests.lightning import lightning_job
-from tests.lightning.lightning_support import LIGHTNING_WARNINGS, Namespace, etags, names
+from tests.lightning import killed_run
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
+from tests.support.trainers import Namespace, etags, names
 
-pytest_plugins = ("tests.lightning.lightning_support", "tests.support.ranks")
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
-]
+pytest_plugins = ("tests.support.ranks",)
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_2 = {"epoch=1-step=8.ckpt", "epoch=3-step=16.ckpt", "last.ckpt"}
 
 
 def killed(folder: Path, **arguments: Any) -> None:
-    """Run lightning_job.py in another process, to the point where it is killed."""
+    """Run killed_run.py in another process, to the point where it is killed."""
     folder.mkdir()
     process = subprocess.run(
-        [sys.executable, "-m", "tests.lightning.lightning_job", json.dumps({"folder": str(folder), **arguments})],
+        [sys.executable, "-m", "tests.lightning.killed_run", json.dumps({"folder": str(folder), **arguments})],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         cwd=folder,
         capture_output=True,
@@ -44,12 +40,12 @@ def killed(folder: Path, **arguments: Any) -> None:
     assert not list(folder.iterdir())
 
 
-def moved(value: Any, source: str, target: str) -> Any:
+def moved(value: Any, source: str, destination: str) -> Any:
     """A callback's state with the paths of another folder."""
     if isinstance(value, str):
-        return value.replace(source, target)
+        return value.replace(source, destination)
     if isinstance(value, dict):
-        return {moved(key, source, target): moved(item, source, target) for key, item in value.items()}
+        return {moved(key, source, destination): moved(item, source, destination) for key, item in value.items()}
     return value
 
 
@@ -58,9 +54,9 @@ def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(
     container: str, tmp_path: Path, namespace: str, async_save: bool
 ) -> None:
     whole_url, url = f"{container}/whole", f"{container}/run"
-    whole = lightning_job.run(namespace, whole_url, tmp_path)
+    whole = killed_run.run(namespace, whole_url, tmp_path)
     killed(tmp_path / "killed", namespace=namespace, url=url, async_save=async_save, kill_at_step=14)
-    resumed = lightning_job.run(namespace, url, tmp_path, async_save=async_save)
+    resumed = killed_run.run(namespace, url, tmp_path, async_save=async_save)
     assert resumed.pop("steps") == list(range(12, 20)) and whole.pop("steps") == list(range(20))
     assert resumed["optimizers"][0]["state"][0]["exp_avg"].count_nonzero()
     assert_alike(resumed, {**whole, "callbacks": moved(whole["callbacks"], whole_url, url)})
@@ -73,7 +69,7 @@ def test_a_kill_between_the_data_and_the_metadata_of_last_leaves_the_old_last(co
     killed(tmp_path / "killed", namespace="lightning", url=url, kill_at_commit=committed)
     below = {path.split("/")[2] for path in etags(f"{url}/last.ckpt")}
     assert len(below) == 3 and ".metadata" in below  # and the data of two saves
-    assert lightning_job.run("lightning", url, tmp_path)["steps"] == list(range(4, 20))
+    assert killed_run.run("lightning", url, tmp_path)["steps"] == list(range(4, 20))
 
 
 # ---- DDP -----------------------------------------------------------------------------------------------------------
@@ -83,7 +79,7 @@ def train_on_a_rank(
     namespace: str, url: str, folder: Path, epochs: int, async_save: bool, credential: Any = None
 ) -> dict[str, Any]:
     space = Namespace(namespace)
-    plugin = space.ours.AzureBlobCheckpointIO(credential, async_save=async_save)
+    plugin = space.plugin(credential, async_save=async_save)
     checkpoint = space.checkpoint(url, monitor="val_loss", save_top_k=2, save_last=True)
     trainer = space.trainer(folder, checkpoint, max_epochs=epochs, plugin=plugin, strategy="ddp", devices=2)
     model = space.model((5.0, 3.0, 4.0, 2.0, 6.0))

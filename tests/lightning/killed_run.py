@@ -1,4 +1,4 @@
-"""A training run in a process of its own, which may end in the middle: ``python lightning_job.py '{"url": ...}'``."""
+"""A training run in its own process, to be killed: ``python -m tests.lightning.killed_run '{"url": ...}'``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from azure_torch_ckpt.blobs.store import BlobStore
-from tests.lightning.lightning_support import Namespace, trained_state
+from tests.support.trainers import Namespace, trained_state
 
 SCORES = (5.0, 3.0, 4.0, 2.0, 6.0)
 EPOCHS = len(SCORES)
@@ -28,14 +28,14 @@ def run(
     kill_at_step: int | None = None,
     kill_at_commit: str | None = None,
 ) -> dict[str, Any]:
-    """Train, resumed from the last checkpoint if there is one.
+    """Train, and resume from the last checkpoint if there is one.
 
     Args:
-        kill_at_step: SIGKILL before the batch of this global step, once what is pending has been saved.
-        kill_at_commit: SIGKILL instead of the second write of this blob: the data of the save are there by then.
+        kill_at_step: SIGKILL before the batch of this global step, after all pending saves.
+        kill_at_commit: SIGKILL instead of the second write of this blob, when the data of the save is already there.
     """
     space = Namespace(namespace)
-    plugin = space.ours.AzureBlobCheckpointIO(async_save=async_save)
+    plugin = space.plugin(async_save=async_save)
     checkpoint = space.checkpoint(url, monitor="val_loss", save_top_k=2, save_last=True)
     trainer = space.trainer(folder, checkpoint, max_epochs=EPOCHS, plugin=plugin)
     model = space.model(SCORES)

@@ -1,8 +1,7 @@
-"""Fabric's strategies on real processes: what is saved with one is loaded with any other, and by one process."""
+"""Fabric's strategies on real processes: each loads what another one saved, and so does a single process."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,17 +18,16 @@ from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.lightning import AzureBlobCheckpointIO
 from azure_torch_ckpt.objects import load_object, save_object
 from azure_torch_ckpt.objects.states import FsdpStates, States, gathered
-from tests.lightning.strategy_jobs import KEY, STRATEGIES, adam, cloned, fsdp_on_the_cpu, network, samples, shard
+from tests.lightning.strategy_jobs import STRATEGIES, adam, cloned, fsdp_on_the_cpu, network, samples, shard
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
+from tests.support.trainers import KEY, Namespace
 
 pytest_plugins = ("tests.support.ranks",)
 
-FABRIC = {"lightning": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
-
 
 class Counter:
-    """Something of the user's with a state."""
+    """A user's object with a state."""
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
@@ -44,7 +42,7 @@ class Counter:
 
 @dataclass
 class Job:
-    """A fabric, and what it trains."""
+    """A Fabric, and the module and optimizer that it trains."""
 
     fabric: Any
     net: Any
@@ -59,7 +57,7 @@ class Job:
             self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """Whole, of the module and the optimizer."""
+        """The full states of the module and the optimizer."""
         strategy = self.fabric.strategy
         states = FsdpStates() if "FSDP" in type(strategy).__mro__[1].__name__ else States()
         net = self.net._forward_module
@@ -70,7 +68,8 @@ class Job:
 
 
 def job(kind: str, package: str = "lightning", whole: bool = False) -> Job:
-    strategy_class = getattr(importlib.import_module(f"azure_torch_ckpt.{package}.fabric"), STRATEGIES[kind])
+    space = Namespace(package)
+    strategy_class = getattr(space.module("fabric"), STRATEGIES[kind].replace("Azure", "AzureFabric"))
     arguments: dict[str, Any] = {}
     if kind == "fsdp":
         strategy_class = fsdp_on_the_cpu(strategy_class)
@@ -78,12 +77,11 @@ def job(kind: str, package: str = "lightning", whole: bool = False) -> Job:
     if kind == "fsdp2":
         sizes = {"data_parallel_size": dist.get_world_size(), "tensor_parallel_size": 1}
         arguments = {"parallelize_fn": shard, "save_distributed_checkpoint": not whole, **sizes}
-    ours = importlib.import_module(f"azure_torch_ckpt.{package}")
-    fabric = importlib.import_module(FABRIC[package]).Fabric(
+    fabric = space.fabric.Fabric(
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=strategy_class(**arguments),
-        plugins=[ours.AzureBlobCheckpointIO(KEY)],
+        plugins=[space.plugin()],
     )
     fabric.launch()
     torch.manual_seed(5)
@@ -167,7 +165,7 @@ def save_some(made: Job, url: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp"])
-def test_the_other_ways_to_save_and_load(ranks: Ranks, container: str, kind: str) -> None:
+def test_parts_of_a_state_are_saved_and_loaded(ranks: Ranks, container: str, kind: str) -> None:
     torch.manual_seed(9)
     net = network()
     whole, bare, some = (f"{container}/{name}" for name in ("whole", "bare", "some"))

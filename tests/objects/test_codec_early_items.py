@@ -19,9 +19,9 @@ from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpoin
 from azure_torch_ckpt.objects import load_object, pack, save_object, unpack
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
 from azure_torch_ckpt.objects.single_process import save_state_dict
-from tests.lightning.strategy_jobs import KEY
 from tests.support.alike import assert_alike, through_codec, through_torch
 from tests.support.ranks import Ranks
+from tests.support.trainers import KEY
 
 pytest_plugins = ("tests.support.ranks",)
 

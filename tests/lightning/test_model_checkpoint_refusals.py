@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from azure_torch_ckpt import AccessDeniedError, CredentialError, LocationError
 from azure_torch_ckpt.errors import ConfigurationError
-from tests.lightning.lightning_support import LIGHTNING_WARNINGS, NAMESPACES, Namespace, names
-
-pytest_plugins = ("tests.lightning.lightning_support",)
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
-]
+from tests.support.trainers import Namespace, names
 
 URL = "https://account.blob.core.windows.net/container/run"
 SAS = "sv=2025-01-05&sr=c&sp=rwdl&sig=c2VjcmV0"
-
-
-@pytest.fixture(params=NAMESPACES)
-def space(request: pytest.FixtureRequest) -> Namespace:
-    return Namespace(request.param)
 
 
 def refusal(trainer: Any, space: Namespace, error: type[Exception] = ConfigurationError, **arguments: Any) -> str:
@@ -44,22 +32,14 @@ def test_a_trainer_without_the_plugin(space: Namespace, tmp_path: Path, ckpt_pat
     assert URL in message and "plugins=[AzureBlobCheckpointIO(" in message
 
 
-@pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy"])
-def test_a_strategy_that_writes_files_itself(space: Namespace, strategy: str) -> None:
-    # A Trainer wants a GPU for the one and a process group for the other.
-    trainer = SimpleNamespace(strategy=getattr(space.pl.strategies, strategy)(), callbacks=[])
-    with pytest.raises(ConfigurationError, match=f"Use Azure{strategy}"):
-        space.checkpoint(URL).file_exists(f"{URL}/a.ckpt", trainer)
-
-
 def test_the_plugin_within_lightnings_asynchronous_one(space: Namespace, tmp_path: Path) -> None:
-    plugin = space.pl.plugins.io.AsyncCheckpointIO(space.ours.AzureBlobCheckpointIO())
+    plugin = space.pl.plugins.io.AsyncCheckpointIO(space.plugin())
     message = refusal(space.trainer(tmp_path, space.checkpoint(URL), plugin=plugin), space)
     assert "AzureBlobCheckpointIO(async_save=True)" in message
 
 
 def test_a_sas_beside_another_credential(space: Namespace, tmp_path: Path) -> None:
-    plugin = space.ours.AzureBlobCheckpointIO(credential="sv=1&sig=b3RoZXI=")
+    plugin = space.plugin("sv=1&sig=b3RoZXI=")
     message = refusal(space.trainer(tmp_path, space.checkpoint(f"{URL}?{SAS}"), plugin=plugin), space, CredentialError)
     assert "Give one of them" in message
 
@@ -72,7 +52,7 @@ def test_links(space: Namespace) -> None:
 @pytest.mark.parametrize(
     "url", [f"{URL}?snapshot=2026-01-31T12:00:00.1234567Z", "https://account.blob.core.windows.net"]
 )
-def test_urls_that_are_no_folder(space: Namespace, url: str) -> None:
+def test_urls_that_cannot_be_a_folder(space: Namespace, url: str) -> None:
     with pytest.raises(LocationError):
         space.checkpoint(url)
 
@@ -125,7 +105,7 @@ def test_arguments_are_those_of_model_checkpoint(space: Namespace, tmp_path: Pat
     assert local.dirpath == str(tmp_path / "here") and local.filename == "{epoch}"
 
 
-def test_a_local_folder_is_lightnings_own_affair(
+def test_a_local_folder_is_handled_as_by_model_checkpoint(
     space: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

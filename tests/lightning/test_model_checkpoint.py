@@ -7,7 +7,6 @@ import datetime
 import logging
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -23,22 +22,14 @@ from azure_torch_ckpt.dcp.verification import verify
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import ConfigurationError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
-from tests.lightning.lightning_support import LIGHTNING_WARNINGS, NAMESPACES, Namespace, etags, names
 from tests.support.alike import assert_alike
+from tests.support.trainers import NAMESPACES, Namespace, etags, names
 
-pytest_plugins = ("tests.lightning.lightning_support",)
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
-]
+pytestmark = pytest.mark.usefixtures("folder")
+
 
 SCORES = (5.0, 3.0, 4.0, 2.0, 6.0, 1.0)
 WRONG_KEY = base64.b64encode(b"wrong" * 13).decode()
-
-
-@pytest.fixture(params=NAMESPACES)
-def space(request: pytest.FixtureRequest) -> Namespace:
-    return Namespace(request.param)
 
 
 @pytest.fixture
@@ -52,17 +43,8 @@ def container_sas(azurite: Azurite, container: str) -> str:
     )
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder. Nothing that was meant for Blob Storage may be in it at the end."""
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("http")]
-    assert not [path for path in tmp_path.rglob("*.ckpt") if path.relative_to(tmp_path).parts[0] != "stock"]
-
-
 def state_of(url: str) -> Any:
-    return Namespace("lightning").ours.AzureBlobCheckpointIO().load_checkpoint(url)
+    return Namespace("lightning").plugin().load_checkpoint(url)
 
 
 def local_names(folder: Path) -> set[str]:
@@ -112,10 +94,10 @@ def test_two_runs_leave_what_they_leave_in_a_local_folder(
 ) -> None:
     arguments = ARGUMENTS[kind]
     space = Namespace(NAMESPACES[async_save])
-    url, local = f"{container}/a run/checkpoints", folder / "stock"
+    url, local = f"{container}/a run/checkpoints", folder / "local"
     for _ in range(2):
         ours, stock = space.checkpoint(url, **arguments), space.stock(local, **arguments)
-        plugin = space.ours.AzureBlobCheckpointIO(async_save=async_save)
+        plugin = space.plugin(async_save=async_save)
         before = etags(url)
         space.trainer(folder, ours, max_epochs=4, plugin=plugin).fit(space.model(SCORES))
         space.trainer(folder, stock, max_epochs=4, plugin=None).fit(space.model(SCORES))
@@ -149,9 +131,9 @@ def test_two_callbacks_that_make_the_same_names_do_not_take_them_from_each_other
 ) -> None:
     """The second one's name is taken from the moment that the first one's save is asked for."""
     space = Namespace(NAMESPACES[async_save])
-    url, local = f"{container}/run", folder / "stock"
+    url, local = f"{container}/run", folder / "local"
     scores = (0.9, 0.5, 0.4)  # the first is the best, and the second callback has no use for it afterwards
-    plugin = space.ours.AzureBlobCheckpointIO(async_save=async_save)
+    plugin = space.plugin(async_save=async_save)
     for root, make, io in ((url, space.checkpoint, plugin), (local, space.stock, None)):
         best = make(root, monitor="val_loss", mode="max", save_last=True)
         newest = make(root, save_last=True)
@@ -304,7 +286,7 @@ def test_last_is_what_begins_with_last_whatever_the_names_are_made_of(
 ) -> None:
     attributes, arguments = LAST_NAMES[kind]
     trained: dict[str, list[int]] = {}
-    for root, make, plugin in ((f"{container}/run", space.checkpoint, "ours"), (folder / "stock", space.stock, None)):
+    for root, make, plugin in ((f"{container}/run", space.checkpoint, "ours"), (folder / "local", space.stock, None)):
         begins = []
         for epochs, ckpt_path in ((1, None), (2, None), (3, "last")):
             checkpoint = make(root, **arguments)
@@ -335,7 +317,7 @@ def test_last_does_not_start_anew_if_the_service_refuses(space: Namespace, conta
     url = f"{container}/run"
     space.trainer(folder, space.checkpoint(url, save_last=True)).fit(space.model())
     before = etags(url)
-    plugin = space.ours.AzureBlobCheckpointIO(credential=WRONG_KEY)
+    plugin = space.plugin(WRONG_KEY)
     trainer = space.trainer(folder, space.checkpoint(url, save_last=True), plugin=plugin)
     model = space.model()
     with pytest.raises(AccessDeniedError):
@@ -346,7 +328,7 @@ def test_last_does_not_start_anew_if_the_service_refuses(space: Namespace, conta
 def test_a_wrong_credential_is_noticed_before_training(space: Namespace, container: str, folder: Path) -> None:
     model = space.model()
     for plugin in (False, WRONG_KEY):
-        io = space.ours.AzureBlobCheckpointIO(credential=plugin)
+        io = space.plugin(plugin)
         with pytest.raises(AccessDeniedError):
             space.trainer(folder, space.checkpoint(f"{container}/run"), plugin=io).fit(model)
     assert not model.trained
@@ -404,7 +386,7 @@ def test_a_sas_in_a_path_is_in_no_line_of_the_log(
         assert model.trained == [4, 5, 6, 7]
         trainer.test(model, ckpt_path=ckpt_path, verbose=False)
     old = {**state_of(url), "pytorch-lightning_version": "1.9.0"}  # Lightning names the file that it has upgraded
-    space.ours.AzureBlobCheckpointIO().save_checkpoint(old, url)
+    space.plugin().save_checkpoint(old, url)
     trainer.validate(model, ckpt_path=f"{url}?{container_sas}", verbose=False)
     assert f"Restoring states from the checkpoint path at {url}\n" in caplog.text
     assert f"Loaded model weights from the checkpoint at {url}\n" in caplog.text
@@ -418,7 +400,7 @@ def test_a_sas_in_a_path_is_in_no_line_of_the_log(
 def test_a_stock_callback_goes_on_from_our_state_and_we_from_its(
     space: Namespace, container: str, folder: Path
 ) -> None:
-    url, local = f"{container}/run", folder / "stock"
+    url, local = f"{container}/run", folder / "local"
     arguments = {"monitor": "val_loss", "save_top_k": 2}
     ours, stock = space.checkpoint(url, **arguments), space.stock(local, **arguments)
     space.trainer(folder, ours, max_epochs=3).fit(space.model(SCORES))
@@ -492,12 +474,3 @@ def test_to_yaml_goes_to_the_folder_or_where_it_is_told(space: Namespace, contai
         (folder / "local.yaml").read_text(),
     ):
         assert text == wanted
-
-
-def test_every_method_of_lightning_that_is_replaced_exists(space: Namespace) -> None:
-    """One that a version of Lightning has under another name would be called by nobody, and nobody would notice."""
-    ours = vars(space.ours.AzureBlobModelCheckpoint)
-    own = {"_dirpath", "_sas", "_plugin", "_folder", "_within", "_is_last", "_plugin_of", "dirpath"}
-    replaced = {name for name in ours if not name.startswith("__")} - own
-    assert len(replaced) == 10
-    assert all(callable(getattr(space.pl.callbacks.ModelCheckpoint, name, None)) for name in replaced - {"state_key"})

@@ -1,7 +1,7 @@
 """What docs/lightning.md says of stock Lightning on blob URLs: each row of its table, reproduced.
 
-Each behaviour is of the versions that constraints.txt names. When a test here fails, Lightning has changed: change the
-table. The left column of the table is the name of the test.
+The versions are those of constraints.txt. When a test here fails, Lightning has changed: change the table. The left
+column of the table is the name of the test.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from azure.storage.blob import ContainerClient
 
 from azure_torch_ckpt import AzureCheckpointError
 from azure_torch_ckpt.emulator import Azurite
-from tests.lightning.lightning_support import LIGHTNING_WARNINGS, Namespace, etags
-
-pytest_plugins = ("tests.lightning.lightning_support",)
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in LIGHTNING_WARNINGS),
-]
+from tests.support.trainers import Namespace, etags
 
 space = Namespace("lightning")
 Fit = Callable[..., tuple[list[int], Any]]
@@ -37,7 +31,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def public(azurite: Azurite, container: str) -> str:
-    """A container that everybody may read, which is as far as Lightning gets with ``https://``."""
+    """A container with public read access, the only kind that Lightning can read with ``https://``."""
     name = container.rpartition("/")[2]
     with ContainerClient.from_connection_string(azurite.connection_string, name) as client:
         client.set_container_access_policy(signed_identifiers={}, public_access="container")
@@ -135,8 +129,8 @@ def test_on_exception_checkpoint_resumes(root: str, kind: str, tmp_path: Path) -
     attributes: dict[str, Any]
     for attributes in ({"on_train_batch_start": fail}, {}):
         callback = space.pl.callbacks.OnExceptionCheckpoint(f"{root}/run")
-        model = space.model((), **attributes)
-        trainer = space.trainer(tmp_path, callback, plugin=plugin, max_epochs=2, enable_checkpointing=True)
+        model = space.model(**attributes)
+        trainer = space.trainer(tmp_path, callback, plugin=plugin, max_epochs=2)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -157,7 +151,7 @@ def test_async_checkpoint_io_removes_before_it_has_saved(container: str) -> None
             super().save_checkpoint(*args, **kwargs)
 
     old, new = f"{container}/old.ckpt", f"{container}/new.ckpt"
-    space.ours.AzureBlobCheckpointIO().save_checkpoint({"a": 1}, old)
+    space.plugin().save_checkpoint({"a": 1}, old)
     wrapped = space.pl.plugins.io.AsyncCheckpointIO(Slow())
     wrapped.save_checkpoint({"a": 2}, new)
     wrapped.remove_checkpoint(old)

@@ -13,12 +13,13 @@ from azure_torch_ckpt import CheckpointNotFoundError
 from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.errors import ConfigurationError
 from azure_torch_ckpt.lightning import AzureBlobCheckpointIO, AzureDDPStrategy, AzureModelParallelStrategy
-from azure_torch_ckpt.lightning.stock import AsyncCheckpointIO, pytorch
+from azure_torch_ckpt.lightning.stock import AsyncCheckpointIO, TorchCheckpointIO, pytorch
 from azure_torch_ckpt.lightning.strategy_check import check_strategy
 from tests.lightning import strategy_jobs
-from tests.lightning.strategy_jobs import KEY, Run
+from tests.lightning.strategy_jobs import Run
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
+from tests.support.trainers import KEY
 
 pytest_plugins = ("tests.support.ranks",)
 
@@ -26,7 +27,7 @@ WHOLE_ON_RANK_0 = {"fsdp2": ("save_distributed_checkpoint", False), "fsdp": ("st
 
 
 def loaded(url: str) -> dict[str, Any]:
-    """What the plugin loads in this process."""
+    """The checkpoint, loaded by the plugin in this process."""
     return AzureBlobCheckpointIO(KEY).load_checkpoint(url, weights_only=False)
 
 
@@ -117,7 +118,7 @@ def test_a_test_run_loads_no_optimizer(ranks: Ranks, container: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_local_paths_are_lightnings_own(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+def test_lightnings_own_strategy_handles_local_paths(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     run = Run(kind, 1, str(tmp_path), save=str(tmp_path / "local.ckpt"))
     reached, _ = ranks(2).run(strategy_jobs.fit, run)
     assert (tmp_path / "local.ckpt").is_dir() == (kind == "fsdp2")
@@ -127,7 +128,7 @@ def test_local_paths_are_lightnings_own(ranks: Ranks, tmp_path: Path, kind: str)
 
 
 def parameters(reached: dict[str, Any]) -> dict[str, Any]:
-    """Without the buffers: of those Lightning's own sharded checkpoint has any rank's."""
+    """The parameters alone: Lightning's own sharded checkpoint may have any rank's buffers."""
     return {name: value for name, value in reached["model"].items() if name.endswith(("weight", "bias"))}
 
 
@@ -136,11 +137,11 @@ def missing(run: Run) -> str:
         strategy_jobs.fit(run)
     except CheckpointNotFoundError as error:
         return str(error)
-    raise AssertionError("it found a checkpoint")
+    raise AssertionError("there is a checkpoint")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_what_is_not_there_is_an_error_on_every_rank(ranks: Ranks, container: str, tmp_path: Path, kind: str) -> None:
+def test_a_missing_checkpoint_raises_on_every_rank(ranks: Ranks, container: str, tmp_path: Path, kind: str) -> None:
     url = f"{container}/nothing"
     messages = ranks(2).run(missing, Run(kind, 1, str(tmp_path), resume=url))
     assert all(url in message for message in messages)
@@ -166,8 +167,10 @@ def test_stock_strategies_that_would_write_files_are_refused(strategy: Any, reme
 def test_a_strategy_needs_the_plugin_and_finds_it_in_a_wrapper() -> None:
     url = "https://account.blob.core.windows.net/container/run"
     stock = pytorch.strategies.SingleDeviceStrategy()
-    with pytest.raises(ConfigurationError, match="AzureBlobCheckpointIO"):
-        check_strategy(stock, url)
+    for other in (TorchCheckpointIO(), AsyncCheckpointIO()):
+        stock.checkpoint_io = other
+        with pytest.raises(ConfigurationError, match="AzureBlobCheckpointIO"):
+            check_strategy(stock, url)
     stock.checkpoint_io = AzureBlobCheckpointIO(KEY)
     check_strategy(stock, url)
     stock.checkpoint_io = AsyncCheckpointIO(AzureBlobCheckpointIO(KEY))
@@ -193,7 +196,7 @@ class Unpicklable:
 def broken(run: Run) -> str:
     strategy_jobs.fit(dataclasses.replace(run, save=""))
     used = strategy_jobs.trainer(run)
-    module = strategy_jobs.model(pytorch)
+    module = strategy_jobs.model("lightning")
     used.fit(module)
     if used.global_rank == 1:
         module.on_save_checkpoint = lambda checkpoint: checkpoint.update(extra=Unpicklable())

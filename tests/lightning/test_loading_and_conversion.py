@@ -12,19 +12,7 @@ import torch
 from azure_torch_ckpt import CheckpointExistsError, CheckpointNotFoundError, UnsupportedCheckpointError
 from tests.support import trainers
 from tests.support.alike import assert_alike, through_torch
-from tests.support.trainers import KEY, NAMESPACES, Namespace
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches"),
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
-]
-
-
-@pytest.fixture(params=NAMESPACES)
-def space(request: pytest.FixtureRequest) -> Namespace:
-    return Namespace(request.param)
+from tests.support.trainers import KEY, Namespace
 
 
 @pytest.fixture
@@ -32,12 +20,10 @@ def url(container: str) -> str:
     return f"{container}/run 7/last.ckpt"
 
 
-def test_load_from_checkpoint_loads_what_stands_at_the_url_now(
-    space: Namespace, container: str, tmp_path: Path
-) -> None:
+def test_load_from_checkpoint_loads_the_present_checkpoint(space: Namespace, container: str, tmp_path: Path) -> None:
     """Lightning's own would look for ``last.ckpt`` in a cache, and find the one of the first run."""
     for run, width in (("a", 5), ("b", 6), ("a", 7)):
-        trainer = space.trainer(tmp_path, max_epochs=1, plugins=[space.plugin()])
+        trainer = space.trainer(tmp_path)
         trainer.fit(model := space.model(width=width))
         url = f"{container}/{run}/last.ckpt"
         trainer.save_checkpoint(url)
@@ -47,7 +33,7 @@ def test_load_from_checkpoint_loads_what_stands_at_the_url_now(
 
 
 def test_load_from_checkpoint_has_the_arguments_of_lightnings_own(space: Namespace, url: str, tmp_path: Path) -> None:
-    trainer = space.trainer(tmp_path, max_epochs=1, plugins=[space.plugin()])
+    trainer = space.trainer(tmp_path)
     trainer.fit(model := space.model())
     trainer.save_checkpoint(url)
     trainer.save_checkpoint(file := tmp_path / "stock.ckpt")
@@ -76,7 +62,7 @@ def test_load_from_checkpoint_has_the_arguments_of_lightnings_own(space: Namespa
 
 def test_load_from_checkpoint_runs_no_code_unless_it_is_asked_to(space: Namespace, url: str, tmp_path: Path) -> None:
     model = space.model(lr=Rate(0.5))
-    trainer = space.trainer(tmp_path, max_epochs=1, plugins=[space.plugin()])
+    trainer = space.trainer(tmp_path)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(url)
     with pytest.raises(UnsupportedCheckpointError, match="weights_only=False"):
@@ -98,14 +84,14 @@ def test_load_from_checkpoint_takes_a_data_module(space: Namespace, url: str, tm
         def train_dataloader(self) -> Any:
             return trainers.data(self.hparams["seed"])
 
-    trainer = space.trainer(tmp_path, max_epochs=1, plugins=[space.plugin()])
+    trainer = space.trainer(tmp_path)
     trainer.fit(space.model(), datamodule=Data(seed=3))
     trainer.save_checkpoint(url)
     assert space.ours.load_from_checkpoint(Data, url, credential=KEY).hparams.seed == 3
 
 
 def test_a_ckpt_file_goes_to_a_url_and_back(space: Namespace, url: str, tmp_path: Path) -> None:
-    trainer = space.trainer(tmp_path, max_epochs=1)
+    trainer = space.trainer(tmp_path, plugin=None)
     trainer.fit(space.model())
     trainer.save_checkpoint(file := tmp_path / "stock.ckpt")
     space.ours.import_checkpoint(file, url, credential=KEY)
@@ -114,7 +100,7 @@ def test_a_ckpt_file_goes_to_a_url_and_back(space: Namespace, url: str, tmp_path
     space.ours.export_checkpoint(url, back := tmp_path / "back.ckpt", credential=KEY)
     assert_alike(torch.load(back), wanted)
     assert {path.name for path in tmp_path.iterdir()} == {"stock.ckpt", "back.ckpt"}
-    resumed = space.trainer(tmp_path, max_epochs=2)
+    resumed = space.trainer(tmp_path, max_epochs=2, plugin=None)
     resumed.fit(space.model(), ckpt_path=back)
     assert resumed.global_step == 8
 

@@ -1,4 +1,4 @@
-"""What `tests/test_commit_faults.py` tries at every request: saves, removals, clean-ups, and what must hold after them.
+"""Acts for `test_commit_faults.py`: saves, removals and clean-ups, and what must hold after each.
 
 The rule: whatever happens to an act's requests, the checkpoint is the old one or the new one, whole. An act that
 returned was carried out. An act that raised was not, unless its error says that this is unknown.
@@ -40,14 +40,14 @@ IN_TURN = TransferOptions(concurrency=1)
 
 
 class Act(ABC):
-    """Something that changes what is at `url`, and how it is done by others.
+    """Changes what is at `url`; also does the same as another process would.
 
     Args:
-        container: URL; the act has it for itself.
+        container: URL of a container that no other act uses.
     """
 
     name: str
-    first: int | None = OLD  # what is there before
+    first: int | None = OLD  # the version that is there before
 
     def __init__(self, container: str, credential: Any) -> None:
         self.container = container
@@ -60,18 +60,18 @@ class Act(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Make what one process has from one act to the next."""
+        """Make the objects that one process keeps from one act to the next."""
 
     @abstractmethod
     def run(self) -> object: ...
 
     def check(self, error: BaseException | None, killed: bool, others: bool) -> str:
-        """Assert the rule; tell what is there.
+        """Assert the rule; return a text about what is there.
 
         Args:
             error: that `run` raised.
-            killed: the process was, so that nobody was told anything.
-            others: another save or removal has come between.
+            killed: the process was killed, so that `run` returned nothing and raised nothing.
+            others: another save or removal was carried out meanwhile.
         """
         found = self.version(self.url)
         allowed = {self.first, *self.made} | ({OTHER, None} if others else set())
@@ -90,13 +90,13 @@ class Act(ABC):
         unknown = isinstance(error, CommitUnknownError)
         return f"{self.told(found)}{', unknown to the caller' if unknown else '' if error is None else ', an error'}"
 
-    made: frozenset[int | None]  # versions that the act may leave, if it is carried out
+    made: frozenset[int | None]  # versions that may be there after the act was carried out
 
     def told(self, version: int | None) -> str:
         return {OLD: "old whole", NEW: "new whole", OTHER: "the other's whole", None: "none"}[version]
 
     def check_recovery(self) -> None:
-        """A save can follow, by the same writer if there is one; prune removes what is left over and nothing else."""
+        """Assert that a save succeeds, by the same writer if there is one, and that prune removes leftovers only."""
         self.save_next()
         assert self.version(self.url) == NEXT
         prune(self.container, grace=NO_GRACE, dry_run=False, **self.access)
@@ -187,10 +187,10 @@ class Removal(Act):
 
 
 class Prune(Act):
-    """Of a checkpoint that goes, one that stays, and leftovers beside the latter."""
+    """Removes one checkpoint of two, and leftovers beside the other one."""
 
     name = "prune"
-    made = frozenset({OLD, None})  # either, for prune leaves what is in doubt
+    made = frozenset({OLD, None})  # either: prune keeps a checkpoint where it cannot tell
 
     def __init__(self, container: str, credential: Any) -> None:
         super().__init__(container, credential)
@@ -215,13 +215,13 @@ class Prune(Act):
     def check_recovery(self) -> None:
         self.run()
         assert self.version(self._stays) == OLD
-        # What another has saved meanwhile is young, so it may stay.
+        # A checkpoint that was saved meanwhile is young, so prune may keep it.
         keeps = [self._stays] + ([self.url] if self.version(self.url) == OTHER else [])
         assert set(self.blobs()) == {path for url in keeps for path in self.live(url)}
 
 
 class OverwritingModelSave(Act):
-    """Of the Hugging Face layout."""
+    """In the HuggingFace layout."""
 
     name = "overwriting save of a model"
     made = frozenset({NEW})

@@ -6,26 +6,28 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.lightning import AzureBlobCheckpointIO, AzureDDPStrategy
-from azure_torch_ckpt.lightning.fabric import AzureDDPStrategy as FabricDDPStrategy
+from azure_torch_ckpt.lightning.fabric import AzureFabricDDPStrategy
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning import strategy_jobs
-from tests.lightning.strategy_jobs import KEY, cloned
+from tests.lightning.strategy_jobs import cloned
 from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
+from tests.support.trainers import KEY
 
 pytest_plugins = ("tests.support.ranks",)
 
@@ -37,57 +39,6 @@ def loaded(url: str) -> Any:
 def writers(url: str) -> int:
     (entry,) = list_checkpoints(url, credential=KEY)
     return int(entry.blobs) - 1
-
-
-# ---- Any object ----------------------------------------------------------------------------------------------------
-
-
-def of_rank(rank: int) -> dict[str, Any]:
-    """What 3 ranks hold: large and small, contiguous and not; what is equal, and what differs in a single bit."""
-    large = torch.arange(150_000.0)
-    touched = large.clone()
-    touched[-1] += rank
-    return {
-        "equal": large,
-        "turned": torch.arange(120_000.0).reshape(300, 400).t(),
-        "turned and touched": touched[:120_000].reshape(300, 400).t() + rank,
-        "touched": touched,
-        "sign of zero": torch.tensor([0.0, -0.0 if rank == 1 else 0.0]),
-        "not a number": torch.tensor([float("nan")]),
-        "other dtype": torch.zeros(6, dtype=torch.int32 if rank else torch.float32),
-        "other shape": torch.zeros(6).reshape((2, 3) if rank else (3, 2)),
-        "other view": large[rank : rank + 100],
-        "mine": {rank: torch.full((5,), float(rank))},
-        "rank": rank,
-    }
-
-
-def save_of_rank(url: str) -> None:
-    save_sharded(of_rank(dist.get_rank()), AzureBlobWriter(url, credential=KEY))
-
-
-def test_every_bit_that_differs_is_rank_0s(ranks: Ranks, container: str) -> None:
-    url = f"{container}/differing"
-    ranks(3).run(save_of_rank, url)
-    assert_alike(loaded(url), of_rank(0))
-    assert writers(url) == 3
-
-
-def replicas(url: str, shared: bool) -> None:
-    """Two replicas of a tensor of two shards; they are equal, or a rank has changed its own."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    rank = dist.get_rank()
-    local = torch.full((3, 4), float(rank % 2 if shared else rank))
-    tensor = DTensor.from_local(local, mesh, (Replicate(), Shard(0)), run_check=False)
-    save_sharded({"w": tensor}, AzureBlobWriter(url, credential=KEY))
-
-
-def test_of_replicas_that_differ_the_first_is_saved_whole(ranks: Ranks, container: str) -> None:
-    wanted = torch.tensor([0.0] * 3 + [1.0] * 3)[:, None].expand(6, 4)
-    for shared in (True, False):
-        url = f"{container}/replicas-{shared}"
-        ranks(4).run(replicas, url, shared)
-        assert torch.equal(loaded(url)["w"], wanted)
 
 
 # ---- Models --------------------------------------------------------------------------------------------------------
@@ -158,7 +109,7 @@ class Unsynchronised(nn.Module):
 
 
 def vq(kind: str) -> Any:
-    class Model(strategy_jobs.stock_of("lightning").pytorch.LightningModule):  # type: ignore[misc]
+    class Model(pl.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.inner = Unsynchronised()
@@ -179,8 +130,7 @@ def vq(kind: str) -> Any:
 
 def fit(url: str, root: str, kind: str, resume: bool) -> Any:
     os.chdir(root)
-    pytorch = strategy_jobs.stock_of("lightning").pytorch
-    trainer = pytorch.Trainer(
+    trainer = pl.Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=AzureDDPStrategy(),
@@ -217,7 +167,7 @@ def run_fabric(url: str, kind: str, resume: bool) -> Any:
     fabric = Fabric(
         accelerator="cpu",
         devices=dist.get_world_size(),
-        strategy=FabricDDPStrategy(),
+        strategy=AzureFabricDDPStrategy(),
         plugins=[AzureBlobCheckpointIO(KEY)],
     )
     fabric.launch()
@@ -260,7 +210,7 @@ def wrapped_and_sharded(url: str, resume: bool) -> Any:
         value = load_sharded(
             AzureBlobReader(url, credential=KEY),
             torch.device("cpu"),
-            lambda value: states.optimizer_places(value, net, optimizer),
+            lambda value: states.optimizer_dtensors(value, net, optimizer),
             weights_only=False,
         )
         assert isinstance(value["inner"]["state"][0]["exp_avg"], DTensor)

@@ -1,4 +1,4 @@
-"""Sharded saves and loads of packed objects: who writes what, who reads what, and what a rank's death leaves."""
+"""Sharded saves and loads of packed objects: which rank writes and reads what, and what a killed rank leaves."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter, BlobLocation
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.objects import load_object
+from azure_torch_ckpt.objects.dedup_planner import dedup_save_plans
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
-from azure_torch_ckpt.objects.sharing_planner import share_out
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs
@@ -48,7 +48,7 @@ def plan(**sizes: int) -> SavePlan:
     return create_default_local_save_plan(tensors, is_coordinator=True)
 
 
-def shares(*plans: SavePlan, checksums: dict[int, dict[str, int]] | None = None) -> list[set[str]]:
+def names_by_rank(*plans: SavePlan, checksums: dict[int, dict[str, int]] | None = None) -> list[set[str]]:
     """What each rank is left with. The checksums are equal on all ranks, but for those that are given of a rank."""
     told = [
         dataclasses.replace(
@@ -56,34 +56,34 @@ def shares(*plans: SavePlan, checksums: dict[int, dict[str, int]] | None = None)
         )
         for rank, plan in enumerate(plans)
     ]
-    return [{item.index.fqn for item in shared.items} for shared in share_out(told)]
+    return [{item.index.fqn for item in shared.items} for shared in dedup_save_plans(told)]
 
 
 def test_the_largest_go_first_each_to_the_rank_with_least() -> None:
     plans = [plan(a=1, b=5, c=4, d=3, e=3, f=2)] * 3
-    assert shares(*plans) == [{"b", "a"}, {"c", "f"}, {"d", "e"}]
-    assert shares(*plans) == shares(*plans)
+    assert names_by_rank(*plans) == [{"b", "a"}, {"c", "f"}, {"d", "e"}]
+    assert names_by_rank(*plans) == names_by_rank(*plans)
 
 
 def test_what_rank_0_alone_has_counts_before_anything_is_shared() -> None:
-    assert shares(plan(skeleton=4, a=3, b=1), plan(a=3, b=1)) == [{"skeleton"}, {"a", "b"}]
+    assert names_by_rank(plan(skeleton=4, a=3, b=1), plan(a=3, b=1)) == [{"skeleton"}, {"a", "b"}]
 
 
 def test_rank_0_keeps_what_differs_in_its_bytes_or_its_shape() -> None:
     plans = [plan(buffer=8, a=3, b=4), plan(buffer=8, a=3, b=5, strange=2)]
-    assert shares(*plans, checksums={1: {"buffer": 8}}) == [{"buffer", "b"}, {"a"}]
+    assert names_by_rank(*plans, checksums={1: {"buffer": 8}}) == [{"buffer", "b"}, {"a"}]
 
 
 def test_of_three_ranks_two_may_agree() -> None:
     plans = [plan(a=4, b=3)] * 3
-    assert shares(*plans, checksums={1: {"a": 8, "b": 8}}) == [{"a"}, set(), {"b"}]
+    assert names_by_rank(*plans, checksums={1: {"a": 8, "b": 8}}) == [{"a"}, set(), {"b"}]
 
 
 def test_a_rank_that_offers_nothing_gets_nothing() -> None:
-    assert shares(plan(a=3), plan()) == [{"a"}, set()]
-    assert shares(plan(), plan()) == [set(), set()]
+    assert names_by_rank(plan(a=3), plan()) == [{"a"}, set()]
+    assert names_by_rank(plan(), plan()) == [set(), set()]
     unchecked = [plan(a=3), plan(a=3)]
-    assert [len(shared.items) for shared in share_out(unchecked)] == [1, 0]
+    assert [len(shared.items) for shared in dedup_save_plans(unchecked)] == [1, 0]
 
 
 # ---- On real ranks -------------------------------------------------------------------------------------------------
@@ -193,6 +193,57 @@ def test_a_rank_killed_between_the_data_and_the_metadata_leaves_the_old_checkpoi
     assert_alike(load_object(AzureBlobReader(url, credential=KEY)), versioned(3))
 
 
+# ---- What differs between ranks ------------------------------------------------------------------------------------
+
+
+def of_rank(rank: int) -> dict[str, Any]:
+    """What 3 ranks hold: large and small, contiguous and not; what is equal, and what differs in a single bit."""
+    large = torch.arange(150_000.0)
+    touched = large.clone()
+    touched[-1] += rank
+    return {
+        "equal": large,
+        "turned": torch.arange(120_000.0).reshape(300, 400).t(),
+        "turned and touched": touched[:120_000].reshape(300, 400).t() + rank,
+        "touched": touched,
+        "sign of zero": torch.tensor([0.0, -0.0 if rank == 1 else 0.0]),
+        "not a number": torch.tensor([float("nan")]),
+        "other dtype": torch.zeros(6, dtype=torch.int32 if rank else torch.float32),
+        "other shape": torch.zeros(6).reshape((2, 3) if rank else (3, 2)),
+        "other view": large[rank : rank + 100],
+        "mine": {rank: torch.full((5,), float(rank))},
+        "rank": rank,
+    }
+
+
+def save_of_rank(url: str) -> None:
+    save_sharded(of_rank(dist.get_rank()), AzureBlobWriter(url, credential=KEY))
+
+
+def test_every_bit_that_differs_is_rank_0s(ranks: Ranks, container: str) -> None:
+    url = f"{container}/differing"
+    ranks(3).run(save_of_rank, url)
+    assert_alike(load_object(AzureBlobReader(url, credential=KEY), weights_only=False), of_rank(0))
+    assert len([name for name in jobs.live_blobs(url) if "distcp" in name]) == 3
+
+
+def replicas(url: str, shared: bool) -> None:
+    """Two replicas of a tensor of two shards; they are equal, or a rank has changed its own."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    rank = dist.get_rank()
+    local = torch.full((3, 4), float(rank % 2 if shared else rank))
+    tensor = DTensor.from_local(local, mesh, (Replicate(), Shard(0)), run_check=False)
+    save_sharded({"w": tensor}, AzureBlobWriter(url, credential=KEY))
+
+
+def test_of_replicas_that_differ_the_first_is_saved_whole(ranks: Ranks, container: str) -> None:
+    wanted = torch.tensor([0.0] * 3 + [1.0] * 3)[:, None].expand(6, 4)
+    for shared in (True, False):
+        url = f"{container}/replicas-{shared}"
+        ranks(4).run(replicas, url, shared)
+        assert torch.equal(load_object(AzureBlobReader(url, credential=KEY))["w"], wanted)
+
+
 # ---- Two dimensions ------------------------------------------------------------------------------------------------
 
 
@@ -220,11 +271,11 @@ def load_two_dimensional(url: str) -> Any:
     net, optimizer = two_dimensional(2)
     states = States()
 
-    def places(value: dict[str, Any]) -> Any:
-        yield from states.module_places(value["net"], net)
-        yield from states.optimizer_places(value["optimizer"], net, optimizer)
+    def dtensors(value: dict[str, Any]) -> Any:
+        yield from states.module_dtensors(value["net"], net)
+        yield from states.optimizer_dtensors(value["optimizer"], net, optimizer)
 
-    value = load_sharded(AzureBlobReader(url, credential=KEY), CPU, places)
+    value = load_sharded(AzureBlobReader(url, credential=KEY), CPU, dtensors)
     placements = {name: tensor.placements for name, tensor in net.state_dict().items()}
     assert {name: tensor.placements for name, tensor in value["net"].items()} == placements
     assert isinstance(value["optimizer"]["state"][0]["exp_avg"], DTensor)
@@ -243,7 +294,7 @@ def test_fsdp_within_tensor_parallelism_is_stored_as_in_one_process(ranks: Ranks
 
 
 def load_whole_into_two_dimensions(url: str) -> Any:
-    """Not told of any places: each rank loads whole tensors, and cuts its shards out of them."""
+    """Without entries for DTensors: each rank loads whole tensors, and cuts its shards out of them."""
     net, optimizer = two_dimensional(2)
     value = load_sharded(AzureBlobReader(url, credential=KEY), CPU)
     assert not any(isinstance(tensor, DTensor) for tensor in value["net"].values())

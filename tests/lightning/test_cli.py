@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,7 @@ import pytest
 import torch
 
 from azure_torch_ckpt import CheckpointNotFoundError
-from tests.support.trainers import KEY, NAMESPACES, Namespace, data
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches"),
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
-    pytest.mark.filterwarnings("ignore:No seed found"),
-    pytest.mark.filterwarnings("ignore:(?s).*Jsonargparse"),
-    pytest.mark.filterwarnings("ignore:(?s).*deprecated in v4"),
-    pytest.mark.filterwarnings("ignore:(?s).*Unable to serialize instance"),
-]
-
-
-@pytest.fixture(params=NAMESPACES)
-def space(request: pytest.FixtureRequest) -> Namespace:
-    return Namespace(request.param)
+from tests.support.trainers import KEY, Namespace, data
 
 
 def model_of(space: Namespace) -> Any:
@@ -47,7 +30,7 @@ def model_of(space: Namespace) -> Any:
             return torch.optim.SGD(self.parameters(), 0.1)
 
         def train_dataloader(self) -> Any:
-            return data(0)
+            return data()
 
         test_dataloader = train_dataloader
 
@@ -56,7 +39,7 @@ def model_of(space: Namespace) -> Any:
 
 def run(space: Namespace, *args: str, **arguments: Any) -> Any:
     quiet = ["logger=false", "enable_progress_bar=false", "enable_model_summary=false", "accelerator=cpu"]
-    cli = importlib.import_module(f"azure_torch_ckpt.{space.name}.cli").AzureBlobLightningCLI
+    cli = space.module("cli").AzureBlobLightningCLI
     every = [f"--trainer.{argument}" for argument in quiet]
     return cli(model_of(space), args=[args[0], *every, *args[1:]], save_config_callback=None, **arguments)
 
