@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -24,10 +23,9 @@ from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, storage_info
-from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.reader import AzureBlobReader, SeenMetadata
 from azure_torch_ckpt.dcp.tensors.coverage import is_whole
 from azure_torch_ckpt.errors import (
-    AzureCheckpointError,
     BlobChangedError,
     BlobNotFoundError,
     CheckpointNotFoundError,
@@ -50,14 +48,6 @@ __all__ = ["AzureBlobHuggingFaceReader"]
 _FIRST_READ = 128 * 1024
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Opened:
-    """Travels in the load plans: the blob by which a rank has found the model's files, and its ETag."""
-
-    name: str
-    etag: str
-
-
 class AzureBlobHuggingFaceReader(AzureBlobReader):
     """Load a model from safetensors files under a URL, on any number of ranks and with any sharding.
 
@@ -72,7 +62,6 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
     Arguments and errors are those of `AzureBlobReader`.
     """
 
-    _opened: _Opened | None = None
     _etags: dict[str, str]
     _odd_dtypes: dict[str, str]  # by the names of tensors: dtypes that this torch does not have
 
@@ -90,18 +79,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
                     f"{name[:200]!r} of {self.checkpoint_id} has the dtype {self._odd_dtypes[name][:50]!r}, and torch "
                     f"{torch.__version__} has none for its shape. Use a newer torch, or load without this tensor"
                 )
-        return dataclasses.replace(plan, storage_data=self._opened)
-
-    @step
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Check that all ranks have read the same index.
-
-        Raises:
-            CheckpointReplacedError: the model was replaced after one rank read the index, and before another did.
-        """
-        if len({plan.storage_data for plan in plans}) > 1:
-            raise self._replaced()
-        return plans
+        return super().prepare_local_plan(plan)
 
     def _run(self, download: Download, reads: Iterable[Read]) -> None:
         wanted = list(reads)
@@ -124,16 +102,6 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         except (BlobChangedError, BlobNotFoundError) as error:
             raise self._replaced() from error
 
-    def _raise_if_replaced(self, error: AzureCheckpointError) -> None:
-        if self._opened is None:
-            return
-        try:
-            etag = self._store.stat(self._location.join(self._opened.name).path).etag
-        except BlobNotFoundError:
-            etag = ""
-        if etag != self._opened.etag:
-            raise self._replaced() from error
-
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None:
             raise CheckpointNotFoundError(f"A model at {self.checkpoint_id} has no metadata of a single rank")
@@ -151,14 +119,14 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         except BlobNotFoundError:
             pass
         else:
-            self._opened = _Opened(SINGLE, single.etag)
+            self._seen = SeenMetadata(SINGLE, single.etag)
             return ModelIndex({}, {}), [SINGLE]
         try:
             data, etag = self._store.read(self._location.join(INDEX).path, limit=INDEX_LIMIT)
         except BlobNotFoundError:
             files = self._files_without_index()
             return ModelIndex({}, {}), files
-        self._opened = _Opened(INDEX, etag)
+        self._seen = SeenMetadata(INDEX, etag)
         return parse_index(data, f"{self.checkpoint_id}/{INDEX}"), None
 
     def _files_without_index(self) -> list[str]:
@@ -172,7 +140,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             if named:
                 hint = f"There are {len(named)} files without it, of a save that did not finish. Load an older model"
             raise CheckpointNotFoundError(f"No model at {self.checkpoint_id}: {INDEX} is not there. {hint}")
-        self._opened = _Opened(files[0], named[files[0]].etag)
+        self._seen = SeenMetadata(files[0], named[files[0]].etag)
         return files
 
     def _headers(self, files: Iterable[str]) -> dict[str, dict[str, StoredTensor]]:
