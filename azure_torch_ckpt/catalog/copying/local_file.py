@@ -18,9 +18,9 @@ __all__ = ["LocalFile", "local_file_errors"]
 
 
 class LocalFile:
-    """A file that is written under a temporary name, as `BlobSink` writes a blob. Any threads may write ranges of it.
+    """A file that is written under a temporary name, as `BlobDestination` writes a blob.
 
-    Its folder is created with the first write.
+    Any thread may write ranges of it. Its folder is created with the first write.
 
     Raises:
         LocalFileError: from all methods, after an error of the operating system.
