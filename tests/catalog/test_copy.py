@@ -262,7 +262,7 @@ def test_between_accounts_the_service_reads_the_source_with_a_signature(
     save(f"{first}/a", 1)
     with caplog.at_level(logging.INFO, "azure_torch_ckpt"):
         assert copy(f"{first}/a", f"{second}/a", credential=key).blobs == 2
-    assert "goes through this machine" not in caplog.text  # so it was the service; Azurite checks the SAS across accounts
+    assert "goes through this machine" not in caplog.text  # Azurite checks the SAS across accounts
     assert_right(load(f"{second}/a"), 1)
 
 
