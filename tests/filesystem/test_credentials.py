@@ -187,7 +187,7 @@ def test_a_child_process_uses_the_filesystem_of_its_parent(container: str, metho
     here, there = context.Pipe()
     child = context.Process(target=_read_in_child, args=(fs, path, there))
     child.start()
-    assert here.poll(60)
+    assert here.poll(300)
     pid, content, exists = here.recv()
     child.join()
     assert pid != os.getpid() and content == b"a" and exists

@@ -321,7 +321,7 @@ def test_page_and_append_blobs_are_not_replaced(fs: AzureBlobFileSystem, contain
     for name in ("page", "log"):
         file = fs.open(azblob(f"{container}/{name}"), "wb")
         file.write(b"x")
-        with pytest.raises(RequestRefusedError, match="an append blob or a page blob"):
+        with pytest.raises(RequestRefusedError, match="append blob or a page blob"):
             file.close()
     assert fs.info(azblob(f"{container}/page"))["blob_type"] == "PageBlob"
 
