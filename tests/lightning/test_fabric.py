@@ -24,8 +24,6 @@ from tests.support.containers import KEY
 from tests.support.ranks import Ranks
 from tests.support.trainers import Namespace
 
-pytest_plugins = ("tests.support.ranks",)
-
 
 class Counter:
     """A user's object with a state."""

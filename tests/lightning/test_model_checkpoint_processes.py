@@ -20,8 +20,6 @@ from tests.support.alike import assert_alike
 from tests.support.ranks import Ranks
 from tests.support.trainers import Namespace, etags, names
 
-pytest_plugins = ("tests.support.ranks",)
-
 ROOT = Path(__file__).resolve().parents[2]
 TOP_2 = {"epoch=1-step=8.ckpt", "epoch=3-step=16.ckpt", "last.ckpt"}
 

@@ -29,8 +29,6 @@ from tests.support.alike import assert_alike
 from tests.support.containers import KEY
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 
 def loaded(url: str) -> Any:
     return load_object(AzureBlobReader(url, credential=KEY), weights_only=False)

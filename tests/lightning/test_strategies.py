@@ -21,8 +21,6 @@ from tests.support.alike import assert_alike
 from tests.support.containers import KEY
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 WHOLE_ON_RANK_0 = {"fsdp2": ("save_distributed_checkpoint", False), "fsdp": ("state_dict_type", "full")}
 
 

@@ -23,8 +23,6 @@ from tests.support.alike import assert_alike, through_codec, through_torch
 from tests.support.containers import KEY
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 # What the objects below saw of their tensors while they were rebuilt.
 SEEN: list[tuple[tuple[int, ...], float]] = []
 
