@@ -18,12 +18,11 @@ from azure_torch_ckpt.objects.states import States
 
 from .checkpoint_io import AzureBlobCheckpointIO, blob_location, required_checkpoint_io
 from .stock import (
+    PLUGIN_ATTRIBUTE,
     CheckpointIO,
     WrappingCheckpointIO,
     default_weights_only,
     fsdp_arguments,
-    given_checkpoint_io,
-    set_checkpoint_io,
 )
 
 __all__ = ["BlobStrategy", "give_mesh", "is_sharded_path"]
@@ -43,7 +42,7 @@ class BlobStrategy:
     @property
     def checkpoint_io(self) -> CheckpointIO:
         """The plugin, which has the credential; by default an `AzureBlobCheckpointIO` without arguments."""
-        plugin = given_checkpoint_io(self)
+        plugin: CheckpointIO | None = getattr(self, PLUGIN_ATTRIBUTE)
         if plugin is None:
             self.checkpoint_io = plugin = AzureBlobCheckpointIO()
         elif isinstance(plugin, WrappingCheckpointIO) and plugin.checkpoint_io is None:
@@ -52,7 +51,7 @@ class BlobStrategy:
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
-        set_checkpoint_io(self, io)
+        setattr(self, PLUGIN_ATTRIBUTE, io)
 
     def _save_sharded(self, checkpoint: Any, path: str | Path, storage_options: Any) -> None:
         """Save a part on each rank; return when the checkpoint is complete, with ``async_save`` as well.

@@ -1,4 +1,4 @@
-"""Every name of Lightning that this package uses from outside of its public modules, and every private one.
+"""Every private name of Lightning that this package uses, with the reason why no public one does; and its classes.
 
 Lightning comes as two distributions with the same classes twice: ``lightning`` (``lightning.pytorch``,
 ``lightning.fabric``) and ``pytorch_lightning`` (with ``lightning_fabric``). A Trainer only takes plugins, callbacks and
@@ -6,12 +6,12 @@ strategies of its own distribution. So there are two packages here as well, ``az
 ``azure_torch_ckpt.pytorch_lightning``, which share these files; each has its own `namespace`. The modules of this
 folder therefore
 
-- get Lightning from `namespace` and `stock`, and never import it themselves;
+- get Lightning from here, and only `namespace` imports it;
 - import each other relatively (``from .checkpoint_io import ...``), so that each package gets its own modules;
 - leave to ``objects/`` what does not depend on Lightning, and every class that a pickle in a checkpoint may name.
 
-Only this file uses private names of Lightning, except for the methods in `OVERRIDES`. Lightning may change private
-names in any version: tests/lightning/test_stock.py fails when one is gone.
+Other files have private names of Lightning only to override the methods in `OVERRIDES`. A version of Lightning may
+change private names: tests/lightning/test_stock.py fails when one is gone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .namespace import ddp, fabric_plugins, fsdp, model_parallel, parallel, pyto
 __all__ = [
     "LOAD_TAKES_WEIGHTS_ONLY",
     "OVERRIDES",
+    "PLUGIN_ATTRIBUTE",
     "AsyncCheckpointIO",
     "CheckpointIO",
     "FabricDDPStrategy",
@@ -34,11 +35,9 @@ __all__ = [
     "WrappingCheckpointIO",
     "default_weights_only",
     "fsdp_arguments",
-    "given_checkpoint_io",
     "pytorch",
     "save_on_exception",
     "saves_shards",
-    "set_checkpoint_io",
     "uploads_checkpoints",
     "weights_only_argument",
 ]
@@ -55,14 +54,17 @@ FabricParallelStrategy = parallel.ParallelStrategy
 WrappingCheckpointIO = wrapper._WrappingCheckpointIO
 
 OVERRIDES = {
-    # What it decides by local paths, we decide by URLs. Only this method knows which checkpoint is to go.
+    # It compares local paths, and no public hook decides which checkpoint to remove.
     "_should_remove_checkpoint": pytorch.callbacks.ModelCheckpoint,
     # The Trainer calls it for ckpt_path="last" before any public hook.
     "_find_last_checkpoints": pytorch.callbacks.ModelCheckpoint,
     # New in 2.6. LightningCLI calls it between parsing and making the model, where there is no public hook.
     "_parse_ckpt_path": "LightningCLI",
 }
-"""The private methods that our classes override, by the class that calls them."""
+"""The private methods that our classes override, and the classes that have them."""
+
+# The property `checkpoint_io` of a strategy, which ours override, would replace None by a plugin for local files.
+PLUGIN_ATTRIBUTE = "_checkpoint_io"
 
 LOAD_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
 """From Lightning 2.6 on ``load_checkpoint`` has this argument, with torch's default; before, it unpickles all."""
@@ -87,21 +89,10 @@ def uploads_checkpoints(logger: pytorch.loggers.Logger) -> bool:
     return any(getattr(logger, name, False) for name in ("_log_model", "_log_model_checkpoints"))
 
 
-def given_checkpoint_io(strategy: Any) -> CheckpointIO | None:
-    """The plugin that a strategy was given. The public property would replace None by a plugin for local files."""
-    given: CheckpointIO | None = strategy._checkpoint_io
-    return given
-
-
-def set_checkpoint_io(strategy: Any, plugin: CheckpointIO) -> None:
-    """Give a strategy its plugin. Our strategies override the public property that does it."""
-    strategy._checkpoint_io = plugin
-
-
 def saves_shards(strategy: Any) -> bool:
     """Whether each rank saves its part of a model; otherwise the state is assembled on rank 0.
 
-    The strategies for sharded models keep the argument that says it, and have no public attribute for it.
+    The strategies for sharded models take an argument for that, and have no public attribute with its value.
     """
     if isinstance(strategy, (pytorch.strategies.FSDPStrategy, FabricFSDPStrategy)):
         return bool(strategy._state_dict_type == "sharded")
@@ -119,7 +110,7 @@ def fsdp_arguments(strategy: Any) -> dict[str, Any]:
 def save_on_exception(callback: pytorch.callbacks.ModelCheckpoint, trainer: pytorch.Trainer) -> str | None:
     """Save as ``ModelCheckpoint.on_exception`` does, which is new in 2.6, but under a name that is free.
 
-    Lightning's own method does not ask whether the name is taken, and does it all in one go.
+    Lightning's method does not check whether the name is free, and has no public parts that could be replaced.
 
     Returns:
         The path of the checkpoint; None if there is nothing to save.

@@ -16,9 +16,9 @@ from tests.support.trainers import Namespace, model_class, names
 
 
 def run(space: Namespace, *args: str, **arguments: Any) -> Any:
-    quiet = ["logger=false", "enable_progress_bar=false", "enable_model_summary=false", "accelerator=cpu"]
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    every = ["--trainer.accelerator=cpu", *(f"--trainer.{name}=false" for name in off)]
     cli = space.module("cli").AzureBlobLightningCLI
-    every = [f"--trainer.{argument}" for argument in quiet]
     return cli(model_class(space.name), args=[args[0], *every, *args[1:]], save_config_callback=None, **arguments)
 
 
