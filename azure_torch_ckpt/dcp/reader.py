@@ -18,7 +18,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.download import Download, Read
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import BaseStorage, step
-from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.blob_names import metadata_name, metadata_rank
 from azure_torch_ckpt.dcp.items import ItemReader, run_reads
 from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata, replaced_error
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
@@ -35,12 +35,12 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import ProgressOption
 
-__all__ = ["AzureBlobReader"]
+__all__ = ["AzureBlobReader", "SeenMetadata"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Seen:
-    """Travels in the load plans: which metadata a rank has read."""
+class SeenMetadata:
+    """Travels in the load plans: the name and the ETag of the metadata blob that a rank has read."""
 
     name: str
     etag: str
@@ -85,7 +85,7 @@ class AzureBlobReader(BaseStorage, StorageReader):
     ) -> None:
         super().__init__(url, Access(credential, options, ca_file), TransferReport("load", progress))
         self._metadata = Metadata({}, storage_data={})
-        self._seen: _Seen | None = None
+        self._seen: SeenMetadata | None = None
         self._why_no_metadata: AzureCheckpointError | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -148,9 +148,9 @@ class AzureBlobReader(BaseStorage, StorageReader):
             CheckpointReplacedError: the checkpoint was replaced after one rank had read the metadata, and before
                 another had.
         """
-        seen = {plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)}
+        seen = {plan.storage_data for plan in plans if isinstance(plan.storage_data, SeenMetadata)}
         # Ranks of which only some have read their own metadata would wait for each other in different collectives.
-        if len(seen) > 1 and any(one.name == metadata_name() for one in seen):
+        if len(seen) > 1 and any(metadata_rank(one.name) is None for one in seen):
             raise self._replaced()
         return plans
 
@@ -182,7 +182,7 @@ class AzureBlobReader(BaseStorage, StorageReader):
         missing = find_uncovered(plan, planner, self._metadata)
         if missing is None:
             return
-        if self._seen is not None and self._seen.name != metadata_name():
+        if self._seen is not None and metadata_rank(self._seen.name) is not None:
             raise UnsupportedCheckpointError(
                 f"{self.checkpoint_id} was saved with use_collectives=False, each rank for itself, and "
                 f"{self._seen.name} has not all of {missing!r} that this rank wants. Load it on as many ranks as saved "
@@ -214,7 +214,7 @@ class AzureBlobReader(BaseStorage, StorageReader):
         meta = metadata.storage_meta or StorageMeta()
         meta.load_id = str(uuid.uuid4())
         metadata.storage_meta = meta
-        self._seen = _Seen(name, opened[0].stored.etag)
+        self._seen = SeenMetadata(name, opened[0].stored.etag)
         return metadata
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -24,10 +23,9 @@ from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, storage_info
-from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.reader import AzureBlobReader, SeenMetadata
 from azure_torch_ckpt.dcp.tensors.coverage import is_whole
 from azure_torch_ckpt.errors import (
-    AzureCheckpointError,
     BlobChangedError,
     BlobNotFoundError,
     CheckpointNotFoundError,
@@ -50,14 +48,6 @@ __all__ = ["AzureBlobHuggingFaceReader"]
 _FIRST_READ = 128 * 1024
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Opened:
-    """Travels in the load plans: the blob by which a rank has found the model's files, and its ETag."""
-
-    name: str
-    etag: str
-
-
 class AzureBlobHuggingFaceReader(AzureBlobReader):
     """Load a model from safetensors files under a URL, on any number of ranks and with any sharding.
 
@@ -72,7 +62,6 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
     Arguments and errors are those of `AzureBlobReader`.
     """
 
-    _opened: _Opened | None = None
     _etags: dict[str, str]
     _odd_dtypes: dict[str, str]  # by the names of tensors: dtypes that this torch does not have
 
@@ -90,18 +79,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
                     f"{name[:200]!r} of {self.checkpoint_id} has the dtype {self._odd_dtypes[name][:50]!r}, and torch "
                     f"{torch.__version__} has none for its shape. Use a newer torch, or load without this tensor"
                 )
-        return dataclasses.replace(plan, storage_data=self._opened)
-
-    @step
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Check that all ranks have read the same index.
-
-        Raises:
-            CheckpointReplacedError: the model was replaced after one rank read the index, and before another did.
-        """
-        if len({plan.storage_data for plan in plans}) > 1:
-            raise self._replaced()
-        return plans
+        return super().prepare_local_plan(plan)
 
     def _run(self, download: Download, reads: Iterable[Read]) -> None:
         wanted = list(reads)
@@ -124,16 +102,6 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         except (BlobChangedError, BlobNotFoundError) as error:
             raise self._replaced() from error
 
-    def _raise_if_replaced(self, error: AzureCheckpointError) -> None:
-        if self._opened is None:
-            return
-        try:
-            etag = self._store.stat(self._location.join(self._opened.name).path).etag
-        except BlobNotFoundError:
-            etag = ""
-        if etag != self._opened.etag:
-            raise self._replaced() from error
-
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None:
             raise CheckpointNotFoundError(f"A model at {self.checkpoint_id} has no metadata of a single rank")
@@ -151,14 +119,14 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         except BlobNotFoundError:
             pass
         else:
-            self._opened = _Opened(SINGLE, single.etag)
+            self._seen = SeenMetadata(SINGLE, single.etag)
             return ModelIndex({}, {}), [SINGLE]
         try:
             data, etag = self._store.read(self._location.join(INDEX).path, limit=INDEX_LIMIT)
         except BlobNotFoundError:
             files = self._files_without_index()
             return ModelIndex({}, {}), files
-        self._opened = _Opened(INDEX, etag)
+        self._seen = SeenMetadata(INDEX, etag)
         return parse_index(data, f"{self.checkpoint_id}/{INDEX}"), None
 
     def _files_without_index(self) -> list[str]:
@@ -172,7 +140,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             if named:
                 hint = f"There are {len(named)} files without it, of a save that did not finish. Load an older model"
             raise CheckpointNotFoundError(f"No model at {self.checkpoint_id}: {INDEX} is not there. {hint}")
-        self._opened = _Opened(files[0], named[files[0]].etag)
+        self._seen = SeenMetadata(files[0], named[files[0]].etag)
         return files
 
     def _headers(self, files: Iterable[str]) -> dict[str, dict[str, StoredTensor]]:
@@ -209,7 +177,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             if is_indexed
             else [(name, file) for file, tensors in headers.items() for name in tensors]
         )
-        parts: dict[str, list[tuple[str, StoredTensor]]] = {}
+        chunks: dict[str, list[tuple[str, StoredTensor]]] = {}
         for name, file in wanted:
             stored = headers[file].get(name)
             if stored is None:
@@ -217,18 +185,18 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
                     f"The index of {self.checkpoint_id} has {name[:200]!r} in {file}, but that file does not have it. "
                     "The file is damaged, or of another save; use another checkpoint"
                 )
-            parts.setdefault(name, []).append((file, stored))
+            chunks.setdefault(name, []).append((file, stored))
         tensors: dict[str, Any] = {}
         storage: dict[MetadataIndex, Any] = {}
-        for name, found in parts.items():
-            tensors[name] = self._tensor(name, [stored for _, stored in found])
-            for file, stored in found:
+        for name, in_files in chunks.items():
+            tensors[name] = self._tensor(name, [stored for _, stored in in_files])
+            for file, stored in in_files:
                 storage[MetadataIndex(name, torch.Size(stored.at))] = storage_info(
                     file,
                     stored.offset,
                     stored.length,
                     payload_offset=None if stored.dtype is None else 0,
-                    crc64=index.crc64.get(name) if len(found) == 1 else None,
+                    crc64=index.crc64.get(name) if len(in_files) == 1 else None,
                 )
         return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(checkpoint_id=self.checkpoint_id))
 
@@ -237,7 +205,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         if first.dtype is None:
             self._odd_dtypes[name] = first.dtype_name
         if any((one.dtype_name, len(one.shape)) != (first.dtype_name, len(first.shape)) for one in stored):
-            raise CorruptCheckpointError(f"{self.checkpoint_id} has parts of {name[:200]!r} that do not fit together")
+            raise CorruptCheckpointError(f"{self.checkpoint_id} has chunks of {name[:200]!r} that do not fit together")
         ends = [[start + size for start, size in zip(one.at, one.shape, strict=True)] for one in stored]
         shape = torch.Size([max(column) for column in zip(*ends, strict=True)])
         chunks = [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored]

@@ -43,7 +43,6 @@ from tests.support.sharded import GLOBAL, expected, rows, writer
 from tests.support.states import COPIED, DTYPES, assert_same, fill
 from tests.support.without_collectives import save_without_collectives
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support"),

@@ -22,17 +22,13 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import consolidate
-from azure_torch_ckpt.emulator import Azurite
 from tests.support import sharded
+from tests.support.containers import KEY, content, put
 from tests.support.ranks import Ranks
 
 pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
-
-KEY = Azurite.account_key
 
 
 # Saved by each rank for itself
@@ -125,12 +121,10 @@ class Renaming(dcp.DefaultLoadPlanner):
 
 
 def damage(url: str, key: str, change: Callable[[Any], None]) -> None:
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    path = location.join(".metadata").path
-    metadata: Metadata = pickle.loads(store.read(path, limit=1_000_000)[0])
+    path = BlobLocation.parse(url).join(".metadata").path
+    metadata: Metadata = pickle.loads(content(url, path))
     change(metadata.state_dict_metadata[key])
-    store.put(path, pickle.dumps(metadata))
+    put(url, path, pickle.dumps(metadata))
 
 
 def larger(entry: Any) -> None:

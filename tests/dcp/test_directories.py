@@ -26,16 +26,13 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import copy, latest, list_checkpoints
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import CheckpointNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Gather
-from tests.blobs.stores import KEY
 from tests.faults.tally import Tally
+from tests.support.containers import KEY, put, store_of
 from tests.support.faults import Cut
 from tests.support.hierarchical import HierarchicalAccount
 from tests.support.proxy import FaultProxy
@@ -105,7 +102,7 @@ def test_no_directory_is_left_where_one_request_is_lost(
 def test_prune_leaves_no_directory(directories: str, hierarchical: HierarchicalAccount) -> None:
     for step in (1, 2, 3):
         save(f"{directories}/run/step-{step}", step)
-    store = BlobStore(BlobLocation.parse(directories), Access(KEY))
+    store = store_of(directories)
     store.put(f"run/step-0/{'0' * 32}/__0_0.distcp", b"of a save that failed")
     store.put(f"run/step-3/{'1' * 32}/__0_0.distcp", b"of a save that failed")
     report = prune(f"{directories}/run", keep_last=1, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
@@ -119,7 +116,7 @@ def test_prune_removes_the_directories_of_saves_that_stored_nothing(
 ) -> None:
     """A block makes its blob's directory, and if the save is killed then, nothing else does."""
     save(f"{directories}/run/step-1", 1)
-    store = BlobStore(BlobLocation.parse(directories), Access(KEY))
+    store = store_of(directories)
     for folder in (f"run/step-1/{'0' * 32}", f"run/step-2/{'1' * 32}"):
         store.stage_block(f"{folder}/__0_0.distcp", "0001", Gather([memoryview(b"data")]))
     store.put("run/notes/x", b"")
@@ -137,7 +134,7 @@ def test_prune_removes_the_directories_of_saves_that_stored_nothing(
 def test_a_directory_that_somebody_else_uses_stays(directories: str, hierarchical: HierarchicalAccount) -> None:
     url = f"{directories}/run/step-1"
     save(url, 1)
-    BlobStore(BlobLocation.parse(url), Access(KEY)).put("run/step-1/notes.txt", b"kept")
+    put(url, "run/step-1/notes.txt", b"kept")
     remove_checkpoint(url, credential=KEY)
     assert names(hierarchical, url) == ["run/", "run/step-1/", "run/step-1/notes.txt"]
 
@@ -265,13 +262,13 @@ def test_the_catalog(directories: str, hierarchical: HierarchicalAccount, tmp_pa
 
 
 def test_the_url_of_a_blob_is_that_of_no_checkpoint(directories: str) -> None:
-    BlobStore(BlobLocation.parse(directories), Access(KEY)).put("run/file.ckpt", b"of another tool")
+    put(directories, "run/file.ckpt", b"of another tool")
     with pytest.raises(CheckpointNotFoundError):
         verify(f"{directories}/run/file.ckpt", credential=KEY)
     with pytest.raises(CheckpointNotFoundError):
         remove_checkpoint(f"{directories}/run/file.ckpt", credential=KEY)
     with pytest.raises(RequestRefusedError):
-        BlobStore(BlobLocation.parse(directories), Access(KEY)).put("run/file.ckpt/.metadata", b"")
+        put(directories, "run/file.ckpt/.metadata", b"")
 
 
 def test_ranks_with_metadata_of_their_own(directories: str, hierarchical: HierarchicalAccount) -> None:
@@ -311,8 +308,8 @@ def test_lightning(directories: str, hierarchical: HierarchicalAccount, tmp_path
     from azure_torch_ckpt.lightning import AzureBlobCheckpointIO, AzureBlobModelCheckpoint
 
     folder = f"{directories}/ckpts"
-    BlobStore(BlobLocation.parse(directories), Access(KEY)).put("ckpts/old/x", b"")
-    BlobStore(BlobLocation.parse(directories), Access(KEY)).delete("ckpts/old/x")
+    put(directories, "ckpts/old/x", b"")
+    store_of(directories).delete("ckpts/old/x")
 
     def fit(epochs: int, path: str | None) -> Trainer:
         trainer = Trainer(

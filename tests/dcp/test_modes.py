@@ -14,11 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from azure_torch_ckpt import BlobLocation, CheckpointExistsError
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt import CheckpointExistsError
 from tests.support import sharded
-from tests.support.containers import KEY
+from tests.support.containers import contents
 from tests.support.ranks import Ranks
 
 pytest_plugins = ("tests.support.ranks",)
@@ -30,12 +28,10 @@ def metadata_of(url: str) -> Metadata:
 
 def write_down(url: str, folder: Path) -> None:
     """Copy a checkpoint to the disk as its blobs lie in the container."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    for name in sharded.blobs(url):
+    for name, data in contents(url).items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(store.read(location.join(name).path, limit=1 << 30)[0])
+        file.write_bytes(data)
 
 
 # ---- One writer, many saves ----------------------------------------------------------------------------------------

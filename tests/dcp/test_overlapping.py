@@ -20,16 +20,12 @@ from azure_torch_ckpt import (
     AzureBlobHuggingFaceWriter,
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CommitConflictError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.emulator import Azurite
+from tests.support.containers import KEY, blob_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
-KEY = Azurite.account_key
 SECONDS = 60.0
 
 PAIRS = pytest.mark.parametrize(
@@ -47,11 +43,6 @@ def loaded(reader: AzureBlobReader, **arguments: Any) -> list[float]:
     target = state(-1)
     dcp.load(target, storage_reader=reader, **arguments)
     return [value for tensor in target.values() for value in tensor.unique().tolist()]
-
-
-def blobs(url: str) -> set[str]:
-    location = BlobLocation.parse(url)
-    return {blob.path for blob in BlobStore(location, Access(KEY)).list(location.path + "/")}
 
 
 class Stops:
@@ -120,7 +111,7 @@ def test_a_save_that_begins_before_the_last_one_is_done(container: str, writes: 
     first.result(SECONDS)
     for slot, value in ("a", 1), ("b", 2):
         assert loaded(reads(f"{container}/{slot}", credential=KEY)) == [value, value + 0.5]
-        assert len(blobs(f"{container}/{slot}")) == 2  # nothing of the replaced ones is left
+        assert len(blob_names(f"{container}/{slot}")) == 2  # nothing of the replaced ones is left
 
 
 @PAIRS
@@ -150,7 +141,7 @@ def test_of_two_saves_to_one_url_one_wins_and_the_other_is_told(container: str, 
     assert isinstance(error, CheckpointException)
     assert isinstance(error.failures[0][0], CommitConflictError)
     assert loaded(reads(url, credential=KEY)) == [2, 2.5]
-    assert len(blobs(url)) == 2
+    assert len(blob_names(url)) == 2
 
 
 class Broken(dcp.DefaultSavePlanner):
@@ -195,7 +186,7 @@ def test_a_writer_is_free_after_a_save_that_torch_broke_off(
         assert loaded(reads(f"{container}/a", credential=KEY)) == [value, value + 0.5]
         dcp.save(state(value + 10), storage_writer=writer)
         assert loaded(reads(f"{container}/a", credential=KEY)) == [value + 10, value + 10.5]
-        assert len(blobs(f"{container}/a")) == 2
+        assert len(blob_names(f"{container}/a")) == 2
 
 
 class LosesItsResults(AzureBlobWriter):
@@ -224,14 +215,14 @@ def test_what_a_broken_save_left_is_removed_by_the_next(container: str, threads:
             thread.start()
             thread.join(SECONDS)
             raise future[0]
-    (left,) = blobs(url)
+    (left,) = blob_names(url)
     for thread in threading.enumerate():
         if thread.name.startswith("AsyncCheckpointExecutor"):
             thread.join(SECONDS)
     writer.lose = False
     dcp.save(state(2), storage_writer=writer)
-    assert left not in blobs(url)
-    assert len(blobs(url)) == 2
+    assert left not in blob_names(url)
+    assert len(blob_names(url)) == 2
 
 
 @PAIRS

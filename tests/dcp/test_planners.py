@@ -19,16 +19,13 @@ from azure_torch_ckpt import (
     BlobLocation,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, takes_any_order
-from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.objects.dedup_planner import DedupSavePlanner
+from tests.support.containers import KEY, put
 from tests.support.states import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
-KEY = Azurite.account_key
 SMALL = TransferOptions(block_size=64 * 1024, concurrency=4, memory_budget=1024 * 1024)
 LAYOUTS = pytest.mark.parametrize("layout", ["dcp", "hf", "torch's"])
 
@@ -38,7 +35,7 @@ def write(url: str, layout: str, folder: Path, state: dict[str, Any], planner: d
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
         location = BlobLocation.parse(url)
         for file in folder.iterdir():
-            BlobStore(location, Access(KEY)).put(location.join(file.name).path, file.read_bytes())
+            put(url, location.join(file.name).path, file.read_bytes())
     else:
         kind = AzureBlobHuggingFaceWriter if layout == "hf" else AzureBlobWriter
         dcp.save(state, storage_writer=kind(url, credential=KEY, options=SMALL), planner=planner)

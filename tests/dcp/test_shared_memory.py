@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,17 @@ from azure_torch_ckpt import (
     AzureBlobHuggingFaceWriter,
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     CheckpointError,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.tensors.overlaps import find_overlaps
-from azure_torch_ckpt.emulator import Azurite
+from tests.support.containers import KEY, put
 from tests.support.faults import Call, Exchange, Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.states import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
-KEY = Azurite.account_key
 # Many requests in flight, in whatever order they are answered.
 SMALL = TransferOptions(block_size=4096, concurrency=8, memory_budget=1024 * 1024)
 ROWS, COLUMNS = 120, 50
@@ -125,9 +120,8 @@ def test_what_stays_is_what_torch_leaves(container: str, tmp_path: Path, layout:
     url = f"{container}/run"
     reader: AzureBlobReader
     if layout == "torch's":
-        store = BlobStore(BlobLocation.parse(url), Access(KEY))
         for file in tmp_path.iterdir():
-            store.put(f"run/{os.fspath(file.name)}", file.read_bytes())
+            put(url, f"run/{file.name}", file.read_bytes())
     else:
         writer = (AzureBlobWriter if layout == "dcp" else AzureBlobHuggingFaceWriter)(url, credential=KEY)
         dcp.save(values, storage_writer=writer)

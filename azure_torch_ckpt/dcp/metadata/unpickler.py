@@ -74,12 +74,7 @@ def unpickle(data: bytes, where: str) -> object:
 
 
 class MetadataUnpickler:
-    """Runs one pickle.
-
-    Args:
-        data: a whole pickle.
-        where: names the blob in messages.
-        fast: whether the fast path may take entries at once. Without it, every opcode goes through `HANDLERS`.
+    """Runs one pickle; arguments as for `unpickle`. Without `fast`, every opcode goes through the machine.
 
     Attributes:
         memo: what the pickle has memoized.
@@ -104,10 +99,7 @@ class MetadataUnpickler:
         self._met_foreign = False
 
     def run(self) -> object:
-        """Make the object that the pickle describes, with stand-ins for what is foreign.
-
-        Raises: as `unpickle`.
-        """
+        """Make the object that the pickle describes, with stand-ins for what is foreign; errors as of `unpickle`."""
         data, stack, marks, memo = self._data, self._stack, self._marks, self.memo
         if len(data) < 2 or data[0] != pickle.PROTO[0]:
             self._refusals.corrupt(0, "it is not a pickle of protocol 2 or later")

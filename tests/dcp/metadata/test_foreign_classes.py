@@ -35,7 +35,6 @@ from torch.distributed.checkpoint.planner import SavePlan
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, UnsafeMetadataError, catalog, verify
 from azure_torch_ckpt._internal.torch_private import StorageInfo
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, dump_metadata, load_metadata
-from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,
@@ -43,10 +42,10 @@ from azure_torch_ckpt.errors import (
     UnsupportedCheckpointError,
 )
 from tests.dcp.metadata.pickles import WHERE, call, named, program, small_metadata, states_set_one_by_one, text
+from tests.support.containers import KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
-KEY = Azurite.account_key
 Change = Callable[[Metadata, list[SavePlan]], Any]
 
 

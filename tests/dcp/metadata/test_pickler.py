@@ -21,17 +21,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.dcp.metadata.pickler import pickle_metadata
 from azure_torch_ckpt.dcp.metadata.schema import load_metadata
-from azure_torch_ckpt.emulator import Azurite
 from tests.dcp.metadata.pickles import WHERE, assert_fast_path_changes_nothing, states_set_one_by_one
+from tests.support.containers import KEY, content
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
-KEY = Azurite.account_key
 HAS_STRIDES = hasattr(TensorProperties, "strides")
 
 
@@ -93,7 +90,7 @@ def metadata_of(strides: list[tuple[int, ...] | None], sizes: list[tuple[int, ..
 def test_torch_of_any_version_reads_what_newest_torch_saves(newest: pytest.MonkeyPatch, container: str) -> None:
     plain = {key: tensors()[key] for key in ("matrix", "scalar", "empty", "ones")}
     dcp.save(plain, storage_writer=AzureBlobWriter(f"{container}/run", credential=KEY))
-    data, _ = BlobStore(BlobLocation.parse(container), Access(KEY)).read("run/.metadata", limit=1 << 20)
+    data = content(container, "run/.metadata")
     assert states_of_properties(data) == [5] * 4
     newest.undo()
     assert pickle.loads(data).state_dict_metadata.keys() == plain.keys()  # as torch's own readers do
@@ -105,7 +102,7 @@ def test_torch_of_any_version_reads_what_newest_torch_saves(newest: pytest.Monke
 
 def test_strides_that_do_not_follow_from_the_size_are_kept(newest: pytest.MonkeyPatch, container: str) -> None:
     dcp.save(tensors(), storage_writer=AzureBlobWriter(f"{container}/run", credential=KEY))
-    data, _ = BlobStore(BlobLocation.parse(container), Access(KEY)).read("run/.metadata", limit=1 << 20)
+    data = content(container, "run/.metadata")
     assert states_of_properties(data) == [5, 5, 5, 5, 6, 6, 6]
     newest.undo()
     loaded = {key: torch.zeros(value.shape) for key, value in tensors().items()}
