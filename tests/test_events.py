@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
@@ -38,7 +37,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
 from tests.support import sharded
-from tests.support.containers import store_of
+from tests.support.containers import container_sas, store_of
 from tests.support.faults import Answer, Call
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
@@ -237,10 +236,7 @@ def test_a_removed_listener_hears_nothing(container: str) -> None:
 
 
 def test_no_event_has_a_secret(container: str) -> None:
-    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
-    name = container.rpartition("/")[2]
-    allowed = ContainerSasPermissions(read=True, write=True, list=True, delete=True)
-    sas = generate_container_sas(Azurite.account_name, name, account_key=KEY, permission=allowed, expiry=end)
+    sas = container_sas(container, "rwdl")
     heard: list[TransferEvent] = []
     with listening(heard.append):
         dcp.save(state(), storage_writer=AzureBlobWriter(f"{container}/run?{sas}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import re
@@ -15,13 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from azure.storage.blob import generate_container_sas
 
 from azure_torch_ckpt import (
     AccessDeniedError,
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     BlobNotFoundError,
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -35,7 +32,7 @@ from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
-from tests.support.containers import content, paths_below, put, store_of
+from tests.support.containers import container_sas, content, paths_below, put, store_of
 from tests.support.faults import Answer, Call, Kill
 from tests.support.mixed_checkpoint import KEY, assert_right, flip_in_storage, item_of, load, save
 from tests.support.planted import plant
@@ -202,14 +199,8 @@ def test_a_sas_in_each_url_suffices_and_stays_secret(
     container: str, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(f"{container}/run/step-1", 1)
-    place = BlobLocation.parse(container)
-
-    def sas(of: str, permission: str) -> str:
-        expiry = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
-        name = BlobLocation.parse(of).container
-        return generate_container_sas(place.account, name, account_key=KEY, permission=permission, expiry=expiry)
-
-    source, target = f"{container}/run?{sas(container, 'rl')}", f"{other}/run?{sas(other, 'rwdl')}"
+    source = f"{container}/run?{container_sas(container, 'rl')}"
+    target = f"{other}/run?{container_sas(other, 'rwdl')}"
     with caplog.at_level(logging.DEBUG, "azure_torch_ckpt"):
         report = copy(source, target, credential=False)
         [entry] = list_checkpoints(target, credential=False)

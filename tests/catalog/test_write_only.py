@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from azure.core.credentials import AzureSasCredential
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AccessDeniedError, CheckpointExistsError
 from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import cli
-from tests.support.containers import content
+from tests.support.containers import container_sas, content
 from tests.support.mixed_checkpoint import KEY, assert_right, load, save
 from tests.support.put_block_from_url import FromUrlServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
-def signature(url: str, allowed: str) -> str:
-    return generate_container_sas(
-        Azurite.account_name,
-        url.rpartition("/")[2],
-        account_key=KEY,
-        permission=ContainerSasPermissions.from_string(allowed),
-        expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1),
-    )
-
-
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_consolidate(container: str, other: str, suffix: str) -> None:
     save(f"{container}/a", 1)
-    credential = AzureSasCredential(signature(other, "w"))
+    credential = AzureSasCredential(container_sas(other, "w"))
     to = f"{other}/m.{suffix}"
     report = consolidate(f"{container}/a", to, credential=KEY, dst_credential=credential)
     assert report.bytes == len(content(other, f"m.{suffix}"))
@@ -47,7 +35,7 @@ def test_consolidate(container: str, other: str, suffix: str) -> None:
 
 def test_the_command(container: str, other: str, tmp_path: Path) -> None:
     save(f"{container}/a", 1)
-    sas = signature(other, "w")
+    sas = container_sas(other, "w")
     done = cli("consolidate", f"{container}/a", f"{other}/m.pt", "--target-sas", sas)
     assert (done.code, done.err) == (0, "")
     (tmp_path / "m.pt").write_bytes(content(other, "m.pt"))
@@ -65,7 +53,7 @@ def test_copy(container: str, other: str, tmp_path: Path, source: str) -> None:
     if source == "disk":
         copy(place, tmp_path, credential=KEY)
         place = tmp_path
-    credential = AzureSasCredential(signature(other, "w"))
+    credential = AzureSasCredential(container_sas(other, "w"))
     copy(place, f"{other}/run", credential=KEY, dst_credential=credential)
     assert_right(load(f"{other}/run/a"), 1)
     assert_right(load(f"{other}/run/b"), 2)
@@ -77,7 +65,7 @@ def test_copy(container: str, other: str, tmp_path: Path, source: str) -> None:
 
 def test_what_the_service_copies_is_still_compared(azurite: Azurite, container: str, other: str) -> None:
     save(f"{container}/a", 1)
-    credential = AzureSasCredential(signature(other, "w"))
+    credential = AzureSasCredential(container_sas(other, "w"))
     with FromUrlServer(azurite) as server:
         source, target = (f"{server.endpoint}/{url.rpartition('/')[2]}" for url in (container, other))
         copy(f"{source}/a", f"{target}/a", credential=KEY, dst_credential=credential)
@@ -85,7 +73,7 @@ def test_what_the_service_copies_is_still_compared(azurite: Azurite, container: 
         server.read.clear()
         copy(f"{source}/a", f"{target}/b", credential=KEY, dst_credential=credential, verify=False)
         assert not [path for path in server.read if path.endswith(".distcp")]
-        credential = AzureSasCredential(signature(other, "wl"))
+        credential = AzureSasCredential(container_sas(other, "wl"))
         with pytest.raises(AccessDeniedError, match="pass verify=False"):
             copy(f"{source}/a", f"{target}/c", credential=KEY, dst_credential=credential)
     assert_right(load(f"{other}/a"), 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import os
 import signal
 import socket
@@ -13,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AzureBlobWriter
 from azure_torch_ckpt.cli import app, exit_codes
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import Done, cli, cli_on_terminal, running
-from tests.support.containers import put
+from tests.support.containers import container_sas, put
 from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 
@@ -33,14 +31,6 @@ EMULATOR = {"AZURE_STORAGE_ACCOUNT": "devstoreaccount1"}
 def save(url: str, **access: Any) -> None:
     state: dict[str, Any] = {"weight": torch.arange(100_000.0), "step": 7}
     dcp.save(state, storage_writer=AzureBlobWriter(url, **({"credential": KEY} | access)))
-
-
-def signature(container: str) -> str:
-    """A SAS for a container of the emulator."""
-    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
-    name = container.rpartition("/")[2]
-    allowed = ContainerSasPermissions(read=True, list=True)
-    return generate_container_sas(Azurite.account_name, name, account_key=KEY, permission=allowed, expiry=end)
 
 
 def check_error(done: Done, code: int, said: str) -> None:
@@ -89,7 +79,7 @@ def test_the_environment_s_key_and_connection_string_are_used(container: str) ->
 
 def test_a_sas_comes_from_the_url_the_option_stdin_or_the_environment(container: str) -> None:
     save(f"{container}/step-1")
-    sas = signature(container)
+    sas = container_sas(container, "rl")
     wrong = {"AZURE_STORAGE_KEY": WRONG_KEY, **EMULATOR}  # loses against each of them
     for done in (
         cli("latest", f"{container}?{sas}", env=wrong),
@@ -103,13 +93,13 @@ def test_a_sas_comes_from_the_url_the_option_stdin_or_the_environment(container:
 
 def test_a_sas_that_is_typed_is_not_shown(container: str) -> None:
     save(f"{container}/step-1")
-    sas = signature(container)
+    sas = container_sas(container, "rl")
     done = cli_on_terminal("latest", container, "--sas", "-", question="SAS", answer=sas)
     assert done.code == 0 and "SAS:" in done.out and sas not in done.out
 
 
 def test_no_error_shows_a_signature(container: str) -> None:
-    sas = signature(container)
+    sas = container_sas(container, "rl")
     secret = sas.partition("sig=")[2].partition("&")[0]
     url = f"{container}?{sas}"
     refused = cli("rm", "--yes", url)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
+
+from azure.storage.blob import generate_container_sas
 
 from azure_torch_ckpt import AzureBlobReader, BlobLocation, CheckpointNotFoundError
 from azure_torch_ckpt.blobs.access import Access
@@ -17,6 +20,13 @@ _LIMIT = 1 << 30
 def store_of(url: str) -> BlobStore:
     """The container of a URL, with the emulator's key."""
     return BlobStore(BlobLocation.parse(url), Access(KEY))
+
+
+def container_sas(url: str, permission: str) -> str:
+    """A SAS for the container of a URL, valid for an hour, with the service's letters for `permission` (``"rl"``)."""
+    place = BlobLocation.parse(url)
+    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
+    return generate_container_sas(place.account, place.container, account_key=KEY, permission=permission, expiry=end)
 
 
 def paths_below(url: str, suffix: str = "") -> list[str]:
