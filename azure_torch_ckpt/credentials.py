@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | str | Literal[False] | None"
-"""What a user may pass as ``credential=``; see :func:`resolve`."""
+"""What a user may pass as ``credential=``; see `resolve`."""
 
 SdkCredential: TypeAlias = "SharedTokens | AzureSasCredential | AzureNamedKeyCredential | None"
 """What the clients of ``azure.storage.blob`` take; there, None is anonymous access."""
@@ -60,7 +60,7 @@ _MIN_KEY_BYTES: Final = 16
 
 
 def resolve(location: BlobLocation, credential: Credential = None) -> SdkCredential:
-    """The credential for the SDK, which gets it together with ``account_url=location.endpoint``. The one rule:
+    """Return the credential for the SDK, to be used with ``account_url=location.endpoint``. The rule:
 
     1. A SAS in the URL wins over everything.
     2. ``False``: anonymous.
@@ -132,8 +132,10 @@ def environment_note(location: BlobLocation, credential: Credential) -> str:
 
 
 def named_endpoint(credential: Credential, account: str) -> str | None:
-    """Return the endpoint that a connection string (the credential, or without one the environment's) has for
-    `account`.
+    """Return the service endpoint of `account` by the connection string.
+
+    Args:
+        credential: may be a connection string; None for the one of the environment.
 
     Returns:
         None without a connection string, and if it has no endpoint, or another account's.
@@ -218,16 +220,15 @@ def _from_environment(location: BlobLocation) -> SdkCredential:
 
 
 def _environment_credentials(location: BlobLocation) -> Iterator[tuple[str, str, bool]]:
-    """The variables that are set, the first choice first: name, credential, and whether it is for this account."""
+    """Yield the variables that are set, in order: name, credential, and whether it is for this account."""
     account, text, key, sas = ((value or "").strip() for value in environment_values())
     if text:
         yield _CONNECTION_STRING_VARIABLE, text, _names_account_of(location, text)
+    applies = not location.is_emulator
     if account:
-        applies = account == location.account if location.account_is_known else True
-    else:
-        applies = not location.is_emulator
+        applies = account == location.account or not location.account_is_known
     if key:
-        # On a custom domain, a key is for nothing without its account's name.
+        # On a custom domain, a key is useless without its account's name.
         named = f"AccountName={account};AccountKey={key}" if account else key
         yield _KEY_VARIABLE, named, applies and (bool(account) or location.account_is_known)
     if sas:
@@ -235,7 +236,7 @@ def _environment_credentials(location: BlobLocation) -> Iterator[tuple[str, str,
 
 
 def _names_account_of(location: BlobLocation, connection_string: str) -> bool:
-    """Whether a connection string is for the location's account, as far as it says; one that is malformed is."""
+    """Whether a connection string is for the location's account. True for a malformed one, which raises an error."""
     try:
         settings = _settings_in(connection_string)
         if _is_development(settings):

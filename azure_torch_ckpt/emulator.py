@@ -64,7 +64,7 @@ require(process.argv[1]);
 class Azurite:
     """A blob emulator that listens on 127.0.0.1, in its own process, which ends with this one.
 
-    It runs from :meth:`start` to :meth:`stop`, or for the length of a ``with`` block. Attributes that depend on the
+    It runs from `start` to `stop`, or for the length of a ``with`` block. Attributes that depend on the
     running process raise `EmulatorError` while it does not run.
 
     Azurite checks the CRC64 of blocks from 3.37 on. It runs with ``--loose``, so that an older version on ``PATH``

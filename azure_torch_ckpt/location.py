@@ -64,21 +64,21 @@ _HARMLESS: Final = re.compile(r"[A-Za-z0-9_./~:$-]{1,200}", re.ASCII)
 class BlobLocation:
     """A blob, a prefix of blobs, or a container, on one service endpoint.
 
-    Make it with :meth:`parse`, or with :meth:`parse_blob` for a blob of any name. It is immutable and hashable.
+    Make it with `parse`, or with `parse_blob` for a blob of any name. It is immutable and hashable.
     ``str()`` returns the URL without the SAS: ``BlobLocation.parse_blob(str(x)) == x.without_sas()``, and the same
     with ``parse`` unless the path has empty segments. No error of this module repeats a query string.
 
-    A pickle contains the SAS, because another process could do nothing without it. Use :meth:`without_sas` for what is
+    A pickle contains the SAS, because another process could do nothing without it. Use `without_sas` for what is
     stored.
 
     Attributes:
         endpoint: the service's URL without a trailing slash, ``https://account.blob.core.windows.net`` or, path style,
             ``http://127.0.0.1:10000/devstoreaccount1``.
         account: the storage account. On a custom domain it is the host's first label, a guess: see
-            :attr:`account_is_known`.
+            `account_is_known`.
         container: the container's name.
         path: the blob's name, or a prefix of names, decoded; ``""`` is the container's root. Only
-            :meth:`parse_blob` allows empty segments (``a//b``, ``/a``, ``a/``), which are legal in a blob's name.
+            `parse_blob` allows empty segments (``a//b``, ``/a``, ``a/``), which are legal in a blob's name.
         sas: the shared access signature unchanged from the URL, without ``?``, or None. Secret.
         snapshot: timestamp of a blob snapshot, or None.
         version_id: timestamp of a blob version, or None.
@@ -183,7 +183,7 @@ class BlobLocation:
 
     @property
     def name(self) -> str:
-        """The last segment of :attr:`path`; ``""`` for the container's root."""
+        """The last segment of `path`; ``""`` for the container's root."""
         return self.path.rpartition("/")[2]
 
     @property

@@ -30,6 +30,7 @@ pytest.register_assert_rewrite(
 from tests.faults.tally import Tally  # noqa: E402
 from tests.support.hierarchical import HierarchicalAccount  # noqa: E402
 from tests.support.proxy import FaultProxy  # noqa: E402
+from tests.support.ranks import Ranks  # noqa: E402
 
 # The time for one example, and for making examples, depends on the machine alone.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -124,6 +125,16 @@ def hierarchical(azurite: Azurite) -> Iterator[HierarchicalAccount]:
 def directories(hierarchical: HierarchicalAccount) -> str:
     """URL of a container with directories that is empty and this test's own."""
     return hierarchical.create_container(f"test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes under torchrun: ``ranks(4).run(function, *args)``. A group starts when a test first asks for it."""
+    groups = Ranks()
+    try:
+        yield groups
+    finally:
+        groups.close()
 
 
 @pytest.fixture(scope="session")

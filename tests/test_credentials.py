@@ -1,4 +1,4 @@
-"""Every kind of ``credential=`` against the one rule, and what the messages say of it."""
+"""`resolve`: every kind of ``credential=``, the environment, and messages without secrets."""
 
 from __future__ import annotations
 

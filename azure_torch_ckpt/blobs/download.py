@@ -26,7 +26,7 @@ _COPY_BELOW = 32 * 1024
 
 
 class Check:
-    """Checks the checksum of an item that is read completely, in any number of parts and by any number of threads.
+    """Compares the checksum of an item that is read completely, in any number of parts and by any number of threads.
 
     Args:
         expected: CRC64-NVME of the item's `length` bytes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt._internal.checksums import combine, crc64
@@ -12,7 +12,7 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
 
-__all__ = ["Item", "Segment", "Upload"]
+__all__ = ["Item", "Segment", "Upload", "stage_segments"]
 
 
 @dataclass(slots=True)
@@ -173,17 +173,32 @@ class Upload:
         self._room = self.block_size
 
     def _stage(self, number: int, block: list[Segment]) -> None:
-        crc = None
-        if self._checksums:
-            crc = 0
-            for segment in block:
-                for view in segment.views:
-                    segment.crc64 = crc64(view, segment.crc64)
-                crc = combine(crc, segment.crc64, segment.length)
-        views = [view for segment in block for view in segment.views]
-        body = Gather(views)
-        self._staging.stage(number, body, crc, self._cancel)
-        for segment in block:
-            segment.views = []  # the item stays for its checksum, without its memory
+        size = stage_segments(
+            block, self._checksums, lambda body, crc: self._staging.stage(number, body, crc, self._cancel)
+        )
         if self._moved is not None:
-            self._moved(len(body))
+            self._moved(size)
+
+
+def stage_segments(segments: Sequence[Segment], checksums: bool, stage: Callable[[Gather, int | None], object]) -> int:
+    """Stage the segments of one block, compute their checksums, and release their memory.
+
+    Args:
+        checksums: whether to compute them.
+        stage: called with the block's body and its CRC64 (None without checksums).
+
+    Returns:
+        The bytes of the block.
+    """
+    crc = None
+    if checksums:
+        crc = 0
+        for segment in segments:
+            for view in segment.views:
+                segment.crc64 = crc64(view, segment.crc64)
+            crc = combine(crc, segment.crc64, segment.length)
+    body = Gather([view for segment in segments for view in segment.views])
+    stage(body, crc)
+    for segment in segments:
+        segment.views = []  # the item stays for its checksum, without its memory
+    return len(body)

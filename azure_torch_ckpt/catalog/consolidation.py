@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,7 +145,10 @@ def consolidate(
         tensors, object_keys = stored_tensors(checkpoint, keys), stored_objects(checkpoint, keys)
         if keys is not None and not tensors and not object_keys:
             raise _no_key_error(checkpoint)
-        objects = dict(_load_objects(checkpoint, object_keys, quarter.memory_budget))
+        objects = {
+            key: load_saved(stream, f"{key!r} of {checkpoint.url}", ", or leave the object out with keys=")
+            for key, stream in object_bytes(checkpoint, object_keys, quarter.memory_budget)
+        }
         if file_format == "torch":
             size, data = _torch_file(checkpoint, tensors, objects, window)
         else:
@@ -215,13 +218,13 @@ def _torch_file(
     def data() -> Generator[memoryview, None, None]:
         in_order = [(key, tensors[key]) for key in file.parts if isinstance(key, str)]
         with contextlib.closing(_tensor_views(checkpoint, in_order, window)) as stream:
-            for piece in file.parts:
-                if isinstance(piece, bytes):
-                    yield memoryview(piece)
-                elif isinstance(piece, torch.Tensor):
-                    yield readable(piece)
+            for part in file.parts:
+                if isinstance(part, bytes):
+                    yield memoryview(part)
+                elif isinstance(part, torch.Tensor):
+                    yield readable(part)
                 else:
-                    nbytes_left = _nbytes(tensors[piece])
+                    nbytes_left = _nbytes(tensors[part])
                     while nbytes_left:
                         view = next(stream)
                         nbytes_left -= view.nbytes
@@ -266,29 +269,24 @@ def _nbytes(entry: TensorStorageMetadata) -> int:
     return math.prod(entry.size) * entry.properties.dtype.itemsize
 
 
-def _load_objects(checkpoint: OpenCheckpoint, keys: list[str], budget: int) -> Iterator[tuple[str, object]]:
-    for key, stream in object_bytes(checkpoint, keys, budget):
-        yield key, load_saved(stream, f"{key!r} of {checkpoint.url}", ", or leave the object out with keys=")
-
-
 def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str) -> None:
     """Set a value at its path in nested dicts and lists, creating them as DCP's planner does: a list for a number."""
     try:
         if not path or not all(isinstance(step, str) or type(step) is int for step in path):
             raise TypeError(f"path {path!r}")
-        here: Any = state
+        container: Any = state
         for step, following in zip(path, [*path[1:], None], strict=True):
-            if isinstance(here, list):
+            if isinstance(container, list):
                 if not 0 <= step < _LONGEST_LIST:
                     raise IndexError(f"index {step}")
-                here.extend([None] * (step + 1 - len(here)))
+                container.extend([None] * (step + 1 - len(container)))
             if following is None:
-                here[step] = value
+                container[step] = value
             else:
-                inner = here[step] if isinstance(here, list) else here.get(step)
+                inner = container[step] if isinstance(container, list) else container.get(step)
                 if inner is None:
-                    inner = here[step] = {} if isinstance(following, str) else []
-                here = inner
+                    inner = container[step] = {} if isinstance(following, str) else []
+                container = inner
     except (TypeError, IndexError, AttributeError) as error:
         raise CorruptCheckpointError(
             f"The metadata contradicts itself about the place of {what} in the state dict ({error}). Use another "

@@ -139,14 +139,14 @@ def entries_of(location: BlobLocation, blobs: Iterable[BlobInfo]) -> list[tuple[
     """Return the checkpoints among `blobs`, which are below `location`, in the order of `list_checkpoints`."""
     prefix = location.prefix
     entries = []
-    for place in group_by_checkpoint(blobs, prefix):
-        name = place.path[len(prefix) :]
+    for checkpoint in group_by_checkpoint(blobs, prefix):
+        name = checkpoint.path[len(prefix) :]
         try:
             url = str(location.join(name) if name else location)
         except LocationError as error:  # no URL leads to a name with "//"
             _log.debug("left out of the listing: %s", error)
             continue
-        entries.append((_entry(place, url, name, step_of(name or location.name)), place))
+        entries.append((_entry(checkpoint, url, name, step_of(name or location.name)), checkpoint))
     return sorted(entries, key=lambda pair: _order(pair[0]))
 
 
@@ -165,17 +165,17 @@ def step_of(name: str) -> int | None:
     return None if only is None else int(only[1])
 
 
-def _entry(place: ListedCheckpoint, url: str, name: str, step: int | None) -> CheckpointEntry:
-    complete = place.complete
-    dated: Iterable[BlobInfo] = place.blobs
+def _entry(checkpoint: ListedCheckpoint, url: str, name: str, step: int | None) -> CheckpointEntry:
+    complete = checkpoint.complete
+    dated: Iterable[BlobInfo] = checkpoint.blobs
     if complete:
-        dated = [place.metadata[None]] if None in place.metadata else place.metadata.values()
+        dated = [checkpoint.metadata[None]] if None in checkpoint.metadata else checkpoint.metadata.values()
     return CheckpointEntry(
         url=url,
         name=name,
         step=step,
-        size=sum(blob.size for blob in place.blobs),
-        blobs=len(place.blobs),
+        size=sum(blob.size for blob in checkpoint.blobs),
+        blobs=len(checkpoint.blobs),
         modified=max(blob.last_modified for blob in dated),
         complete=complete,
     )

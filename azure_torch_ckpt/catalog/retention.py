@@ -160,14 +160,16 @@ def prune(
             runs.setdefault((entry.name == "", entry.folder), []).append(entry)
     removable = {entry.url for run in runs.values() for entry in rules.removable(run)}
     to_remove = [
-        (entry, place) for entry, place in listed if entry.url in removable and not _may_be_in_use(place, now - grace)
+        (entry, checkpoint)
+        for entry, checkpoint in listed
+        if entry.url in removable and not _may_be_in_use(checkpoint, now - grace)
     ]
     # Without its metadata, a checkpoint with leased data would be lost, and its data would stay.
-    leased = [one for entry, place in to_remove for one in _leased(store, entry.url, place)]
+    leased = [one for entry, checkpoint in to_remove for one in _leased(store, entry.url, checkpoint)]
     leased_urls = {one.url for one in leased}
-    to_remove = [(entry, place) for entry, place in to_remove if entry.url not in leased_urls]
+    to_remove = [(entry, checkpoint) for entry, checkpoint in to_remove if entry.url not in leased_urls]
     # Also for a dry run, which reports metadata that cannot be read.
-    leftovers = find_leftovers(store, location, (place for _, place in listed), now - grace)
+    leftovers = find_leftovers(store, location, (checkpoint for _, checkpoint in listed), now - grace)
     leftovers += find_model_leftovers(store, location, blobs, now - grace)
     removed = {entry.url for entry, _ in to_remove}
     undeleted_metadata: list[Undeleted] = []  # its checkpoints stay
@@ -187,9 +189,9 @@ def prune(
         removed=[entry for entry, _ in listed if entry.url in removed],
         kept=[
             entry
-            for entry, place in listed
+            for entry, checkpoint in listed
             if entry.url not in removed
-            and (entry.complete or any(blob.path not in leftover_paths for blob in place.blobs))
+            and (entry.complete or any(blob.path not in leftover_paths for blob in checkpoint.blobs))
         ],
         remains=leftovers,
         undeleted=leased + undeleted_metadata + undeleted_data,
@@ -208,9 +210,9 @@ def _check_rules(
             raise ValueError(f"{name} must not be negative, not {time}")
 
 
-def _leased(store: BlobStore, url: str, place: ListedCheckpoint) -> list[Undeleted]:
+def _leased(store: BlobStore, url: str, checkpoint: ListedCheckpoint) -> list[Undeleted]:
     """Return the leased data of a checkpoint as one entry, or none."""
-    blobs = [blob for blobs in place.saves.values() for blob in blobs if blob.leased]
+    blobs = [blob for blobs in checkpoint.saves.values() for blob in blobs if blob.leased]
     if not blobs:
         return []
     error = RequestRefusedError(
@@ -220,12 +222,12 @@ def _leased(store: BlobStore, url: str, place: ListedCheckpoint) -> list[Undelet
     return [Undeleted(url, [blob.path for blob in blobs], sum(blob.size for blob in blobs), error)]
 
 
-def _may_be_in_use(place: ListedCheckpoint, oldest_to_keep: datetime.datetime) -> bool:
+def _may_be_in_use(checkpoint: ListedCheckpoint, oldest_to_keep: datetime.datetime) -> bool:
     """Whether a running save may have written data there: data younger than the grace period and than the metadata."""
-    committed = max(blob.last_modified for blob in place.metadata.values())
+    committed = max(blob.last_modified for blob in checkpoint.metadata.values())
     return any(
         blob.last_modified > committed and blob.last_modified > oldest_to_keep
-        for blobs in place.saves.values()
+        for blobs in checkpoint.saves.values()
         for blob in blobs
     )
 
@@ -244,15 +246,15 @@ def _remove(
     data_paths: dict[str, list[str]] = {}  # by the checkpoint's URL
     etags: dict[str, tuple[BlobLocation, list[tuple[int | None, str]]]] = {}
 
-    def read_one(entry: CheckpointEntry, place: ListedCheckpoint) -> None:
-        checkpoint = path_location(location, place.path)
-        parts = read_metadata(store, checkpoint, place.metadata)
-        listed_etags = {rank: blob.etag for rank, blob in place.metadata.items()}
+    def read_one(entry: CheckpointEntry, checkpoint: ListedCheckpoint) -> None:
+        root = path_location(location, checkpoint.path)
+        parts = read_metadata(store, root, checkpoint.metadata)
+        listed_etags = {rank: blob.etag for rank, blob in checkpoint.metadata.items()}
         if {part.rank: part.stored.etag for part in parts} != listed_etags:
             _log.info("%s stays, because it was replaced or removed a moment ago", entry.url)
             return
-        data_paths[entry.url] = sorted({checkpoint.join(name).path for part in parts for name in part.names})
-        etags[entry.url] = checkpoint, [(part.rank, part.stored.etag) for part in parts]
+        data_paths[entry.url] = sorted({root.join(name).path for part in parts for name in part.names})
+        etags[entry.url] = root, [(part.rank, part.stored.etag) for part in parts]
 
     removed: set[str] = set()
     failed: dict[str, Undeleted] = {}
@@ -261,14 +263,14 @@ def _remove(
     def remove_metadata(url: str) -> None:
         if unavailable:
             return
-        checkpoint, parts = etags[url]
+        root, parts = etags[url]
         for rank, etag in parts:
             try:
-                if not delete_metadata(store, checkpoint, rank, etag, cancel):
+                if not delete_metadata(store, root, rank, etag, cancel):
                     _log.info("%s stays, because it was replaced a moment ago", url)
                     return
             except AzureCheckpointError as error:
-                path = checkpoint.join(metadata_name(rank)).path
+                path = root.join(metadata_name(rank)).path
                 _log.warning("%s stays, because its metadata could not be deleted: %s", url, error)
                 failed[url] = Undeleted(url, [path], sizes.get(path, 0), error)
                 if isinstance(error, ServiceUnavailableError):
@@ -279,14 +281,14 @@ def _remove(
     def run_tasks(tasks: Iterable[Callable[[], None]]) -> None:
         run_all(tasks, store.options.concurrency, "blob-prune", cancel.cancel)
 
-    run_tasks(functools.partial(read_one, entry, place) for entry, place in to_remove)
+    run_tasks(functools.partial(read_one, entry, checkpoint) for entry, checkpoint in to_remove)
     run_tasks(functools.partial(remove_metadata, url) for url in data_paths)
     urls = sorted(removed)
     errors = remove_blobs(
         store,
         location.container_root(),
         [path for url in urls for path in data_paths[url]],
-        [place.path for entry, place in to_remove if entry.url in removed],
+        [checkpoint.path for entry, checkpoint in to_remove if entry.url in removed],
     )
     if unavailable:
         raise unavailable[0]

@@ -44,12 +44,7 @@ class BaseStorage:
     Pickles and copies are of the object as it was made, at the URL that it was turned to last.
     """
 
-    def __init__(
-        self,
-        url: str | os.PathLike[str] | BlobLocation,
-        access: Access,
-        report: TransferReport,
-    ) -> None:
+    def __init__(self, url: str | os.PathLike[str] | BlobLocation, access: Access, report: TransferReport) -> None:
         super().__init__()
         self._location = BlobLocation.parse(url)
         self._store = BlobStore(self._location, access)

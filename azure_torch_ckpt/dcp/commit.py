@@ -1,8 +1,8 @@
 """The commit: one conditional Put Blob makes a save visible, and one conditional Delete Blob hides it again.
 
 A checkpoint exists exactly when its ``.metadata`` does, and a model in the HuggingFace layout when its index does. The
-condition is that the blob at the URL is the one that the save saw when it began. What becomes of a request whose answer
-is lost, `blobs.outcome` finds out.
+condition is that the blob at the URL is still the one that was there when the save began. `blobs.outcome` finds the
+outcome of a request whose answer is lost.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | Non
         return None
     if info.md5 is not None and info.md5 != md5(data):
         raise CorruptCheckpointError(
-            f"{location}/{metadata_name(rank)} was damaged in storage or on the way: its bytes do not have the MD5 "
-            "that was stored with them. Try again to rule out the way, or use another checkpoint"
+            f"{location}/{metadata_name(rank)} was damaged in storage or in transit: its bytes do not have the MD5 "
+            "that was stored with them. Try again to rule out the transfer, or use another checkpoint"
         )
     return MetadataBlob(data, info.etag, info.last_modified)
 
@@ -116,7 +116,7 @@ def commit(
 
     Args:
         name: of the blob, below `location`.
-        data: its content. It holds the save's id, so that of any other save differs.
+        data: its content. It holds the save's id, so the content of any other save differs.
         what: the noun for what is saved, for messages.
         if_etag: the ETag of the blob when the save began; None if there was none.
         has_data: finds out whether the save's data is there. It may raise `StoreError`.

@@ -75,7 +75,7 @@ def leftovers_in(
     younger than `oldest_to_keep`.
 
     Args:
-        store: of the container that `location` lies in.
+        store: of the container of `location`.
         folders: of a listing that was made before now.
         is_plainly_sound: whether the listing alone proves that the metadata names all data, so that no request is made.
         named_in: reads the metadata in a folder, and returns the paths in the container of the blobs that it names. It
@@ -114,37 +114,37 @@ def leftovers_in(
 
 
 def find_leftovers(
-    store: BlobStore, location: BlobLocation, places: Iterable[ListedCheckpoint], oldest_to_keep: datetime.datetime
+    store: BlobStore, location: BlobLocation, listed: Iterable[ListedCheckpoint], oldest_to_keep: datetime.datetime
 ) -> list[Remains]:
     """Find the leftovers of saves by `AzureBlobWriter`.
 
-    Only data blobs that are named as `AzureBlobWriter` names them are considered. The metadata of a place is fetched
-    where more than one save, or one later than the metadata, has left data. A place with one save from before its
-    metadata is sound without a request.
+    Only data blobs that are named as `AzureBlobWriter` names them are considered. The metadata of a checkpoint is
+    fetched if more than one save, or one later than the metadata, has left data. A checkpoint with one save from before
+    its metadata is sound without a request.
 
     Args:
         store, location, oldest_to_keep: as for `leftovers_in`.
-        places: of a listing that was made before now.
+        listed: complete and incomplete checkpoints, of a listing that was made before now.
 
     Raises:
-        CheckpointError: the metadata of a checkpoint cannot be read, so it is unknown what it names.
+        CheckpointError: the metadata of a checkpoint cannot be read, so the data blobs that it names are unknown.
         StoreError: the service could not be asked.
     """
 
-    def is_plainly_sound(place: ListedCheckpoint) -> bool:
-        # Younger than the data, and there is no other save that the metadata could name.
-        metadata = place.metadata.get(None)
-        if metadata is None or len(place.metadata) > 1 or len(place.saves) != 1:
+    def is_plainly_sound(checkpoint: ListedCheckpoint) -> bool:
+        # The metadata is younger than the data, and there is no other save that it could name.
+        metadata = checkpoint.metadata.get(None)
+        if metadata is None or len(checkpoint.metadata) > 1 or len(checkpoint.saves) != 1:
             return False
-        [blobs] = place.saves.values()
+        [blobs] = checkpoint.saves.values()
         return newest(blobs) <= metadata.last_modified
 
-    def named_in(place: ListedCheckpoint) -> set[str]:
-        where = path_location(location, place.path)
-        parts = read_metadata(store, where, {None, *place.metadata})
+    def named_in(checkpoint: ListedCheckpoint) -> set[str]:
+        where = path_location(location, checkpoint.path)
+        parts = read_metadata(store, where, {None, *checkpoint.metadata})
         return {where.join(name).path for part in parts for name in part.names}
 
-    return leftovers_in(store, location, places, oldest_to_keep, is_plainly_sound, named_in)
+    return leftovers_in(store, location, listed, oldest_to_keep, is_plainly_sound, named_in)
 
 
 def remove_leftovers(store: BlobStore, leftovers: Iterable[Remains]) -> dict[str, AzureCheckpointError]:

@@ -119,16 +119,16 @@ def remove_empty_folders(store: BlobStore, location: BlobLocation, folders: Iter
     def remove(folder: str, cancel: Cancel) -> None:
         path = (location.join(folder) if folder else location).path
         try:
-            found = store.stat(path, cancel=cancel)
+            info = store.stat(path, cancel=cancel)
         except BlobNotFoundError:
             if folder in emptied and store.has_directories is None:
                 store.has_directories = False  # a directory would have stayed
             return
         # In other accounts some tools mark folders with blobs of their own, which are not ours to remove.
-        store.has_directories = found.resource_type is not None
-        if found.resource_type == "directory":
+        store.has_directories = info.resource_type is not None
+        if info.resource_type == "directory":
             with contextlib.suppress(BlobChangedError):
-                store.delete_folder(path, if_etag=found.etag, cancel=cancel)
+                store.delete_folder(path, if_etag=info.etag, cancel=cancel)
 
     wanted = {folder for folder in folders if folder or location.path}
     # The first one alone: from it the store learns whether the account has directories at all.

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from azure_torch_ckpt._internal.checksums import combine, crc64
 from azure_torch_ckpt.blobs.staging import block_id
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.upload import Item, Segment
+from azure_torch_ckpt.blobs.upload import Item, Segment, stage_segments
 from azure_torch_ckpt.blobs.workers import Workers
-from azure_torch_ckpt.transport.buffers import Cancel, Gather
+from azure_torch_ckpt.transport.buffers import Cancel
 
 __all__ = ["BlockStager", "StagedBlock", "rank_block_id"]
 
@@ -130,15 +129,9 @@ class BlockStager:
         self._path, self._start, self._length, self._segments = "", 0, 0, []
 
     def _stage(self, block: StagedBlock, segments: list[Segment]) -> None:
-        crc = None
-        if self._store.options.checksums:
-            crc = 0
-            for segment in segments:
-                for view in segment.views:
-                    segment.crc64 = crc64(view, segment.crc64)
-                crc = combine(crc, segment.crc64, segment.length)
-        views = [view for segment in segments for view in segment.views]
-        self._store.stage_block(block.path, block.id, Gather(views), crc, cancel=self._cancel)
-        for segment in segments:
-            segment.views = []  # the item lives on for its checksum; its memory need not
+        stage_segments(
+            segments,
+            self._store.options.checksums,
+            lambda body, crc: self._store.stage_block(block.path, block.id, body, crc, cancel=self._cancel),
+        )
         self._moved(block.length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,9 +113,8 @@ def _as_checkpoint(
     for name, tensor in tensors.items():
         chunks = []
         for chunk in tensor.chunks:
-            offsets = torch.Size(chunk.box.offsets)
-            chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.box.sizes)))
-            assert math.prod(chunk.box.sizes) * tensor.dtype.itemsize == chunk.length
+            offsets = torch.Size(chunk.offsets)
+            chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
             storage[MetadataIndex(name, offsets)] = storage_info(
                 chunk.file,
                 chunk.offset,

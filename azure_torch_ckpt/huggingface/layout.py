@@ -77,10 +77,9 @@ class FileLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredChunk:
+class StoredChunk(TensorChunk):
     """One rank's chunk of a tensor that is to be joined, and its bytes in a file of shards."""
 
-    box: TensorChunk
     file: str
     offset: int
     length: int
@@ -93,7 +92,7 @@ class JoinedTensor:
     Attributes:
         file: where it belongs.
         offset: in that file, from the end of the header.
-        chunks: what it is joined from.
+        chunks: the ranks' chunks, which make up the tensor.
     """
 
     name: str
@@ -126,12 +125,11 @@ class ModelLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class _RankChunk:
+class _RankChunk(TensorChunk):
     """A rank's chunk of a tensor: `runs` runs of `run` bytes each."""
 
     rank: int
     index: MetadataIndex
-    box: TensorChunk
     runs: int
     run: int
 
@@ -160,11 +158,11 @@ class _PlannedTensor:
         if not chunk.length:
             return (0,)
         strides = [stride * self.dtype.itemsize for stride in row_major(self.shape)]
-        first = sum(offset * stride for offset, stride in zip(chunk.box.offsets, strides, strict=True))
-        dims = _dims_outside_runs(self.shape, chunk.box.sizes)
+        first = sum(offset * stride for offset, stride in zip(chunk.offsets, strides, strict=True))
+        dims = _dims_outside_runs(self.shape, chunk.sizes)
         return tuple(
             first + sum(index * stride for index, stride in zip(indices, strides[:dims], strict=True))
-            for indices in itertools.product(*(range(size) for size in chunk.box.sizes[:dims]))
+            for indices in itertools.product(*(range(size) for size in chunk.sizes[:dims]))
         )
 
 
@@ -224,7 +222,7 @@ def _join(tensor: _PlannedTensor, file: FileLayout, save_id: str, result: ModelL
         result.runs[chunk.rank][chunk.index] = ItemRuns(name, (offset,), chunk.length)
         if chunk.length:
             result.shards[name] += chunk.length
-            chunks.append(StoredChunk(chunk.box, name, offset, chunk.length))
+            chunks.append(StoredChunk(chunk.offsets, chunk.sizes, name, offset, chunk.length))
     result.joined.append(JoinedTensor(tensor.name, tensor.dtype, tensor.shape, file.name, file.length, chunks))
 
 
@@ -249,10 +247,10 @@ def _gather(plans: Sequence[SavePlan]) -> dict[str, _PlannedTensor]:
                     f"{name!r} is {tensor.dtype} of shape {tensor.shape} on rank {tensor.chunks[0].rank}, and {dtype} "
                     f"of shape {tuple(data.size)} on rank {rank}"
                 )
-            box = TensorChunk(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-            outside = box.sizes[: _dims_outside_runs(tensor.shape, box.sizes)]
-            run = math.prod(box.sizes[len(outside) :]) * dtype.itemsize
-            tensor.chunks.append(_RankChunk(rank, item.index, box, math.prod(outside), run))
+            offsets, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+            dims = _dims_outside_runs(tensor.shape, sizes)
+            run = math.prod(sizes[dims:]) * dtype.itemsize
+            tensor.chunks.append(_RankChunk(offsets, sizes, rank, item.index, math.prod(sizes[:dims]), run))
     return tensors
 
 
@@ -275,31 +273,31 @@ def _check_whole(tensor: _PlannedTensor) -> None:
     """
     filled = [chunk for chunk in tensor.chunks if chunk.length]
     for chunk in filled:
-        ends = [start + size for start, size in zip(chunk.box.offsets, chunk.box.sizes, strict=True)]
-        if any(start < 0 for start in chunk.box.offsets) or any(map(int.__gt__, ends, tensor.shape)):
+        ends = [start + size for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(start < 0 for start in chunk.offsets) or any(map(int.__gt__, ends, tensor.shape)):
             raise CheckpointError(
-                f"Rank {chunk.rank} saves {_shown(chunk.box)} of {tensor.name!r}, whose shape is {tensor.shape}"
+                f"Rank {chunk.rank} saves {_shown(chunk)} of {tensor.name!r}, whose shape is {tensor.shape}"
             )
-    if not are_disjoint([chunk.box for chunk in filled]):
+    if not are_disjoint(filled):
         one, other = next(
             (one, other)
             for one, other in itertools.combinations(filled, 2)
-            if one.box.overlap(other.box.offsets, other.box.sizes) is not None
+            if one.overlap(other.offsets, other.sizes) is not None
         )
         raise CheckpointError(
-            f"Ranks {one.rank} and {other.rank} save the same elements of {tensor.name!r}: {_shown(one.box)} and "
-            f"{_shown(other.box)}"
+            f"Ranks {one.rank} and {other.rank} save the same elements of {tensor.name!r}: {_shown(one)} and "
+            f"{_shown(other)}"
         )
     saved = sum(chunk.length for chunk in filled)
     if saved != tensor.length:
         raise CheckpointError(
             f"The ranks save {saved} of the {tensor.length} bytes of {tensor.name!r}. Save it from all ranks that "
-            "hold a part of it"
+            "hold a chunk of it"
         )
 
 
-def _shown(box: TensorChunk) -> str:
-    return f"the shape {box.sizes} at {box.offsets}"
+def _shown(chunk: TensorChunk) -> str:
+    return f"the shape {chunk.sizes} at {chunk.offsets}"
 
 
 def _by_size(tensors: Iterable[_PlannedTensor], max_file_size: int) -> list[list[_PlannedTensor]]:

@@ -43,12 +43,12 @@ def find_model_leftovers(
         listed: blobs of the container, of a listing that was made before now.
 
     Raises:
-        CheckpointError: an index cannot be read, so it is unknown what it names.
+        CheckpointError: an index cannot be read, so the files that it names are unknown.
         StoreError: the service could not be asked.
     """
 
     def is_plainly_sound(folder: _ModelFolder) -> bool:
-        # Younger than the files, and there is no other save that the index could name.
+        # The index is younger than the files, and there is no other save that it could name.
         if len(folder.saves) != 1 or len(folder.indices) != 1 or _name(folder.indices[0]) != INDEX:
             return False
         [blobs] = folder.saves.values()

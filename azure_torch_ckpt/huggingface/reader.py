@@ -177,7 +177,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
             if is_indexed
             else [(name, file) for file, tensors in headers.items() for name in tensors]
         )
-        parts: dict[str, list[tuple[str, StoredTensor]]] = {}
+        chunks: dict[str, list[tuple[str, StoredTensor]]] = {}
         for name, file in wanted:
             stored = headers[file].get(name)
             if stored is None:
@@ -185,18 +185,18 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
                     f"The index of {self.checkpoint_id} has {name[:200]!r} in {file}, but that file does not have it. "
                     "The file is damaged, or of another save; use another checkpoint"
                 )
-            parts.setdefault(name, []).append((file, stored))
+            chunks.setdefault(name, []).append((file, stored))
         tensors: dict[str, Any] = {}
         storage: dict[MetadataIndex, Any] = {}
-        for name, found in parts.items():
-            tensors[name] = self._tensor(name, [stored for _, stored in found])
-            for file, stored in found:
+        for name, in_files in chunks.items():
+            tensors[name] = self._tensor(name, [stored for _, stored in in_files])
+            for file, stored in in_files:
                 storage[MetadataIndex(name, torch.Size(stored.at))] = storage_info(
                     file,
                     stored.offset,
                     stored.length,
                     payload_offset=None if stored.dtype is None else 0,
-                    crc64=index.crc64.get(name) if len(found) == 1 else None,
+                    crc64=index.crc64.get(name) if len(in_files) == 1 else None,
                 )
         return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(checkpoint_id=self.checkpoint_id))
 
@@ -205,7 +205,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
         if first.dtype is None:
             self._odd_dtypes[name] = first.dtype_name
         if any((one.dtype_name, len(one.shape)) != (first.dtype_name, len(first.shape)) for one in stored):
-            raise CorruptCheckpointError(f"{self.checkpoint_id} has parts of {name[:200]!r} that do not fit together")
+            raise CorruptCheckpointError(f"{self.checkpoint_id} has chunks of {name[:200]!r} that do not fit together")
         ends = [[start + size for start, size in zip(one.at, one.shape, strict=True)] for one in stored]
         shape = torch.Size([max(column) for column in zip(*ends, strict=True)])
         chunks = [ChunkStorageMetadata(torch.Size(one.at), torch.Size(one.shape)) for one in stored]

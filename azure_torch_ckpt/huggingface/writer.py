@@ -399,7 +399,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         """List the files of other saves at the URL, which no model needs once this save has written its index.
 
         A save that is still running may have made some of them. But it began before this commit, on the condition that
-        the index is what it was then, so it cannot commit any more.
+        the index has not changed, so it cannot commit any more.
         """
         try:
             names = saved_files_at(self._store, self._location)

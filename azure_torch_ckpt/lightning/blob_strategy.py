@@ -13,8 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.errors import CheckpointNotFoundError, ConfigurationError
-from azure_torch_ckpt.objects.collective import run_on_all_ranks
-from azure_torch_ckpt.objects.sharded import DTensorEntry, load_sharded, save_sharded
+from azure_torch_ckpt.objects.sharded import DTensorEntry, load_sharded, run_on_all_ranks, save_sharded
 from azure_torch_ckpt.objects.states import States
 
 from .checkpoint_io import AzureBlobCheckpointIO, blob_location, required_checkpoint_io
@@ -24,7 +23,6 @@ from .stock import (
     default_weights_only,
     fsdp_arguments,
     given_checkpoint_io,
-    saves_shards,
     set_checkpoint_io,
 )
 
@@ -47,7 +45,7 @@ class BlobStrategy:
         """The plugin, which has the credential; by default an `AzureBlobCheckpointIO` without arguments."""
         plugin = given_checkpoint_io(self)
         if plugin is None:
-            set_checkpoint_io(self, plugin := AzureBlobCheckpointIO())
+            self.checkpoint_io = plugin = AzureBlobCheckpointIO()
         elif isinstance(plugin, WrappingCheckpointIO) and plugin.checkpoint_io is None:
             plugin.checkpoint_io = AzureBlobCheckpointIO()
         return plugin
@@ -55,10 +53,6 @@ class BlobStrategy:
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         set_checkpoint_io(self, io)
-
-    @property
-    def _saves_shards(self) -> bool:
-        return saves_shards(self)
 
     def _save_sharded(self, checkpoint: Any, path: str | Path, storage_options: Any) -> None:
         """Save a part on each rank; return when the checkpoint is complete, with ``async_save`` as well.

@@ -59,11 +59,11 @@ def blob_location(path: str | Path) -> BlobLocation | None:
     return BlobLocation.parse(text) if _BLOB_URL.match(text) else None
 
 
-def required_checkpoint_io(plugin: CheckpointIO | None, path: str | Path) -> AzureBlobCheckpointIO:
+def required_checkpoint_io(plugin: CheckpointIO | None, path: str | Path | None) -> AzureBlobCheckpointIO:
     """Our plugin: `plugin` itself, or the one in Lightning's wrappers.
 
     Args:
-        path: in Blob Storage, for the error.
+        path: of the checkpoints, for the error.
 
     Raises:
         ConfigurationError: it is another plugin.
@@ -72,8 +72,8 @@ def required_checkpoint_io(plugin: CheckpointIO | None, path: str | Path) -> Azu
         plugin = plugin.checkpoint_io
     if not isinstance(plugin, AzureBlobCheckpointIO):
         raise ConfigurationError(
-            f"{type(plugin).__name__} cannot save checkpoints to {blob_location(path)}. Give the Trainer or Fabric "
-            "plugins=[AzureBlobCheckpointIO(...)] of azure_torch_ckpt.lightning"
+            f"{type(plugin).__name__} cannot save checkpoints to {blob_location(path or '') or 'Blob Storage'}. Give "
+            "the Trainer or Fabric plugins=[AzureBlobCheckpointIO(...)] of azure_torch_ckpt.lightning"
         )
     return plugin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pydoc
 import tempfile
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 from .checkpoint_io import AzureBlobCheckpointIO, blob_location
-from .stock import command_line
+from .stock import pytorch
 
 __all__ = ["AzureBlobLightningCLI"]
 
-_cli = command_line()
+_cli = importlib.import_module(f"{pytorch.__name__}.cli")
 
 
 class AzureBlobLightningCLI(_cli.LightningCLI):  # type: ignore[misc,name-defined]  # a module of either distribution

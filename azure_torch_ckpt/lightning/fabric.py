@@ -19,6 +19,7 @@ from .stock import (
     FabricFSDPStrategy,
     FabricModelParallelStrategy,
     FabricParallelStrategy,
+    saves_shards,
     weights_only_argument,
 )
 
@@ -57,7 +58,7 @@ class _FabricStrategy(BlobStrategy, FabricParallelStrategy):
             if not isinstance(checkpoint.get(key), dict):
                 raise TypeError(f"The filter for {key!r} needs a dict in the state, and there is none under that key")
             checkpoint[key] = {name: value for name, value in checkpoint[key].items() if is_kept(name, value)}
-        if self._saves_shards:
+        if saves_shards(self):
             self._save_sharded(checkpoint, path, storage_options)
         else:
             self._save_on_rank_0(gathered(checkpoint, self.is_global_zero), path, storage_options)

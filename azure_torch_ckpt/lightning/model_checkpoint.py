@@ -247,7 +247,6 @@ class AzureBlobModelCheckpoint(pytorch.callbacks.ModelCheckpoint):
                 "AsyncCheckpointIO removes old checkpoints before the new one is stored. Pass "
                 f"Trainer(plugins=[{_PLUGIN}(async_save=True)]) instead, which keeps the order"
             )
-        assert self._dirpath is not None
         plugin = required_checkpoint_io(given, self._dirpath)
         if self._sas is not None:
             if plugin.credential is None:

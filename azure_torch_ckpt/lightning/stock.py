@@ -16,7 +16,6 @@ names in any version: tests/lightning/test_stock.py fails when one is gone.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Any
 
@@ -33,7 +32,6 @@ __all__ = [
     "FabricParallelStrategy",
     "TorchCheckpointIO",
     "WrappingCheckpointIO",
-    "command_line",
     "default_weights_only",
     "fsdp_arguments",
     "given_checkpoint_io",
@@ -78,11 +76,6 @@ def default_weights_only(weights_only: bool | None) -> bool | None:
 def weights_only_argument(weights_only: bool | None) -> dict[str, Any]:
     """The keyword argument for those methods of Lightning that have it from 2.6 on."""
     return {"weights_only": weights_only} if LOAD_TAKES_WEIGHTS_ONLY else {}
-
-
-def command_line() -> Any:
-    """Lightning's module ``cli``, which needs jsonargparse, so that it is only imported when somebody uses it."""
-    return importlib.import_module(f"{pytorch.__name__}.cli")
 
 
 def uploads_checkpoints(logger: pytorch.loggers.Logger) -> bool:

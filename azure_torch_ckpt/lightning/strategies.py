@@ -13,7 +13,7 @@ from azure_torch_ckpt.objects.sharded import DTensorEntry
 from azure_torch_ckpt.objects.states import FsdpStates, by_name, by_number, gathered, is_by_name
 
 from .blob_strategy import BlobStrategy, give_mesh, is_sharded_path
-from .stock import pytorch, weights_only_argument
+from .stock import pytorch, saves_shards, weights_only_argument
 
 __all__ = ["AzureDDPStrategy", "AzureFSDPStrategy", "AzureModelParallelStrategy"]
 
@@ -35,7 +35,7 @@ class _TrainerStrategy(BlobStrategy, pytorch.strategies.ParallelStrategy):
         path = self.broadcast(filepath)
         if not is_sharded_path(path):
             self._save_elsewhere(checkpoint, path, storage_options)
-        elif self._saves_shards:
+        elif saves_shards(self):
             self._save_sharded(checkpoint, path, storage_options)
         else:
             self._save_on_rank_0(checkpoint, path, storage_options)
@@ -107,12 +107,12 @@ class _ModelShardingStrategy(_TrainerStrategy):
     def lightning_module_state_dict(self) -> _State:
         assert self.model is not None
         state = self._states.of_module(self.model)
-        return state if self._saves_shards else gathered(state, self.is_global_zero)
+        return state if saves_shards(self) else gathered(state, self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> _State:
         assert self.model is not None
         state = self._states.of_optimizer(self.model, _bare(optimizer))
-        return state if self._saves_shards else gathered(state, self.is_global_zero)
+        return state if saves_shards(self) else gathered(state, self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if self._loaded_sharded:
@@ -143,7 +143,7 @@ class _ModelShardingStrategy(_TrainerStrategy):
             yield from self._states.optimizer_dtensors(state, self.model, optimizer)
 
     def _save_elsewhere(self, checkpoint: _State, path: str | Path, storage_options: Any) -> None:
-        if self._saves_shards and "optimizer_states" in checkpoint:
+        if saves_shards(self) and "optimizer_states" in checkpoint:
             assert self.model is not None
             states = [
                 by_name(state, self._states.names(self.model, optimizer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,18 @@ from torch.distributed.tensor import empty as empty_dtensor
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.tensors.copies import copy_elements, copyable
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
+from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointError
 from azure_torch_ckpt.objects.codec import Placeholder, Unpacked, pack, unpack
-from azure_torch_ckpt.objects.collective import run_on_all_ranks
 from azure_torch_ckpt.objects.dedup_planner import DedupSavePlanner
 from azure_torch_ckpt.objects.single_process import check_items, read_items, read_skeleton
 
-__all__ = ["DTensorEntry", "load_sharded", "save_sharded"]
+__all__ = ["DTensorEntry", "load_sharded", "run_on_all_ranks", "save_sharded"]
 
 # Every rank reads smaller tensors itself: a broadcast takes longer than a few more bytes in a request.
 _BROADCAST_SIZE = 1024 * 1024
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,39 @@ class DTensorEntry:
     key: Any
     like: DTensor
     other_shapes: bool = False
+
+
+def run_on_all_ranks(work: Callable[[], _Result]) -> _Result:
+    """Call `work` on every rank of the default process group, with a collective error if it fails on one.
+
+    Returns:
+        The result of `work` on this rank.
+
+    Raises:
+        Whatever `work` raised on this rank.
+        AzureCheckpointError: `work` raised on another rank. The error is that of the lowest such rank.
+    """
+    result: list[_Result] = []
+    failure: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as error:
+        failure = error
+    errors: list[AzureCheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if failure is None else _picklable(failure))
+    if failure is not None:
+        raise failure
+    for error_of_rank in errors:
+        if error_of_rank is not None:
+            raise error_of_rank
+    return result[0]
+
+
+def _picklable(error: Exception) -> AzureCheckpointError:
+    """The error itself, if all ranks can unpickle it; else one that quotes it."""
+    if isinstance(error, AzureCheckpointError):
+        return error
+    return CheckpointError(f"Rank {dist.get_rank()} failed: {type(error).__name__}: {error}")
 
 
 def save_sharded(value: Any, writer: AzureBlobWriter) -> None:

@@ -1,7 +1,8 @@
-"""The garbage collector stays away from a loop, and comes back however the loop ends."""
+"""`CollectorPause` stops the garbage collector during a loop, and starts it again however the loop ends."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -33,7 +34,8 @@ def test_a_collector_that_the_user_switched_off_stays_off() -> None:
     assert not gc.isenabled()
 
 
-def test_the_last_of_several_threads_brings_it_back() -> None:
+@contextlib.contextmanager
+def pause_of_another_thread() -> Iterator[None]:
     begun, end = threading.Event(), threading.Event()
 
     def pause() -> None:
@@ -42,12 +44,20 @@ def test_the_last_of_several_threads_brings_it_back() -> None:
             end.wait(60)
 
     thread = threading.Thread(target=pause)
-    with CollectorPause():
-        thread.start()
+    thread.start()
+    try:
         assert begun.wait(60)
-    assert not gc.isenabled()
-    end.set()
-    thread.join(60)
+        yield
+    finally:
+        end.set()
+        thread.join(60)
+
+
+def test_the_last_of_several_threads_brings_it_back() -> None:
+    with contextlib.ExitStack() as stack:
+        with CollectorPause():
+            stack.enter_context(pause_of_another_thread())
+        assert not gc.isenabled()
     assert gc.isenabled()
 
 
@@ -74,21 +84,8 @@ def test_a_loop_that_is_left_brings_it_back() -> None:
 
 
 def test_a_fork_in_the_pause_of_another_thread_has_a_collector() -> None:
-    begun, end = threading.Event(), threading.Event()
-
-    def pause() -> None:
-        with CollectorPause():
-            begun.set()
-            end.wait(60)
-
-    thread = threading.Thread(target=pause)
-    thread.start()
-    assert begun.wait(60)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if gc.isenabled() else 1)
-    try:
+    with pause_of_another_thread():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        end.set()
-        thread.join(60)

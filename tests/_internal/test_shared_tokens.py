@@ -1,4 +1,4 @@
-"""The tokens that a process shares, with its threads and its children."""
+"""`SharedTokens`: the tokens that the threads of a process and its forked children share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def waiting_for_the_token() -> int:
-    """How many threads stand at the lock of TokenCache.token (or hold it)."""
+    """Return how many threads wait for the lock of TokenCache.token, or hold it."""
     return sum(
         frame.f_code is TokenCache.token.__code__ and "lock" in frame.f_locals
         for top in sys._current_frames().values()
@@ -64,7 +64,7 @@ def frames(top: Any) -> Iterator[Any]:
 
 
 def ask_in_8_threads(credential: GatedCredential) -> list[Any]:
-    """What 8 threads with a client each get if all of them ask before the first answer."""
+    """Return the answers to 8 threads, each with its client, that all ask before the first answer."""
     barrier = threading.Barrier(8)
 
     def ask() -> Any:

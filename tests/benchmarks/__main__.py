@@ -12,18 +12,30 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.benchmarks import peer, plan, results
-from tests.benchmarks.document import render
+from tests.benchmarks import cases, charts, results, tables
 from tests.benchmarks.endpoints import AccountEndpoint, AzsinkEndpoint, AzuriteEndpoint, Endpoint
-from tests.benchmarks.processes import ROOT
+from tests.benchmarks.processes import ROOT, azstoragetorch_folder
+from tests.benchmarks.results import Part
 from tests.benchmarks.rounds import run_rounds
 from tests.benchmarks.spec import SLOW, TLS, AsyncCase, Case
 
 # Azurite moves some 100 MB/s and keeps all that it was ever sent.
 _AZURITE_SCALE = 1 / 16
+
+_TABLES: dict[str, tuple[str, Callable[[Part], str]]] = {
+    "targets": ("compare", tables.target_table),
+    "tables": ("compare", tables.compare_tables),
+    "async": ("async", tables.async_table),
+    "growth": ("growth", tables.growth_table),
+}
+_CHARTS: dict[str, Callable[[Part, Path, str], None]] = {
+    "compare": charts.compare_charts,
+    "async": charts.async_chart,
+    "growth": charts.growth_charts,
+}
 
 
 def main() -> int:
@@ -31,25 +43,25 @@ def main() -> int:
     endpoint = _endpoint(options)
     scale = options.scale or (_AZURITE_SCALE if endpoint.name == "azurite" else 1.0)
     slow_or_not = SLOW if endpoint.can(SLOW) else TLS
-    cases: dict[str, Sequence[Case | AsyncCase]] = {
-        "compare": plan.compare(scale),
-        "async": plan.asynchronous(scale, slow_or_not),
-        "growth": plan.growth(scale),
+    of_parts: dict[str, Sequence[Case | AsyncCase]] = {
+        "compare": cases.compare(scale),
+        "async": cases.asynchronous(scale, slow_or_not),
+        "growth": cases.growth(scale),
     }
     path = options.output / "performance" / f"{endpoint.name}.json"
     parts = results.read(path)
-    folder = None if options.without_azstoragetorch else peer.packages()
+    folder = None if options.without_azstoragetorch else azstoragetorch_folder()
     failures: list[str] = []
     for name in options.parts:
         begin = time.monotonic()
-        chosen = [case for case in cases[name] if re.search(options.only, case.name)]
+        chosen = [case for case in of_parts[name] if re.search(options.only, case.name)]
         seen, errors = run_rounds(endpoint, chosen, options.rounds, peer=folder, keep_seeds=name != "growth")
         parts[name] = results.part(chosen, seen, scale, options.rounds)
         failures += errors
         print(f"{name}: {time.monotonic() - begin:.0f} s")
     if not options.only:
         results.write(path, parts)
-        render(options.output, endpoint.name, parts)
+        _render(options.output, endpoint.name, parts)
     if failures:
         print(f"{len(failures)} runs of cases failed", file=sys.stderr)
     return 1 if failures else 0
@@ -87,6 +99,31 @@ def _endpoint(options: argparse.Namespace) -> Endpoint:
     if options.url is not None:
         return AccountEndpoint(options.url)
     return AzuriteEndpoint()
+
+
+def _render(folder: Path, endpoint: str, parts: dict[str, Part]) -> None:
+    """Draw the charts of an endpoint, and fill the places of performance.md that are for its tables.
+
+    A place is the text between the lines ``<!-- begin ENDPOINT TABLE -->`` and ``<!-- end ENDPOINT TABLE -->``, with
+    a name of `_TABLES` for TABLE. The document need not have all of them.
+
+    Args:
+        folder: with performance.md; the charts are put into its folder ``performance``.
+    """
+    for name, part in parts.items():
+        _CHARTS[name](part, folder / "performance", endpoint)
+    document = folder / "performance.md"
+    text = document.read_text(encoding="utf-8")
+    for name, (of_part, table) in _TABLES.items():
+        if of_part in parts:
+            text = _filled(text, f"{endpoint} {name}", table(parts[of_part]))
+    document.write_text(text, encoding="utf-8")
+
+
+def _filled(text: str, place: str, content: str) -> str:
+    before, begin, rest = text.partition(f"<!-- begin {place} -->\n")
+    _, end, after = rest.partition(f"<!-- end {place} -->\n")
+    return f"{before}{begin}\n{content}\n{end}{after}" if end else text
 
 
 if __name__ == "__main__":

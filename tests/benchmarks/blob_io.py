@@ -34,7 +34,7 @@ from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import BlobIO
 from azure_torch_ckpt.emulator import Azurite
-from tests.benchmarks.link import SlowLink
+from tests.benchmarks.slow_link import SlowLink
 from tests.support.faults import Hold
 from tests.support.proxy import FaultProxy
 

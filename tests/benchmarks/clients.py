@@ -10,8 +10,8 @@ from torch.distributed.checkpoint import LoadPlanner, StorageReader, StorageWrit
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter  # it has no public name
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, TransferOptions
-from tests.benchmarks.null import NullStorage
-from tests.benchmarks.raw import ObstoreClient, SdkClient
+from tests.benchmarks.null_storage import NullStorage
+from tests.benchmarks.raw_clients import ObstoreClient, SdkClient
 from tests.benchmarks.spec import Address, Case
 from tests.benchmarks.works import State
 

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint over azstoragetorch's ``BlobIO``, which `tests.benchmarks.peer` installs."""
+"""torch.distributed.checkpoint over azstoragetorch's ``BlobIO``, which `tests.benchmarks.processes` installs."""
 
 from __future__ import annotations
 

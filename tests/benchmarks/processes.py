@@ -1,4 +1,4 @@
-"""The harness' side of the processes that run the cases: `tests.benchmarks.zygote`, and the C client."""
+"""The processes that run the cases, seen from the harness: `tests.benchmarks.zygote`, and the C client."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from azure_torch_ckpt import TransferOptions
 from tests.benchmarks.spec import GIB, MIB, Case, Job
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# constraints.txt can name one version of a package only. 12.27.0 is the newest that azstoragetorch 0.2.0 takes.
+_PACKAGES = ["azstoragetorch==0.2.0", "azure-storage-blob==12.27.0"]
 
 
 class CaseFailedError(Exception):
@@ -101,3 +104,18 @@ def _rates(values: dict[str, float]) -> dict[str, float]:
         "MBps": payload / values["seconds"] / 1e6,
         "cpu_per_GiB": values["cpu"] / payload * GIB,
     }
+
+
+def azstoragetorch_folder() -> Path:
+    """A folder with azstoragetorch and the older azure-storage-blob that it requires, installed at the first call.
+
+    Everything else, torch too, comes from this environment.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install them.
+    """
+    folder = Path(sys.prefix, "benchmark-peer")
+    if not (folder / "azstoragetorch").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(folder), *_PACKAGES], check=True)
+    return folder

@@ -29,7 +29,7 @@ def run_rounds(
     """Run every case once a round, with servers that are new in each round.
 
     Args:
-        peer: the folder of `tests.benchmarks.peer`; None leaves its cases out.
+        peer: the folder of azstoragetorch; None skips its cases.
         keep_seeds: keep what the loads of a round read until its end. Otherwise the server forgets it after each case.
 
     Returns:

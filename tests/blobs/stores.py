@@ -66,7 +66,7 @@ def make_store(proxied_container: str) -> Callable[..., BlobStore]:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests wait for an answer for longer than any test: who does not break them off waits for ever."""
+    """Requests wait for an answer longer than any test, so a test that does not cancel them waits for ever."""
     monkeypatch.setattr(connections, "IO_SECONDS", 3600.0)
     monkeypatch.setattr(connections, "TIMEVAL", struct.pack("ll", 3600, 0))
 

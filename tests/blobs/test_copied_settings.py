@@ -1,4 +1,4 @@
-"""A copy has what its source carries beside its bytes, whichever way the bytes go; a move loses nothing."""
+"""A copy has the settings, metadata and tags of its source, however the bytes are copied; a move loses nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def carried(client: BlobClient) -> tuple[ContentSettings, dict[str, str], dict[s
 
 @pytest.fixture(params=["whole by the service", "parts by the service", "through this machine", "empty"])
 def way(request: pytest.FixtureRequest, azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
-    """A way for a blob of 3 MiB, and the endpoint on which it is taken."""
+    """A way to copy a blob of 3 MiB, and the endpoint for it."""
     if request.param == "parts by the service":
         with FromUrlServer(azurite) as server:
             monkeypatch.setattr(blobcopy, "_LARGEST_WHOLE", MIB)
@@ -157,7 +157,7 @@ def test_metadata_that_leaves_no_room_for_the_mark(container: str) -> None:
 
 
 def test_an_empty_blob_does_not_turn_the_service_off(azurite: Azurite, container: str) -> None:
-    """One like the real service, which takes no range of an empty blob."""
+    """A service that refuses a range of an empty blob, as the real one does."""
     save(f"{container}/a", 1)
     blob(container, "a/0-first").upload_blob(b"")
     with FromUrlServer(azurite) as server:

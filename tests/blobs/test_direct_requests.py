@@ -1,4 +1,4 @@
-"""The requests that go without the client of azure-storage-blob: they are accepted, and the client has the rest."""
+"""`DirectRequests`: the service accepts them, and the client of azure-storage-blob sends the other requests."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from tests.blobs.stores import KEY, ODD_NAMES, sas_for
 from tests.support.faults import Answer, Exchange, Kind
 from tests.support.proxy import FaultProxy
 
+pytest_plugins = ("tests.blobs.stores",)
+
 DATA = bytes(range(256)) * 1000
 HOT: tuple[Kind, ...] = ("Put Block", "Get Blob")
 
 
 def write_and_read(store: BlobStore, name: str) -> bytes:
-    """What comes back of `DATA`, by each of the ways that take the short path."""
+    """Write and read `DATA` by each of the direct requests; return the bytes read."""
     blocks = [DATA[:100_000], DATA[100_000:]]
     for number, block in enumerate(blocks):
         store.stage_block(name, f"{number:032d}", Gather([memoryview(block)]), crc64(block))
@@ -47,7 +49,7 @@ def write_and_read(store: BlobStore, name: str) -> bytes:
 
 
 def by_client(exchange: Exchange) -> bool:
-    """Whether the client of azure-storage-blob sent it. Both ways name this package."""
+    """Whether the client of azure-storage-blob sent it. Direct requests name this package, too."""
     assert exchange.headers["user-agent"].startswith(USER_AGENT)
     return "azsdk-python-storage-blob/" in exchange.headers["user-agent"]
 
@@ -59,22 +61,24 @@ def assert_short(log: list[Exchange]) -> None:
     assert all(by_client(exchange) for exchange in log if exchange.kind not in HOT)
 
 
-@pytest.fixture(params=["key", "named key", "SAS", "SAS credential", "SAS in the URL"])
-def place(request: pytest.FixtureRequest, proxied_container: str) -> tuple[str, Credential]:
+@pytest.fixture(params=["default", "key", "named key", "connection string", "SAS", "SAS credential", "SAS in the URL"])
+def url_and_credential(request: pytest.FixtureRequest, proxied_container: str) -> tuple[str, Credential]:
     sas = sas_for(proxied_container)
     if request.param == "SAS in the URL":
         return f"{proxied_container}?{sas}", None
     credentials: dict[str, Credential] = {
+        "default": None,
         "key": KEY,
         "named key": AzureNamedKeyCredential(Azurite.account_name, KEY),
+        "connection string": f"AccountName={Azurite.account_name};AccountKey={KEY}",
         "SAS": sas,
         "SAS credential": AzureSasCredential(sas),
     }
     return proxied_container, credentials[request.param]
 
 
-def test_every_kind_of_credential_is_accepted(place: tuple[str, Credential], proxy: FaultProxy) -> None:
-    store = BlobStore(BlobLocation.parse(place[0]), Access(place[1]))
+def test_every_kind_of_credential_is_accepted(url_and_credential: tuple[str, Credential], proxy: FaultProxy) -> None:
+    store = BlobStore(BlobLocation.parse(url_and_credential[0]), Access(url_and_credential[1]))
     assert write_and_read(store, "blob") == DATA
     assert_short(proxy.log)
 
@@ -164,8 +168,8 @@ def test_a_tenant_that_does_not_help_is_not_remembered(azurite_tls: Azurite, tok
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_names_of_every_kind_are_signed_right(name: str, proxied_container: str, proxy: FaultProxy) -> None:
-    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)), name) == DATA
+def test_names_of_every_kind_are_signed_right(name: str, proxied: BlobStore, proxy: FaultProxy) -> None:
+    assert write_and_read(proxied, name) == DATA
     assert_short(proxy.log)
 
 
@@ -175,11 +179,10 @@ def test_anonymous_requests_carry_no_authorization(proxied_container: str, proxy
     assert "authorization" not in proxy.log[0].headers
 
 
-def test_a_challenge_is_answered_by_the_client(proxied_container: str, proxy: FaultProxy) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
+def test_a_challenge_is_answered_by_the_client(proxied: BlobStore, proxy: FaultProxy) -> None:
     for kind in HOT:
         proxy.when(kind, nth=1).do(Answer(401, "InvalidAuthenticationInfo"))
-    assert write_and_read(store, "blob") == DATA
+    assert write_and_read(proxied, "blob") == DATA
     for kind in HOT:
         first, second = [exchange for exchange in proxy.log if exchange.kind == kind][:2]
         assert (first.status, by_client(first), by_client(second)) == (401, False, True)
@@ -202,15 +205,14 @@ def test_what_the_service_refuses_is_told_with_its_code(proxied_container: str) 
         wrong.stage_block("blob", "0" * 32, Gather([memoryview(b"x")]))
 
 
-def test_a_blob_is_described_as_its_properties_describe_it(proxied_container: str) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
-    store.put("whole", DATA)  # stores an MD5
-    store.stage_block("parts", "1", Gather([memoryview(DATA)]))
-    store.commit_blocks("parts", ["1"], BlobSettings(metadata={"run": "7", "Name": "x y"}))
+def test_a_blob_is_described_as_its_properties_describe_it(proxied: BlobStore) -> None:
+    proxied.put("whole", DATA)  # stores an MD5
+    proxied.stage_block("parts", "1", Gather([memoryview(DATA)]))
+    proxied.commit_blocks("parts", ["1"], BlobSettings(metadata={"run": "7", "Name": "x y"}))
     for name in ("whole", "parts"):
-        assert store.read_some(name, 5, 10)[1] == store.stat(name)
-    assert store.stat("whole").md5 is not None
-    assert store.read_some("parts", 0, 1)[1].metadata == {"run": "7", "Name": "x y"}
+        assert proxied.read_some(name, 5, 10)[1] == proxied.stat(name)
+    assert proxied.stat("whole").md5 is not None
+    assert proxied.read_some("parts", 0, 1)[1].metadata == {"run": "7", "Name": "x y"}
 
 
 @pytest.fixture
@@ -221,8 +223,8 @@ def tracing() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("tracing")
-def test_with_tracing_the_client_sends_everything(proxied_container: str, proxy: FaultProxy) -> None:
-    assert write_and_read(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)), "blob") == DATA
+def test_with_tracing_the_client_sends_everything(proxied: BlobStore, proxy: FaultProxy) -> None:
+    assert write_and_read(proxied, "blob") == DATA
     assert all(by_client(exchange) for exchange in proxy.log)
 
 

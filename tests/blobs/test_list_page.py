@@ -11,16 +11,16 @@ import pytest
 from azure.core.settings import settings
 from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.direct_requests import DirectRequests
 from azure_torch_ckpt.blobs.list_page import ListPage
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import RequestRefusedError
-from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.stores import KEY, ODD_NAMES
+from tests.blobs.stores import ODD_NAMES
 from tests.support.faults import Answer
 from tests.support.proxy import FaultProxy
+
+pytest_plugins = ("tests.blobs.stores",)
 
 TIME = "Wed, 09 Sep 2026 09:20:02 GMT"
 WHEN = datetime.datetime(2026, 9, 9, 9, 20, 2, tzinfo=datetime.timezone.utc)
@@ -114,57 +114,54 @@ def test_a_prefix_of_a_hierarchical_namespace_has_properties() -> None:
     ],
     ids="empty html json cut character no-size size date no-name entity file dtd laughs".split(),  # noqa: SIM905
 )
-def test_what_is_no_listing_is_told_apart(body: bytes, proxied_container: str, proxy: FaultProxy) -> None:
+def test_what_is_no_listing_is_told_apart(body: bytes, proxied: BlobStore, proxy: FaultProxy) -> None:
     with pytest.raises(ValueError):
         list(ListPage(body))
     proxy.when("List").do(Answer(200, body=body))
     with pytest.raises(RequestRefusedError, match="not a listing") as caught:
-        list(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)).list(""))
+        list(proxied.list(""))
     assert "etc/passwd" not in str(caught.value)
 
 
-def test_a_page_that_leads_to_itself_ends(proxied_container: str, proxy: FaultProxy) -> None:
+def test_a_page_that_leads_to_itself_ends(proxied: BlobStore, proxy: FaultProxy) -> None:
     proxy.when("List", times=None).do(Answer(200, body=page(blob("a"), marker="again")))
     with pytest.raises(RequestRefusedError, match="next page is itself"):
-        list(BlobStore(BlobLocation.parse(proxied_container), Access(KEY)).list(""))
+        list(proxied.list(""))
     assert proxy.count("List") == 2
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_survive_a_listing_in_pages(
-    name: str, proxied_container: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    name: str, proxied: BlobStore, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefix and marker are part of what is signed."""
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     names = [f"{name}/{number}" for number in range(3)]
     for each in names:
-        store.put(each, b"")
-    assert [info.path for info in store.list(f"{name}/")] == names
+        proxied.put(each, b"")
+    assert [info.path for info in proxied.list(f"{name}/")] == names
     list_page = DirectRequests.list_page
     monkeypatch.setattr(DirectRequests, "list_page", lambda *args, **kwargs: list_page(*args, **{**kwargs, "limit": 1}))
-    assert [info.path for info in store.list(f"{name}/")] == names
+    assert [info.path for info in proxied.list(f"{name}/")] == names
     assert proxy.count("List") == 1 + 3
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_the_pages_of_the_client_are_the_same(traced: bool, proxied_container: str, proxy: FaultProxy) -> None:
+def test_the_pages_of_the_client_are_the_same(traced: bool, proxied: BlobStore, proxy: FaultProxy) -> None:
     """With tracing the client of azure-storage-blob sends the request, for its span. The page is parsed here, too."""
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
     for name in ("a", "b/1", "b/2"):
-        store.put(name, b"data")
+        proxied.put(name, b"data")
     settings.tracing_implementation = OpenTelemetrySpan if traced else None
     try:
-        assert [info.path for info in store.list("b/", limit=1)] == ["b/1"]
-        assert {entry if isinstance(entry, str) else entry.path for entry in store.list_folder("")} == {"a", "b/"}
-        assert store.now().tzinfo is not None
+        assert [info.path for info in proxied.list("b/", limit=1)] == ["b/1"]
+        assert {entry if isinstance(entry, str) else entry.path for entry in proxied.list_folder("")} == {"a", "b/"}
+        assert proxied.now().tzinfo is not None
     finally:
         settings.tracing_implementation = None
     by_client = ["azsdk-python-storage-blob/" in one.headers["user-agent"] for one in proxy.requests("List")]
     assert by_client == [traced] * 3
 
 
-def test_the_sdk_makes_one_object_for_a_blob(proxied_container: str, proxy: FaultProxy) -> None:
-    store = BlobStore(BlobLocation.parse(proxied_container), Access(KEY))
+def test_the_sdk_makes_one_object_for_a_blob(proxied: BlobStore, proxy: FaultProxy) -> None:
 
     def calls_into_the_sdk(count: int) -> int:
         names = [f"{number:05d}" for number in range(count)]
@@ -177,7 +174,7 @@ def test_the_sdk_makes_one_object_for_a_blob(proxied_container: str, proxy: Faul
 
         sys.setprofile(profile)
         try:
-            found = [info.path for info in store.list("")]
+            found = [info.path for info in proxied.list("")]
         finally:
             sys.setprofile(None)
         assert found == names

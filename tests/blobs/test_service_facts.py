@@ -1,4 +1,4 @@
-"""What the real service answers, request by request, and what the store makes of it.
+"""Answers of the real service to each request, and the results and errors of the store.
 
 ``service_facts.json`` has the answers, each with its source: recordings, documentation, issues. The proxy gives each to
 the operation that it was given to; an operation that nothing here uses (Put Page, say) has the one that is nearest.
@@ -187,7 +187,7 @@ def described(size: int, data: int, **expected: Any) -> Callable[[tuple[bytes, B
 
 
 IS_A_DIRECTORY = lambda info: info.is_folder and info.size == 0 and info.etag == ETAG  # noqa: E731
-# A source that the service cannot read is no reason to wait: the bytes can go through this machine.
+# A source that the service cannot read is not tried again: the bytes can go through this machine.
 NO_SOURCE = Refused(RequestRefusedError, "copy the data through this machine")
 DAMAGED = Refused(RequestRefusedError, "do not have the checksum", (5, 25))
 CHANGED = Refused(BlobChangedError, "412 ConditionNotMet")

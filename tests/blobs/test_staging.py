@@ -1,4 +1,4 @@
-"""Blocks that others have staged for a name, under ids of another length, are in nobody's way."""
+"""`Staging`: an upload succeeds although others have staged blocks for the blob under ids of another length."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def blob(container: str) -> BlobClient:
 
 
 def stage_foreign(blob: BlobClient, *ids: bytes) -> None:
-    """Not with the SDK, which takes text only."""
+    """Without the SDK, which accepts only text."""
     container = blob.url.rpartition("/")[0]
     for each in ids:
         query = urllib.parse.urlencode({"comp": "block", "blockid": base64.b64encode(each).decode()})
@@ -172,7 +172,7 @@ def test_a_credential_that_may_not_look_is_told_what_is_in_the_way(container: st
 
 
 def test_every_id_of_this_package_has_one_length(store: BlobStore, proxy: FaultProxy) -> None:
-    """So that what a killed upload leaves is in no other's way, whichever way both came."""
+    """So that the blocks of a killed upload do not obstruct another one, whatever wrote both."""
     cancel = Cancel()
     writes = [
         functools.partial(write_with_upload, store),

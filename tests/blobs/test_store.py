@@ -1,4 +1,4 @@
-"""The verbs of the store against the emulator: what they do and what they raise."""
+"""The verbs of `BlobStore` against the emulator: results and errors."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_list_folder(store: BlobStore) -> None:
 def test_what_is_a_folder(
     store: BlobStore, container: str, name: str, data: bytes, metadata: dict[str, str] | None, is_folder: bool
 ) -> None:
-    """The same by a listing, by a look at the blob, and by what a read tells."""
+    """The same by a listing, by a HEAD request and by a read."""
     with ContainerClient.from_container_url(container, Azurite.account_key) as client:
         client.upload_blob(name, data, metadata=metadata)
     found = [*store.list(""), store.stat(name), store.read_some(name, 0, 100)[1]]

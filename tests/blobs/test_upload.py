@@ -110,7 +110,7 @@ def test_views_that_are_copies_are_not_divided(make_store: Callable[..., BlobSto
         item = upload.add([memoryview(data[:600]), memoryview(data[600:1200]), memoryview(data[1200:])], copies=True)
         upload.finish()
     assert read(make_store()) == data and item.crc64() == crc64(data)
-    # The third one is longer than a block: there is no sparing it.
+    # The third one is longer than a block, so it is divided.
     assert sorted(seen.body_length for seen in proxy.requests("Put Block")) == [100, 600, 1000, 1000, 1000, 1000]
 
 
@@ -121,7 +121,7 @@ def test_an_aborted_upload_commits_nothing(make_store: Callable[..., BlobStore],
     upload = Upload(make_store(block_size=1000), "blob", 3500)
     upload.add([memoryview(bytes(3500))])
     gate.wait_for(3)
-    upload.abort(wait=wait)  # although nobody opens the gate
+    upload.abort(wait=wait)  # although the gate stays closed
     with pytest.raises(ConnectionAbortedError):
         upload.finish()
     assert proxy.count("Put Block List") == 0
@@ -136,7 +136,7 @@ def test_an_error_of_a_block_stops_the_upload(make_store: Callable[..., BlobStor
         for _ in range(200):
             upload.add([memoryview(bytes(1000))])
         upload.finish()
-    assert proxy.count("Put Block") <= 2 + store.options.concurrency  # those that were under way, and no later one
+    assert proxy.count("Put Block") <= 2 + store.options.concurrency  # those in flight, and no later one
     assert proxy.count("Put Block List") == 0
     assert read(store) == b"old"
 

@@ -38,7 +38,7 @@ def signal_that_raises() -> Iterator[None]:
 
 
 class HangingRequests:
-    """What workers wait for until they are stopped, as for the answer of a service that is gone."""
+    """Requests that hang until they are stopped, as to a dead service."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -255,7 +255,7 @@ def test_tasks_are_taken_after_the_end_of_the_main_thread() -> None:
     code = """
 import runpy, sys, threading
 
-Workers = runpy.run_path(sys.argv[1])["Workers"]  # without the rest of the package, which takes its time
+Workers = runpy.run_path(sys.argv[1])["Workers"]  # without the rest of the package, which is slow to import
 
 def late():
     threading.main_thread().join()

@@ -43,7 +43,6 @@ from tests.support.sharded import GLOBAL, expected, rows, writer
 from tests.support.states import COPIED, DTYPES, assert_same, fill
 from tests.support.without_collectives import save_without_collectives
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support"),
@@ -239,7 +238,7 @@ def test_a_dtype_that_safetensors_does_not_have_is_refused(container: str, tmp_p
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ({"__metadata__": torch.zeros(2)}, "keeps the name '__metadata__'"),
+        ({"__metadata__": torch.zeros(2)}, "name '__metadata__'"),
         ({"\ud800": torch.zeros(2)}, r"'\\ud800' has half a surrogate pair"),
         ({"text": "\udfff"}, r"'\\udfff' has half a surrogate pair"),
         ({"DCP_SHARDING_INFO": "not JSON", "w": torch.zeros(2)}, "DCP_SHARDING_INFO"),

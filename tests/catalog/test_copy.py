@@ -162,7 +162,7 @@ def test_what_the_service_cannot_fetch_goes_through_this_machine(
     dcp.save(state, storage_writer=AzureBlobWriter(f"{container}/a", credential=KEY))
     with caplog.at_level(logging.INFO, "azure_torch_ckpt"):
         copy(f"{container}/a", through(proxy, f"{other}/a"), credential=KEY)
-    [said] = [record.getMessage() for record in caplog.records if "goes through here" in record.getMessage()]
+    [said] = [record.getMessage() for record in caplog.records if "goes through this machine" in record.getMessage()]
     assert "501" in said
     assert "sig=" not in caplog.text
     loaded = {"x": torch.zeros(20 * MIB, dtype=torch.int32)}
@@ -184,7 +184,7 @@ def test_between_two_services_with_credentials_of_their_own(
             dst_credential=token_credential,  # type: ignore[arg-type]
             ca_file=str(azurite_tls.certificate),
         )
-    assert "goes through here" in caplog.text and "sig=" not in caplog.text
+    assert "goes through this machine" in caplog.text and "sig=" not in caplog.text
     assert report.blobs == 2
     assert_right(load(f"{target}/a", **place), 1)
     back = copy(
@@ -262,7 +262,7 @@ def test_between_accounts_the_service_reads_the_source_with_a_signature(
     save(f"{first}/a", 1)
     with caplog.at_level(logging.INFO, "azure_torch_ckpt"):
         assert copy(f"{first}/a", f"{second}/a", credential=key).blobs == 2
-    assert "goes through here" not in caplog.text  # so it was the service; Azurite checks the SAS across accounts
+    assert "goes through this machine" not in caplog.text  # Azurite checks the SAS across accounts
     assert_right(load(f"{second}/a"), 1)
 
 

@@ -24,7 +24,6 @@ from tests.support.ranks import Ranks
 from tests.support.sharded import plain, rows, writer
 from tests.support.states import DTYPES, fill
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support"),

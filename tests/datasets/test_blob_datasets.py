@@ -36,8 +36,6 @@ from tests.support.faults import Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 COUNT = 23
 
 

@@ -18,8 +18,6 @@ from azure_torch_ckpt.emulator import Azurite
 from tests.datasets.sample_blobs import collate, fill, join, key, shard, tar_of
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 COUNT = 35
 
 

@@ -171,12 +171,12 @@ def test_two_blobs_are_not_copied_or_moved_into_one(
     names = ["r/1/x", "r/2/x", "r/old/2/x"]
     fill(client, names)
     for act in (fs.mv, fs.cp):
-        with pytest.raises(LocationError, match=r"same destination, azblob://.*/r/d/x"):
+        with pytest.raises(LocationError, match="same destination"):
             act([f"{root}/r/1/x", f"{root}/r/2/x"], f"{root}/r/d/")
         # Which of the copies comes first is nobody's business, so r/old/2/x would be either of the two.
-        with pytest.raises(LocationError, match=r"would be written over azblob://.*/r/old/2/x, which is to be copied"):
+        with pytest.raises(LocationError, match=r"would overwrite azblob://.*/r/old/2/x"):
             act(f"{root}/r/", f"{root}/r/old", recursive=True)
-        with pytest.raises(LocationError, match="would be written over"):
+        with pytest.raises(LocationError, match="would overwrite"):
             act([f"{root}/r/1/x", f"{root}/r/2/x"], [f"{root}/r/2/x", f"{root}/r/1/x"])
     assert {blob.name: client.download_blob(blob.name).readall() for blob in client.list_blobs()} == {
         name: f"this is {name}".encode() for name in names

@@ -73,26 +73,26 @@ class Act(ABC):
             killed: the process was killed, so that `run` returned nothing and raised nothing.
             others: another save or removal was carried out meanwhile.
         """
-        found = self.version(self.url)
+        now = self.version(self.url)
         allowed = {self.first, *self.made} | ({OTHER, None} if others else set())
-        assert found in allowed, f"found {found}"
+        assert now in allowed, f"version {now} is there"
         if killed:
-            return self.told(found)
+            return self.summary(now)
         if error is None:
-            assert found in self.made or others, f"it returned, and {found} is there"
+            assert now in self.made or others, f"it returned, and {now} is there"
         else:
             error = error.failures[0][0] if isinstance(error, CheckpointException) else error
             assert isinstance(error, AzureCheckpointError), repr(error)
             if not isinstance(error, CommitUnknownError):
-                assert found not in self.made - {self.first} or others, f"{found} is there in spite of {error!r}"
+                assert now not in self.made - {self.first} or others, f"{now} is there in spite of {error!r}"
             if isinstance(error, (CommitConflictError, CheckpointReplacedError)):
                 assert others, repr(error)
         unknown = isinstance(error, CommitUnknownError)
-        return f"{self.told(found)}{', unknown to the caller' if unknown else '' if error is None else ', an error'}"
+        return f"{self.summary(now)}{', unknown to the caller' if unknown else '' if error is None else ', an error'}"
 
     made: frozenset[int | None]  # versions that may be there after the act was carried out
 
-    def told(self, version: int | None) -> str:
+    def summary(self, version: int | None) -> str:
         return {OLD: "old whole", NEW: "new whole", OTHER: "the other's whole", None: "none"}[version]
 
     def check_recovery(self) -> None:
@@ -208,9 +208,9 @@ class Prune(Act):
         return prune(self.container, keep_last=1, grace=NO_GRACE, dry_run=False, **self.access)
 
     def check(self, error: BaseException | None, killed: bool, others: bool) -> str:
-        told = super().check(error, killed, others)
+        result = super().check(error, killed, others)
         assert self.version(self._stays) == OLD
-        return told
+        return result
 
     def check_recovery(self) -> None:
         self.run()

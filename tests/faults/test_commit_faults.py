@@ -63,21 +63,21 @@ class Trial:
         seen, killed = service.seen, service.dead
         service.calm()
         try:
-            told = act.check(error, killed, any(what in OTHERS for _, what in happen))
+            result = act.check(error, killed, any(what in OTHERS for _, what in happen))
             if killed:
                 act.begin()
             act.check_recovery()
         except BaseException as caught:
             where = [f"{what} at request {number} {seen[number - 1]}" for number, what in happen if number <= len(seen)]
             raise AssertionError(f"{act.name}: {where}; it raised {error!r}; requests: {seen}") from caught
-        return told, seen
+        return result, seen
 
     def singles(self) -> Iterator[tuple[Happening, str, int]]:
         """Everything that can happen at each request of the undisturbed act; the result, and the number of requests."""
         _, seen = self.run()
         for number, what in itertools.product(range(1, len(seen) + 1), WHAT):
-            told, after = self.run((number, what))
-            yield (number, what), told, len(after)
+            result, after = self.run((number, what))
+            yield (number, what), result, len(after)
 
 
 def seconds(first: Happening, count: int) -> Iterator[Happening]:
@@ -87,7 +87,7 @@ def seconds(first: Happening, count: int) -> Iterator[Happening]:
 
 @pytest.mark.parametrize("kind", ACTS, ids=lambda kind: kind.name)
 def test_one_fault_at_every_request(service: MemoryService, tally: Tally, kind: type[Act]) -> None:
-    outcomes = Counter(told for _, told, _ in Trial(service, kind).singles())
+    outcomes = Counter(result for _, result, _ in Trial(service, kind).singles())
     tally.add_all(f"{kind.name}, in memory: one fault or another writer at every request", outcomes)
 
 
@@ -105,7 +105,7 @@ def test_two_faults_of_which_the_first_is_at_the_commit(service: MemoryService, 
         _, seen = trial.run(first)
         for second in seconds(first, len(seen)):
             outcomes[trial.run(first, second)[0]] += 1
-    assert any("unknown" in told for told in outcomes)
+    assert any("unknown" in result for result in outcomes)
     tally.add_all(f"{kind.name}, in memory: pairs of faults or other writers from the commit on", outcomes)
 
 
@@ -154,12 +154,12 @@ def run_proxied(azurite: Azurite, container: str, kind: type[Act], *happen: Happ
         proxy.wait_until(lambda: proxy.in_flight == 0)
         count = proxy.count()
         try:
-            told = direct.check(error, False, any(what in OTHERS for _, what in happen))
+            result = direct.check(error, False, any(what in OTHERS for _, what in happen))
             ended.append(True)
             act.check_recovery()
         except BaseException as caught:
             raise AssertionError(f"{act.name}: {happen}; it raised {error!r}; requests: {proxy.log}") from caught
-    return told, count
+    return result, count
 
 
 def _numbered(number: int, kind: Kind | None, ended: list[bool]) -> Callable[[Exchange], bool]:

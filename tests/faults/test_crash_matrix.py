@@ -41,10 +41,10 @@ class Site:
     container: str
     old: dict[str, bytes]
 
-    def url(self, name: str, *, standing: bool) -> str:
+    def url(self, name: str, *, overwrite: bool) -> str:
         """Of a checkpoint of the version OLD, or of one that is not there yet."""
         url = f"{self.container}/{name}"
-        if standing:
+        if overwrite:
             put_all(url, self.old)
         return url
 
@@ -83,18 +83,18 @@ def pruned(url: str, *, dry_run: bool) -> set[str]:
     return {path.removeprefix(f"{folder}/") for remains in found for path in remains.blobs}
 
 
-def check(url: str, stands: int | None) -> None:
+def check(url: str, version: int | None) -> None:
     """The complete checkpoint of this version is at `url`, and prune finds everything else below it."""
-    assert jobs.version_at(url) == stands
-    if stands is not None:
+    assert jobs.version_at(url) == version
+    if version is not None:
         report = verify(url, credential=KEY)
         assert report.ok, report.problems
     assert pruned(url, dry_run=True) == blob_names(url) - live_blobs(url)
 
 
-def check_recovery(url: str, stands: int | None) -> None:
+def check_recovery(url: str, version: int | None) -> None:
     """After `check`: the checkpoint can be replaced, and prune removes everything else."""
-    check(url, stands)
+    check(url, version)
     jobs.save(url, NEXT)
     live = live_blobs(url)
     stray = blob_names(url) - live
@@ -107,15 +107,15 @@ def check_recovery(url: str, stands: int | None) -> None:
 # ---- Saves ---------------------------------------------------------------------------------------------------------
 
 
-def requests_of_a_save(site: Site, world: int, victim: int, standing: bool) -> int:
-    url = site.url("undisturbed", standing=standing)
+def requests_of_a_save(site: Site, world: int, victim: int, overwrite: bool) -> int:
+    url = site.url("undisturbed", overwrite=overwrite)
     with proxies(site.azurite, world) as between:
         ends = jobs.run(jobs.save, *((proxy.through(url), NEW) for proxy in between))
         assert not any(end.errors for end in ends), ends
         return between[victim].count()
 
 
-def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point, standing: bool) -> str:
+def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point, overwrite: bool) -> str:
     """Kill a rank at its k-th request, then the rest of the job; check; return the outcome."""
     with proxies(site.azurite, world) as between:
         with Job(jobs.save, [(proxy.through(url), NEW) for proxy in between]) as job:
@@ -133,25 +133,25 @@ def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point
     else:
         assert committed
         assert not any(end.errors or end.exitcode for end in ends), ends
-    stands = NEW if committed else OLD if standing else None
-    check_recovery(url, stands)
-    return {OLD: "old whole", NEW: "new whole", None: "nothing"}[stands] + ("" if killed else ", not killed")
+    version = NEW if committed else OLD if overwrite else None
+    check_recovery(url, version)
+    return {OLD: "old whole", NEW: "new whole", None: "nothing"}[version] + ("" if killed else ", not killed")
 
 
 @pytest.mark.parametrize("at", POINTS)
-@pytest.mark.parametrize("standing", [False, True], ids=["first", "overwrite"])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
 @pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 0), (2, 1)], ids=["1rank", "2ranks-0", "2ranks-1"])
 def test_a_save_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
-    site: Site, tally: Tally, world: int, victim: int, standing: bool, at: Point
+    site: Site, tally: Tally, world: int, victim: int, overwrite: bool, at: Point
 ) -> None:
-    requests = requests_of_a_save(site, world, victim, standing)
+    requests = requests_of_a_save(site, world, victim, overwrite)
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 2):
-        url = site.url(f"killed-{k}", standing=standing)
-        outcomes[killed_save(site, url, world, victim, k, at, standing)] += 1
+        url = site.url(f"killed-{k}", overwrite=overwrite)
+        outcomes[killed_save(site, url, world, victim, k, at, overwrite)] += 1
     assert outcomes["new whole, not killed"] == 1
     assert outcomes.total() == requests + 1
-    saved = f"{'overwriting' if standing else 'first'} save, rank {victim} of {world}"
+    saved = f"{'overwriting' if overwrite else 'first'} save, rank {victim} of {world}"
     tally.add_all(f"{saved}: SIGKILL at every request, {POINTS[at]}", outcomes)
 
 
@@ -176,14 +176,14 @@ def killed_removal(site: Site, url: str, k: int, at: Point) -> str:
 def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
     site: Site, tally: Tally, at: Point
 ) -> None:
-    url = site.url("undisturbed", standing=True)
+    url = site.url("undisturbed", overwrite=True)
     with FaultProxy(site.azurite.endpoint) as proxy:
         jobs.remove(proxy.through(url))
         requests = proxy.count()
     assert blob_names(url) == set()
     outcomes: Counter[str] = Counter()
     for k in range(1, requests + 2):
-        outcomes[killed_removal(site, site.url(f"killed-{k}", standing=True), k, at)] += 1
+        outcomes[killed_removal(site, site.url(f"killed-{k}", overwrite=True), k, at)] += 1
     assert outcomes["gone, not killed"] == 1
     assert outcomes.total() == requests + 1
     tally.add_all(f"removal: SIGKILL at every request, {POINTS[at]}", outcomes)
@@ -203,9 +203,9 @@ def test_a_save_ends_promptly_on_sigterm_while_a_request_hangs(
     site: Site, tally: Tally, save: Callable[[str, int], None], exitcode: int, at: Point
 ) -> None:
     outcomes: Counter[str] = Counter()
-    requests = requests_of_a_save(site, 1, 0, standing=True)
+    requests = requests_of_a_save(site, 1, 0, overwrite=True)
     for k in range(1, requests + 1):
-        url = site.url(f"ended-{k}", standing=True)
+        url = site.url(f"ended-{k}", overwrite=True)
         with FaultProxy(site.azurite.endpoint) as proxy:
             held = Hold(at=at)
             with Job(save, [(proxy.through(url), NEW)]) as job:

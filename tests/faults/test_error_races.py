@@ -41,7 +41,6 @@ from tests.support.proxy import FaultProxy
 if TYPE_CHECKING:
     from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
@@ -104,7 +103,7 @@ def test_loser_of_two_saves(ranks: Ranks, url: str, before: bool, size: int) -> 
         save_meanwhile(url, other_save, LOST)
     else:
         ranks(size).run(save_meanwhile, url, other_save, LOST)
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     assert len(snapshot(url)) == 2  # the winner's metadata and data
 
 
@@ -150,7 +149,7 @@ def test_checkpoint_that_is_replaced_while_it_is_loaded(
     save(url, 1)
     ranks(2).run(load_meanwhile, url, meanwhile, [0, 1])
     if meanwhile is other_save:
-        sharded.assert_stands(url, 2, sharded.plain)
+        sharded.assert_version(url, 2, sharded.plain)
 
 
 class Apart(AzureBlobReader):
@@ -267,9 +266,9 @@ def test_planner_that_breaks_the_protocol(
 
 def test_planner_that_takes_storage_data_last_is_survived(ranks: Ranks, url: str) -> None:
     save(url, 1, planner=LateUsurper())
-    sharded.assert_stands(url, 1, sharded.plain)
+    sharded.assert_version(url, 1, sharded.plain)
     ranks(2).run(save_with_planner, url, LateUsurper)
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     assert len(snapshot(url)) == 3
 
 
@@ -284,7 +283,7 @@ def test_one_lost_answer(proxy: FaultProxy, proxied_container: str, url: str, ki
     proxy.when(kind).do(Cut("answer"))
     save(f"{proxied_container}/run/step-1", 2)
     assert proxy.count(kind) == 2
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     assert len(snapshot(url)) == 2
 
 
@@ -300,12 +299,12 @@ def test_a_commit_that_nobody_heard_of_stands(
     writer = sharded.writer(proxied, options=IMPATIENT)
     says = "is unknown.*could not write .*/run/step-1/.metadata: no answer"
     raised(CommitUnknownError, lambda: dcp.save(sharded.plain(2), storage_writer=writer), says)
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     # The same writer saves again and fails: the checkpoint must survive that.
     proxy.when("Put Block", times=None).do(Cut("request"))
     with pytest.raises(BaseException, match="could not write a block"):
         dcp.save(sharded.plain(3), storage_writer=writer)
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["first save", "overwrite"])
@@ -329,11 +328,11 @@ def test_a_look_at_a_commit_that_proves_nothing_costs_nothing(
     assert error.status in (409, 412)
     looks.do()
     assert stood.keys() <= snapshot(url).keys()
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     dcp.save(sharded.plain(3), storage_writer=writer)
-    sharded.assert_stands(url, 3, sharded.plain)
+    sharded.assert_version(url, 3, sharded.plain)
     prune(url, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
-    sharded.assert_stands(url, 3, sharded.plain)
+    sharded.assert_version(url, 3, sharded.plain)
     assert len(snapshot(url)) == 2
 
 
@@ -342,7 +341,7 @@ def test_a_look_that_is_damaged_once_is_repeated(proxy: FaultProxy, proxied_cont
     proxy.when("Get Blob", nth=2, times=2).do(Flip(300))
     save(f"{proxied_container}/run/step-1", 2)
     assert proxy.count("Get Blob") == 4
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
 
 
 def test_a_commit_that_was_refused_for_sure_says_so(proxy: FaultProxy, proxied_container: str, url: str) -> None:
@@ -374,7 +373,7 @@ def test_a_commit_that_never_arrived(proxy: FaultProxy, proxied_container: str, 
     proxied = f"{proxied_container}/run/step-1"
     raised(CommitUnknownError, lambda: save(proxied, 2, options=IMPATIENT), says)
     assert snapshot(url).items() >= before.items()
-    sharded.assert_stands(url, 1, sharded.plain)
+    sharded.assert_version(url, 1, sharded.plain)
 
 
 # Metadata that is not what it should be
@@ -428,7 +427,7 @@ def test_metadata_that_is_refused(
     raised_everywhere(ranks, kind, load, url, says)
     # A save over it works; it removes nothing that bad metadata names.
     save(url, 2)
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     assert snapshot(url).items() >= {path: blob for path, blob in before.items() if path != name}.items()
     assert not marker.exists()
 
@@ -446,5 +445,5 @@ def test_metadata_of_a_newer_torch_with_one_more_field_loads(
     with pytest.raises(ValueError, match="too many values"):
         pickle.loads(more)
     put(url, name, more)
-    sharded.assert_stands(url, 1, sharded.plain)
-    ranks(2).run(sharded.assert_stands, url, 1)
+    sharded.assert_version(url, 1, sharded.plain)
+    ranks(2).run(sharded.assert_version, url, 1)

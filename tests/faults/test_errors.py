@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from tests.support.ranks import Ranks
 from tests.support.without_collectives import save_without_collectives
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 WRONG_KEY = base64.b64encode(b"not the key" * 6).decode()
@@ -129,7 +128,7 @@ def test_only_where_there_is_no_metadata_a_ranks_own_is_read(
     writer = sharded.writer(url)
     dcp.save(sharded.plain(1), storage_writer=writer, use_collectives=False)
     assert paths_below(url, "metadata") == ["run/step-1/__0.metadata"]
-    sharded.assert_stands(url, 1, sharded.plain)
+    sharded.assert_version(url, 1, sharded.plain)
 
     proxied = f"{proxied_container}/run/step-1"
     proxy.when(lambda seen: seen.path.endswith("/.metadata")).do(Answer(403, "AuthorizationFailure"))
@@ -262,7 +261,7 @@ def test_sas_without_delete_replaces_and_says_what_stays(
     save(url, 1)
     [old] = paths_below(url, ".distcp")
     save(f"{url}?{sas(container, 'rwl')}", 2, credential=None)
-    sharded.assert_stands(url, 2, sharded.plain)
+    sharded.assert_version(url, 2, sharded.plain)
     assert old in paths_below(url, ".distcp")
     assert f"could not remove {container}/{old}" in caplog.text
 
@@ -362,7 +361,7 @@ def test_service_that_falls_silent(ranks: Ranks, proxy: FaultProxy, proxied_cont
         says = "could not write a block of .*distcp: no answer .* endpoint"
         raised(ServiceUnavailableError, lambda: save_impatiently(proxied), says)
         ranks(2).run(raised_on_ranks, ServiceUnavailableError, save_impatiently, proxied, says, [0, 1])
-    sharded.assert_stands(url, 1, sharded.plain)
+    sharded.assert_version(url, 1, sharded.plain)
 
 
 # State dicts that do not fit the checkpoint

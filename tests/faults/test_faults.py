@@ -79,7 +79,7 @@ def tls_proxy(azurite: Azurite, tls_files: tuple[Path, Path]) -> Iterator[FaultP
         yield between
 
 
-def assert_stands_once(url: str, version: int) -> None:
+def assert_stored_once(url: str, version: int) -> None:
     """The checkpoint is right, its blob holds every item once, and nothing else is below it."""
     location = BlobLocation.parse(url)
     assert_right(load(url, options=None), version)
@@ -109,7 +109,7 @@ class Rounds:
     def save(self) -> None:
         self._version += 1
         save(self._through, self._version, IN_TURN, ca_file=self._ca_file)
-        assert_stands_once(self._direct, self._version)
+        assert_stored_once(self._direct, self._version)
 
     def load(self) -> None:
         assert_right(load(self._through, options=IN_TURN, ca_file=self._ca_file), self._version)
@@ -272,7 +272,7 @@ def test_a_tls_connection_that_breaks_is_made_anew(
                 breaker.break_after(after, upwards=upwards)
                 if moves == "save":
                     save(through, tried, IN_TURN, ca_file=ca_file)
-                    assert_stands_once(f"{container}/a", tried)
+                    assert_stored_once(f"{container}/a", tried)
                 else:
                     assert_right(load(through, options=IN_TURN, ca_file=ca_file), tried)
                 assert breaker.broke
@@ -323,7 +323,7 @@ def test_a_bad_day(proxy: FaultProxy, container: str, seed: int, tally: Tally) -
     for version in range(4):
         save(url, version, options)
         assert_right(load(url, options=options), version)
-        assert_stands_once(f"{container}/a", version)
+        assert_stored_once(f"{container}/a", version)
     assert sum(rule.seen for rule in rules) > 0.1 * len(proxy.log)
     tally.add("a fifth of all requests fails, 8 connections", 8, "healed", 8)
 

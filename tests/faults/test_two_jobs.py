@@ -110,16 +110,16 @@ def commit_together(gates: dict[FaultProxy, Gate]) -> None:
         gate.open()
 
 
-@pytest.mark.parametrize("standing", [False, True], ids=["first", "overwrite"])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
 @pytest.mark.parametrize("world", [1, 2], ids=["1rank", "2ranks"])
 def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
-    azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, world: int, standing: bool
+    azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, world: int, overwrite: bool
 ) -> None:
     orders = ["in order", "the other way round", "together"] * 5
     outcomes: Counter[str] = Counter()
     for number, order in enumerate(orders):
         url = f"{container}/contested-{number}"
-        if standing:
+        if overwrite:
             put_all(url, old)
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             gates = {proxy: Gate() for proxy in (first, second)}
@@ -140,23 +140,23 @@ def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
         assert statuses[1 - winner] in (409, 412)
         assert_whole(url, (FIRST, SECOND)[winner])
         outcomes["one won, the other was told; the winner's is whole and nothing else is left"] += 1
-    what = f"{'overwriting' if standing else 'first'} saves, 2 jobs x {world} rank{'s' if world > 1 else ''}"
+    what = f"{'overwriting' if overwrite else 'first'} saves, 2 jobs x {world} rank{'s' if world > 1 else ''}"
     tally.add_all(f"{what}: both about to commit", outcomes)
 
 
-@pytest.mark.parametrize("standing", [False, True], ids=["first", "overwrite"])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
 def test_two_jobs_that_race_leave_the_one_that_committed_last(
-    azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, standing: bool
+    azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, overwrite: bool
 ) -> None:
     """Nothing synchronises them, so the later one may find the checkpoint of the other and replace it."""
     outcomes: Counter[str] = Counter()
     for seed in range(15):
         chance = random.Random(seed)
         url = f"{container}/raced-{seed}"
-        standing_etag = None
-        if standing:
+        old_etag = None
+        if overwrite:
             put_all(url, old)
-            standing_etag = store_of(url).stat(BlobLocation.parse(f"{url}/.metadata").path).etag
+            old_etag = store_of(url).stat(BlobLocation.parse(f"{url}/.metadata").path).etag
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
             # One begins later, and a request of each is slow: so one is ahead here and the other there.
             chance.choice((first, second)).when("Get Blob").do(Hold(chance.uniform(0.0, 0.4)))
@@ -169,10 +169,10 @@ def test_two_jobs_that_race_leave_the_one_that_committed_last(
         # The later one found the other's checkpoint, not what stood here in the beginning. No clock tells: each proxy
         # looks at it when the machine lets it.
         found = [commit.headers.get("if-match") for commit in commits]
-        last = next((place for place in saved if found[place] != standing_etag), saved[0])
+        last = next((place for place in saved if found[place] != old_etag), saved[0])
         assert_whole(url, (FIRST, SECOND)[last])
         outcomes["one won, the other was told" if len(saved) == 1 else "one replaced the other"] += 1
-    what = f"{'overwriting' if standing else 'first'} saves, 2 jobs x 1 rank"
+    what = f"{'overwriting' if overwrite else 'first'} saves, 2 jobs x 1 rank"
     tally.add_all(f"{what}: unsynchronised, requests delayed at random", outcomes)
 
 

@@ -19,12 +19,11 @@ from azure_torch_ckpt.emulator import Azurite
 from tests.filesystem.emulated_filesystem import azblob, connection_string, filesystem
 from tests.support.faults import Answer
 from tests.support.proxy import FaultProxy
-from tests.support.sharded import assert_same, assert_stands, empty, expected, failures, plain, rows
+from tests.support.sharded import assert_same, assert_version, empty, expected, failures, plain, rows
 
 if TYPE_CHECKING:
     from tests.support.ranks import RankGroup
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected an existing checkpoint")
 
 KEY = Azurite.account_key
@@ -68,7 +67,7 @@ def test_torch_saves_and_loads_by_url_alone(container: str):
     assert filesystem(container).find(azblob(url)) == [
         f"{azblob(url).removeprefix('azblob://')}/{name}" for name in (".metadata", "__0_0.distcp")
     ]
-    assert_stands(url, 1, plain)  # with our reader
+    assert_version(url, 1, plain)  # with our reader
 
 
 def test_torch_loads_by_url_a_checkpoint_of_our_writer(container: str):

@@ -104,7 +104,7 @@ def load_alone(url: str, version: int = 0) -> None:
 
 
 def download(url: str, folder: Path) -> Path:
-    """What lies at the URL, with the model's configuration beside it."""
+    """Download all files, and write the model's configuration beside them."""
     location = BlobLocation.parse(url)
     store = BlobStore(location, Access(KEY))
     folder.mkdir()

@@ -19,7 +19,6 @@ from tests.support.faults import Answer, Call
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 

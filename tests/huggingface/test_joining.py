@@ -33,7 +33,6 @@ from tests.support.sharded import assert_same
 if TYPE_CHECKING:
     from tests.support.ranks import RankGroup
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
@@ -109,7 +108,7 @@ def test_a_grid_is_joined_in_windows_of_any_size(container: str, window: int) ->
     sums = {}
     for chunk in tensor.chunks:
         part = whole
-        for dim, (start, size) in enumerate(zip(chunk.box.offsets, chunk.box.sizes, strict=True)):
+        for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
             part = part.narrow(dim, start, size)
         data = part.contiguous().numpy().tobytes()
         store.put(location.join(chunk.file).path, data)

@@ -44,11 +44,11 @@ def killed_save(url: str, proxied: str, proxy: FaultProxy, version: int = 1) -> 
         assert job.end().exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("stands", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_a_killed_save_go_and_the_model_stays(
-    url: str, container: str, proxied: str, proxy: FaultProxy, stands: bool
+    url: str, container: str, proxied: str, proxy: FaultProxy, overwrite: bool
 ) -> None:
-    if stands:
+    if overwrite:
         hf.save_alone(url, 0)
     before = set(hf.files(url))
     killed_save(url, proxied, proxy)
@@ -60,7 +60,7 @@ def test_files_of_a_killed_save_go_and_the_model_stays(
     assert set(hf.files(url)) == before | left
     assert [one.save_id for one in pruned(url).remains] == [found.save_id]
     assert set(hf.files(url)) == before
-    if stands:
+    if overwrite:
         hf.load_alone(url, 0)
     assert pruned(container).remains == []
 
@@ -132,10 +132,12 @@ def test_a_damaged_answer_costs_no_file(url: str, proxied: str, proxy: FaultProx
 # ---- What the next save does ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stands", [False, True])
-def test_the_next_save_removes_what_a_killed_one_left(url: str, proxied: str, proxy: FaultProxy, stands: bool) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_next_save_removes_what_a_killed_one_left(
+    url: str, proxied: str, proxy: FaultProxy, overwrite: bool
+) -> None:
     """Readers that list files would mix it with the new model."""
-    if stands:
+    if overwrite:
         hf.save_alone(url, 0)
     killed_save(url, proxied, proxy)
     hf.put(url, f"model-{'a' * 16}-000000.shards", bytes(10))
@@ -153,12 +155,12 @@ def test_the_next_save_leaves_what_another_index_may_name(url: str) -> None:
     assert name in hf.files(url)
 
 
-@pytest.mark.parametrize("stands", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_of_two_saves_the_one_that_commits_first_may_remove_the_files_of_the_other(
-    url: str, proxied: str, proxy: FaultProxy, stands: bool
+    url: str, proxied: str, proxy: FaultProxy, overwrite: bool
 ) -> None:
     """The other has made all its files, and is about to write its index: its condition does not hold any more."""
-    if stands:
+    if overwrite:
         hf.save_alone(url, 0)
     proxy.when("Put Blob").do(Call(lambda: hf.save_alone(url, 1), at="request"))
     with pytest.raises(CheckpointException) as caught:

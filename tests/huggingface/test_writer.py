@@ -34,7 +34,6 @@ from tests.support.sharded import assert_same
 if TYPE_CHECKING:
     from tests.support.ranks import RankGroup
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 FLOAT4 = torch.float4_e2m1fn_x2

@@ -1,4 +1,4 @@
-"""What the tests of `BlobIO` have in common. Its fixtures come by ``pytest_plugins``."""
+"""A blob of a test's own container, written and read without `BlobIO`. Fixtures come by ``pytest_plugins``."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from azure_torch_ckpt import BlobIO, TransferOptions
 from tests.support.proxy import FaultProxy
 
 MIB = 1024 * 1024
-# Enough to read a table of contents, wherever it lies, and to go on from there.
+# Enough requests for a table of contents anywhere in the file, and for the content.
 HANDFUL = 5
 
 
@@ -91,7 +91,7 @@ def test_torch_load_says_what_to_do_instead_of_mmap(url: str, tmp_path: Path):
         torch.load(file, mmap=True)
     assert isinstance(caught.value, io.UnsupportedOperation)
     assert "mmap" in str(caught.value.__cause__)
-    # What it says does work.
+    # Its advice works.
     with BlobIO(url, "rb") as blob, (tmp_path / "copy").open("wb") as local:
         shutil.copyfileobj(blob, local, 2**25)
     assert torch.equal(torch.load(tmp_path / "copy", mmap=True)["a"], torch.ones(3))

@@ -1,4 +1,4 @@
-"""What reading with `BlobIO` costs, that it stays with one version of the blob, and forks."""
+"""Requests and memory of reading with `BlobIO`, one version of the blob for all reads, forks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_reads_only_the_version_that_was_asked_for(lines: str, url: str):
             use(file)
 
 
-# What reading costs
+# Requests and memory
 
 
 def test_a_small_blob_costs_one_request(proxy: FaultProxy, lines: str):

@@ -1,4 +1,4 @@
-"""Writing with `BlobIO`: blocks, memory, conditions, and what is not committed."""
+"""Writing with `BlobIO`: blocks, memory, conditions, and writes that are not committed."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def test_large_writes_are_not_copied_and_small_ones_are_bounded(url: str):
             file.write(data[:100_000].data)
         small = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert large < 3 * MIB  # the part of the last block
-    assert small < 14 * MIB  # 3 blocks on their way, 2 ready, 1 full, 1 being filled, of 30
+    assert large < 3 * MIB  # the rest in the last block
+    assert small < 14 * MIB  # 3 blocks in flight, 2 ready, 1 full, 1 being filled, of 30
 
 
 def test_blocks_wait_for_nobody(proxy: FaultProxy, proxied: str, url: str):
@@ -191,7 +191,7 @@ def test_carries_content_type_metadata_and_tags(url: str):
     assert properties.metadata == {} == client(url).get_blob_tags()
 
 
-# What is not committed
+# Writes that are not committed
 
 
 class Interrupted(BaseException):
@@ -227,7 +227,7 @@ def test_abort_commits_nothing_and_stops_what_is_under_way(proxy: FaultProxy, pr
     file = BlobIO(proxied, "wb", options=TransferOptions(concurrency=2, block_size=100))
     file.write(b"x" * 400)
     gate.wait_for(2)
-    file.abort()  # returns, although nobody opens the gate
+    file.abort()  # returns, although the gate stays closed
     assert file.closed
     file.close()
     gate.open()

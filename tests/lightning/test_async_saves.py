@@ -21,10 +21,11 @@ from azure_torch_ckpt import CheckpointError, CheckpointNotFoundError, RequestRe
 from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.objects import Packed
 from azure_torch_ckpt.objects.background_saves import BackgroundSaves, Snapshot
-from tests.support import jobs, trainers
+from tests.support import trainers
+from tests.support.containers import KEY, blob_names, live_blobs
 from tests.support.faults import Answer, Exchange, Gate, Hold
 from tests.support.proxy import FaultProxy
-from tests.support.trainers import KEY, Namespace
+from tests.support.trainers import Namespace
 
 SPACE = Namespace("lightning")
 REFUSAL = Answer(400, "InvalidInput")
@@ -34,7 +35,7 @@ REFUSAL = Answer(400, "InvalidInput")
 def plugin() -> Any:
     plugin = SPACE.plugin(async_save=True)
     yield plugin
-    plugin.teardown()  # a failure that no test has asked for fails it
+    plugin.teardown()  # an unexpected failure fails the test
 
 
 def data_of(name: str) -> Callable[[Exchange], bool]:
@@ -96,7 +97,7 @@ def test_saves_of_one_url_land_in_the_order_of_the_calls(plugin: Any, container:
         plugin.save_checkpoint(state(value), f"{container}/last")
     plugin.wait()
     assert value_at(f"{container}/last") == 4
-    assert jobs.blobs(f"{container}/last") == jobs.live_blobs(f"{container}/last")
+    assert blob_names(f"{container}/last") == live_blobs(f"{container}/last")
 
 
 def test_a_third_save_waits_for_the_first(plugin: Any, proxy: FaultProxy, proxied_container: str) -> None:

@@ -32,14 +32,13 @@ from azure_torch_ckpt import (
     LocationError,
     UnsupportedCheckpointError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from tests.support import jobs, trainers
 from tests.support.alike import assert_alike, through_torch
+from tests.support.containers import KEY, blob_names, live_blobs, store_of
 from tests.support.faults import Call, Exchange, Kill
 from tests.support.proxy import FaultProxy
 from tests.support.states import DTYPES, fill
-from tests.support.trainers import KEY, NAMESPACES, Namespace
+from tests.support.trainers import NAMESPACES, Namespace
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -125,7 +124,7 @@ def test_a_path_of_a_url_is_understood(lightning: Namespace, url: str) -> None:
     plugin.save_checkpoint({"w": torch.ones(1)}, mangled)
     assert plugin.load_checkpoint(url)["w"] == 1
     plugin.remove_checkpoint(mangled)
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
 
 
 def test_a_url_outside_of_blob_storage_is_refused(lightning: Namespace) -> None:
@@ -149,7 +148,7 @@ def test_storage_options_are_refused_as_lightning_refuses_them(lightning: Namesp
     for path in (url, tmp_path / "x.ckpt"):
         with pytest.raises(TypeError, match="storage_options"):
             lightning.plugin().save_checkpoint({}, path, storage_options={"a": 1})
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
 
 
 def test_a_shard_of_another_ranks_tensor_is_not_saved_for_the_whole(lightning: Namespace, url: str) -> None:
@@ -173,8 +172,8 @@ def test_a_save_over_a_checkpoint_leaves_the_new_one_and_nothing_else(lightning:
         plugin.save_checkpoint({"step": step, "w": torch.full((5,), float(step))}, url)
         loaded = plugin.load_checkpoint(url)
         assert (loaded["step"], loaded["w"].tolist()) == (step, [step] * 5)
-        assert jobs.blobs(url) == jobs.live_blobs(url)
-        assert len(jobs.blobs(url)) == 2
+        assert blob_names(url) == live_blobs(url)
+        assert len(blob_names(url)) == 2
 
 
 def test_removal_takes_everything_and_a_second_one_is_nothing_to_do(lightning: Namespace, url: str) -> None:
@@ -184,7 +183,7 @@ def test_removal_takes_everything_and_a_second_one_is_nothing_to_do(lightning: N
     plugin.save_checkpoint({"w": 1}, f"{url}-v1")
     plugin.remove_checkpoint(url)
     plugin.remove_checkpoint(url)
-    assert jobs.blobs(url) == set()
+    assert blob_names(url) == set()
     assert plugin.load_checkpoint(f"{url}-v1") == {"w": 1}
     with pytest.raises(CheckpointNotFoundError):
         plugin.load_checkpoint(url)
@@ -196,18 +195,16 @@ def test_a_blob_that_torch_save_wrote_is_loaded_and_removed(lightning: Namespace
     plugin = lightning.plugin()
     assert plugin.load_checkpoint(url, weights_only=False)["w"].tolist() == [1, 1, 1]
     plugin.remove_checkpoint(url)
-    location = BlobLocation.parse(url)
-    assert not list(BlobStore(location, Access(KEY)).list(location.path))
+    assert not list(store_of(url).list(""))
 
 
 def test_an_empty_blob_is_a_folder_and_not_a_checkpoint(lightning: Namespace, url: str) -> None:
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    store.put(location.path, b"")
+    path, store = BlobLocation.parse(url).path, store_of(url)
+    store.put(path, b"")
     with pytest.raises(CheckpointNotFoundError):
         lightning.plugin().load_checkpoint(url)
     lightning.plugin().remove_checkpoint(url)
-    assert store.stat(location.path).size == 0
+    assert store.stat(path).size == 0
 
 
 def test_a_checkpoint_of_dcp_alone_is_refused_with_what_to_do(lightning: Namespace, url: str) -> None:
@@ -368,7 +365,7 @@ def test_a_run_killed_between_data_and_metadata_of_an_overwritten_checkpoint_res
         job.go()
         assert job.end(seconds=60).exitcode == -signal.SIGKILL
     url = f"{container}/last.ckpt"
-    assert len(jobs.blobs(url)) > len(jobs.live_blobs(url)) == 2  # the second save's data is there, and invisible
+    assert len(blob_names(url)) > len(live_blobs(url)) == 2  # the second save's data is there, and invisible
     old = lightning.plugin().load_checkpoint(url)
     assert (old["epoch"], old["global_step"]) == (0, 4)
 

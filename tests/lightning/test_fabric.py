@@ -20,10 +20,9 @@ from azure_torch_ckpt.objects import load_object, save_object
 from azure_torch_ckpt.objects.states import FsdpStates, States, gathered
 from tests.lightning.strategy_jobs import STRATEGIES, adam, cloned, fsdp_on_the_cpu, network, samples, shard
 from tests.support.alike import assert_alike
+from tests.support.containers import KEY
 from tests.support.ranks import Ranks
-from tests.support.trainers import KEY, Namespace
-
-pytest_plugins = ("tests.support.ranks",)
+from tests.support.trainers import Namespace
 
 
 class Counter:

@@ -16,13 +16,13 @@ import torch
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AccessDeniedError
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY
 from azure_torch_ckpt.dcp.verification import verify
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import ConfigurationError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 from tests.support.alike import assert_alike
+from tests.support.containers import store_of
 from tests.support.trainers import NAMESPACES, Namespace, etags, names
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -129,7 +129,7 @@ def test_two_callbacks_share_a_folder(space: Namespace, container: str, folder: 
 def test_two_callbacks_that_make_the_same_names_do_not_take_them_from_each_other(
     container: str, folder: Path, async_save: bool
 ) -> None:
-    """The second one's name is taken from the moment that the first one's save is asked for."""
+    """A name is taken from the call that saves there, even if the save is still pending."""
     space = Namespace(NAMESPACES[async_save])
     url, local = f"{container}/run", folder / "local"
     scores = (0.9, 0.5, 0.4)  # the first is the best, and the second callback has no use for it afterwards
@@ -245,7 +245,7 @@ def test_last_is_the_newest_that_is_complete(space: Namespace, container: str, f
         checkpoint = space.checkpoint(url, save_last=True, save_top_k=0)
         space.trainer(folder, checkpoint, max_epochs=epochs).fit(space.model())
     assert names(url) == {"last.ckpt", "last-v1.ckpt", "last-v2.ckpt"}
-    store = BlobStore(BlobLocation.parse(url))
+    store = store_of(url)
     store.put("run/last-v3.ckpt/0123456789abcdef0123456789abcdef/__0_0.distcp", b"of a save that died")
     store.put("run/at-last.ckpt/.metadata", b"of something else")
     model = space.model()
@@ -350,7 +350,7 @@ def test_a_sas_opens_the_folder_and_is_nowhere_to_be_seen(
     url = f"{container}/run"
     for epochs in (2, 3):
         checkpoint = space.checkpoint(f"{url}?{container_sas}", monitor="val_loss", save_last=True, verbose=True)
-        trainer = space.trainer(folder, checkpoint, max_epochs=epochs)
+        trainer = space.trainer(folder, checkpoint, max_epochs=epochs, plugin=space.plugin(None))
         trainer.fit(model := space.model(SCORES), ckpt_path="last")
         assert trainer.strategy.checkpoint_io.credential == container_sas
         trainer.test(ckpt_path="best", verbose=False)
@@ -360,7 +360,7 @@ def test_a_sas_opens_the_folder_and_is_nowhere_to_be_seen(
         assert repr(checkpoint.state_dict()).count(url) >= 5
         seen = [repr(checkpoint.state_dict()), repr(trainer.ckpt_path), caplog.text, *capfd.readouterr()]
         assert signature not in unquote("".join(seen))
-    blobs = BlobStore(BlobLocation.parse(url))
+    blobs = store_of(url)
     for path in etags(url):
         assert signature.encode() not in blobs.read(path, limit=1 << 30)[0]
 
@@ -451,7 +451,7 @@ def test_a_subclass_has_a_state_of_its_own(space: Namespace) -> None:
 
 def test_a_pickled_callback_is_as_good(space: Namespace, container: str, folder: Path, container_sas: str) -> None:
     checkpoint = pickle.loads(pickle.dumps(space.checkpoint(f"{container}/run?{container_sas}", save_last=True)))
-    trainer = space.trainer(folder, checkpoint)
+    trainer = space.trainer(folder, checkpoint, plugin=space.plugin(None))
     trainer.fit(space.model())
     assert trainer.strategy.checkpoint_io.credential == container_sas
     assert names(f"{container}/run") == {"epoch=0-step=4.ckpt", "last.ckpt"}
@@ -466,7 +466,7 @@ def test_to_yaml_goes_to_the_folder_or_where_it_is_told(space: Namespace, contai
     checkpoint.to_yaml()
     checkpoint.to_yaml(f"{container}/other.yaml")
     checkpoint.to_yaml(folder / "local.yaml")
-    store = BlobStore(BlobLocation.parse(url))
+    store = store_of(url)
     wanted = f"{url}/epoch=0-step=4.ckpt: 5.0\n{url}/epoch=1-step=8.ckpt: 3.0\n"
     for text in (
         store.read("run/best_k_models.yaml", limit=1000)[0].decode(),

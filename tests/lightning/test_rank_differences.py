@@ -26,10 +26,8 @@ from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning import strategy_jobs
 from tests.lightning.strategy_jobs import cloned
 from tests.support.alike import assert_alike
+from tests.support.containers import KEY
 from tests.support.ranks import Ranks
-from tests.support.trainers import KEY
-
-pytest_plugins = ("tests.support.ranks",)
 
 
 def loaded(url: str) -> Any:
@@ -109,7 +107,7 @@ class Unsynchronised(nn.Module):
 
 
 def vq(kind: str) -> Any:
-    class Model(pl.LightningModule):  # type: ignore[misc]
+    class Model(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.inner = Unsynchronised()
@@ -142,7 +140,8 @@ def fit(url: str, root: str, kind: str, resume: bool) -> Any:
         enable_model_summary=False,
     )
     module = vq(kind)
-    trainer.fit(module, ckpt_path=url if resume else None, **({"weights_only": False} if resume else {}))
+    arguments: dict[str, Any] = {"ckpt_path": url, "weights_only": False} if resume else {}
+    trainer.fit(module, **arguments)
     if not resume:
         trainer.save_checkpoint(url)
     return cloned(dict(module.state_dict())), cloned(trainer.optimizers[0].state_dict())
@@ -163,7 +162,7 @@ def test_the_trainer_saves_and_resumes_rank_0s_state(ranks: Ranks, container: st
 
 
 def run_fabric(url: str, kind: str, resume: bool) -> Any:
-    """Local SGD: after the first step no rank hears of the others' gradients."""
+    """Local SGD: after the first step no rank gets the others' gradients."""
     fabric = Fabric(
         accelerator="cpu",
         devices=dist.get_world_size(),

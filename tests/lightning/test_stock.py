@@ -1,4 +1,4 @@
-"""`stock.py` is the only file with Lightning's names and private names, and Lightning still has all of them."""
+"""`stock.py` is the only file with private names of Lightning, and Lightning still has all of them."""
 
 from __future__ import annotations
 
@@ -39,16 +39,6 @@ def defined(path: Path) -> Iterator[str]:
             yield node.attr
 
 
-def test_lightning_is_imported_in_one_file() -> None:
-    imports = {
-        f"{path.name}: {line}"
-        for path in FILES
-        for line in re.findall(r"^\s*(?:from|import) \w*lightning\w*.*", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if path.name != "namespace.py"
-    }
-    assert not imports
-
-
 def test_private_names_of_lightning_are_used_in_one_file() -> None:
     ours = {name for path in FILES if path.name != "stock.py" for name in defined(path)}
     foreign = {
@@ -77,7 +67,7 @@ def test_private_methods_that_are_overridden_are_listed(space: Namespace) -> Non
     assert {name for name in overridden if not name.startswith("_abc_")} - listed == set()
     for name, owner in stock.OVERRIDES.items():
         since_2_6 = isinstance(owner, str)
-        owner = getattr(stock.command_line(), owner) if since_2_6 else owner
+        owner = getattr(space.pl.cli, owner) if since_2_6 else owner
         assert callable(getattr(owner, name, None)) or (since_2_6 and not stock.LOAD_TAKES_WEIGHTS_ONLY), name
 
 
@@ -103,7 +93,7 @@ def test_lightning_has_the_private_names(space: Namespace) -> None:
         importlib.import_module(f"{space.fabric.__name__}.strategies.fsdp"),
         importlib.import_module(f"{pytorch.__name__}.plugins.io.wrapper"),
         importlib.import_module(f"{pytorch.__name__}.loggers.wandb"),
-        space.module("stock").command_line(),
+        importlib.import_module(f"{pytorch.__name__}.cli"),
     ]
     sources = "\n".join(inspect.getsource(owner) for owner in owners)
     missing = {name for name in private_names_in_stock() if not re.search(rf"\b{name}\b", sources)}

@@ -111,7 +111,7 @@ def test_save_last_link(fit: Fit, root: str) -> None:
 def test_a_sas_in_dirpath(fit: Fit, root: str, public: str, kind: str) -> None:
     sas = "sv=2025-01-05&sig=c2VjcmV0"
     if kind.startswith("https"):
-        with pytest.raises(AzureCheckpointError, match="403"):  # the name is taken for a part of the SAS
+        with pytest.raises(AzureCheckpointError, match="403"):  # the name becomes a part of the SAS
             fit(f"{root}/run?{sas}")
         return
     _, checkpoint = fit(f"{root}/run?{sas}")
@@ -126,8 +126,7 @@ def test_on_exception_checkpoint_resumes(root: str, kind: str, tmp_path: Path) -
 
     plugin = "ours" if kind.startswith("https") else None
     trained = []
-    attributes: dict[str, Any]
-    for attributes in ({"on_train_batch_start": fail}, {}):
+    for attributes in [{"on_train_batch_start": fail}, dict[str, Any]()]:
         callback = space.pl.callbacks.OnExceptionCheckpoint(f"{root}/run")
         model = space.model(**attributes)
         trainer = space.trainer(tmp_path, callback, plugin=plugin, max_epochs=2)

@@ -18,10 +18,8 @@ from azure_torch_ckpt.lightning.strategy_check import check_strategy
 from tests.lightning import strategy_jobs
 from tests.lightning.strategy_jobs import Run
 from tests.support.alike import assert_alike
+from tests.support.containers import KEY
 from tests.support.ranks import Ranks
-from tests.support.trainers import KEY
-
-pytest_plugins = ("tests.support.ranks",)
 
 WHOLE_ON_RANK_0 = {"fsdp2": ("save_distributed_checkpoint", False), "fsdp": ("state_dict_type", "full")}
 

@@ -1,16 +1,13 @@
-"""The Trainer's other parts beside checkpoints in Blob Storage: tuners, averages, loggers, SLURM, the CLI, bars."""
+"""The Trainer's other parts beside checkpoints in Blob Storage: tuners, averages, loggers, SLURM, bars."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -182,58 +179,6 @@ def test_a_slurm_requeue_goes_through_the_local_root_beside_remote_checkpoints(
         again.fit(model, ckpt_path=ckpt_path)
         assert again.ckpt_path == str(shared / "hpc_ckpt_1.ckpt")
         assert model.trained[0] == 6 and again.global_step == 12
-
-
-# ---- The command line ----------------------------------------------------------------------------------------------
-
-
-def test_the_cli_takes_plugin_and_callback_from_yaml(space: Namespace, container: str, folder: Path) -> None:
-    url, package = f"{container}/run", space.ours.__name__
-    trainer = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "plugins": [{"class_path": f"{package}.AzureBlobCheckpointIO", "init_args": {"async_save": True}}],
-        "callbacks": [
-            {
-                "class_path": f"{package}.AzureBlobModelCheckpoint",
-                "init_args": {"dirpath": url, "filename": "{epoch}", "save_last": True, "every_n_epochs": 1},
-            }
-        ],
-    }
-    (folder / "config.yml").write_text(json.dumps({"trainer": trainer, "ckpt_path": "last"}))
-    for epochs in (1, 2):
-        cli = space.cli(
-            type(space.model()),
-            args=["fit", "--config", "config.yml", f"--trainer.max_epochs={epochs}"],
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=False,
-        )
-        assert len(cli.model.trained) == 4
-        assert isinstance(cli.trainer.checkpoint_callback, space.ours.AzureBlobModelCheckpoint)
-        assert names(url) == {f"epoch={epochs - 1}.ckpt", "last.ckpt"}
-    saved = (folder / "config.yaml").read_text()  # what the CLI saves beside the logs
-    assert "async_save: true" in saved and f"dirpath: {url}" in saved
-
-
-def test_the_cli_takes_plugin_and_callback_as_arguments(space: Namespace, container: str, folder: Path) -> None:
-    url, package = f"{container}/run", space.ours.__name__
-    arguments = [
-        "fit",
-        "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=1",
-        "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.plugins={package}.AzureBlobCheckpointIO",
-        f"--trainer.callbacks={package}.AzureBlobModelCheckpoint",
-        f"--trainer.callbacks.dirpath={url}",
-        "--trainer.callbacks.save_top_k=-1",
-    ]
-    with mock.patch.object(sys, "argv", ["train.py", *arguments]):
-        space.cli(type(space.model()), save_config_callback=None, seed_everything_default=False)
-    assert names(url) == {"epoch=0-step=4.ckpt"}
 
 
 # ---- Progress bars -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import signal
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,18 +20,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter, BlobLocation
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.dedup_planner import dedup_save_plans
-from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
+from azure_torch_ckpt.objects.sharded import DTensorEntry, load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs
 from tests.support.alike import assert_alike
+from tests.support.containers import KEY, data_blobs, live_blobs, paths_below, store_of
 from tests.support.faults import Exchange, Kill
-from tests.support.jobs import KEY, Job
+from tests.support.jobs import Job
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 
@@ -121,9 +121,8 @@ def test_ranks_write_equal_shares_and_read_large_tensors_once(
 ) -> None:
     url, width = f"{proxied_container}/run", 600
     ranks(2).run(save_trained, url, width)
-    location = BlobLocation.parse(url)
-    blobs = BlobStore(location, Access(KEY)).list(f"{location.path}/")
-    sizes = sorted(blob.size for blob in blobs if blob.path.endswith(".distcp"))
+    store = store_of(url)
+    sizes = sorted(store.stat(path).size for path in paths_below(url, ".distcp"))
     whole = sum(sizes)
     assert len(sizes) == 2
     assert whole > 4 * 3 * width * width * 4
@@ -154,7 +153,7 @@ def test_one_rank_without_access_is_the_same_error_on_all(ranks: Ranks, containe
     ranks(2).run(save_trained, f"{container}/old", 8)
     first, second = ranks(2).run(refused_on_rank_1, f"{container}/new", 8)
     assert first == second
-    assert not jobs.live_blobs(f"{container}/new")
+    assert not live_blobs(f"{container}/new")
 
 
 def save_version(url: str, version: int) -> None:
@@ -173,7 +172,7 @@ def test_a_rank_killed_between_the_data_and_the_metadata_leaves_the_old_checkpoi
     url = f"{container}/last.ckpt"
     ends = jobs.run(save_version, (url, 1), (url, 1))
     assert [end.exitcode for end in ends] == [0, 0]
-    assert len(jobs.live_blobs(url)) == 3
+    assert len(live_blobs(url)) == 3
     through = f"{proxied_container}/last.ckpt"
     with Job(save_version, [(through, 2), (through, 2)]) as job:
 
@@ -224,7 +223,7 @@ def test_every_bit_that_differs_is_rank_0s(ranks: Ranks, container: str) -> None
     url = f"{container}/differing"
     ranks(3).run(save_of_rank, url)
     assert_alike(load_object(AzureBlobReader(url, credential=KEY), weights_only=False), of_rank(0))
-    assert len([name for name in jobs.live_blobs(url) if "distcp" in name]) == 3
+    assert len(data_blobs(url)) == 3
 
 
 def replicas(url: str, shared: bool) -> None:
@@ -267,18 +266,21 @@ def save_two_dimensional(url: str) -> Any:
     return cloned(gathered(value, True))
 
 
-def load_two_dimensional(url: str) -> Any:
+def load_two_dimensional(url: str, full: bool) -> Any:
+    """Load shards; or, without entries for DTensors, full tensors of which each rank cuts out its shards."""
     net, optimizer = two_dimensional(2)
     states = States()
 
-    def dtensors(value: dict[str, Any]) -> Any:
-        yield from states.module_dtensors(value["net"], net)
-        yield from states.optimizer_dtensors(value["optimizer"], net, optimizer)
+    def dtensors(value: dict[str, Any]) -> Iterator[DTensorEntry]:
+        if not full:
+            yield from states.module_dtensors(value["net"], net)
+            yield from states.optimizer_dtensors(value["optimizer"], net, optimizer)
 
     value = load_sharded(AzureBlobReader(url, credential=KEY), CPU, dtensors)
-    placements = {name: tensor.placements for name, tensor in net.state_dict().items()}
-    assert {name: tensor.placements for name, tensor in value["net"].items()} == placements
-    assert isinstance(value["optimizer"]["state"][0]["exp_avg"], DTensor)
+    placements = {} if full else {name: tensor.placements for name, tensor in net.state_dict().items()}
+    loaded = {name: tensor.placements for name, tensor in value["net"].items() if isinstance(tensor, DTensor)}
+    assert loaded == placements
+    assert isinstance(value["optimizer"]["state"][0]["exp_avg"], DTensor) != full
     states.load_module(net, value["net"], strict=True)
     states.load_optimizer(net, optimizer, value["optimizer"])
     value = {"net": states.of_module(net), "optimizer": states.of_optimizer(net, optimizer)}
@@ -288,28 +290,10 @@ def load_two_dimensional(url: str) -> Any:
 def test_fsdp_within_tensor_parallelism_is_stored_as_in_one_process(ranks: Ranks, container: str) -> None:
     url = f"{container}/two"
     saved, *_ = ranks(4).run(save_two_dimensional, url)
-    for loaded in ranks(4).run(load_two_dimensional, url):
-        assert_alike(loaded, saved)
+    for full in (False, True):
+        for loaded in ranks(4).run(load_two_dimensional, url, full):
+            assert_alike(loaded, saved)
     assert_alike(cloned(load_object(AzureBlobReader(url, credential=KEY))), saved)
-
-
-def load_whole_into_two_dimensions(url: str) -> Any:
-    """Without entries for DTensors: each rank loads whole tensors, and cuts its shards out of them."""
-    net, optimizer = two_dimensional(2)
-    value = load_sharded(AzureBlobReader(url, credential=KEY), CPU)
-    assert not any(isinstance(tensor, DTensor) for tensor in value["net"].values())
-    states = States()
-    states.load_module(net, value["net"], strict=True)
-    states.load_optimizer(net, optimizer, value["optimizer"])
-    value = {"net": states.of_module(net), "optimizer": states.of_optimizer(net, optimizer)}
-    return cloned(gathered(value, True))
-
-
-def test_whole_tensors_become_shards_too(ranks: Ranks, container: str) -> None:
-    url = f"{container}/two"
-    saved, *_ = ranks(4).run(save_two_dimensional, url)
-    for loaded in ranks(4).run(load_whole_into_two_dimensions, url):
-        assert_alike(loaded, saved)
 
 
 # ---- Odd contents --------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.removal import remove_blobs
-from tests.support.containers import KEY
+from tests.support.containers import KEY as KEY
 from tests.support.sharded import same_bits, sharded_tensor, values
 
 OPTIONS = TransferOptions(concurrency=2, block_size=64 * 1024)

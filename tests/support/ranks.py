@@ -24,11 +24,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 _START_SECONDS = 100.0
 _RUN_SECONDS = 100.0
@@ -218,16 +216,6 @@ class Ranks:
         for group in self._groups.values():
             if group.alive:
                 group.close()
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Processes under torchrun: ``ranks(4).run(function, *args)``."""
-    groups = Ranks()
-    try:
-        yield groups
-    finally:
-        groups.close()
 
 
 # ---- What a rank runs ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
-from tests.support.containers import KEY
+from tests.support.containers import KEY as KEY
 
 # name: (sizes, dtype). On 4 ranks, 5 rows make shards of 2, 2, 1 and 0 rows, and 3 rows leave a rank without any.
 GLOBAL = {
@@ -135,7 +135,7 @@ def reader(url: str) -> AzureBlobReader:
     return AzureBlobReader(url, credential=KEY)
 
 
-def assert_stands(url: str, version: int, make: Callable[[int], dict[str, Any]] = rows, **load: Any) -> None:
+def assert_version(url: str, version: int, make: Callable[[int], dict[str, Any]] = rows, **load: Any) -> None:
     """The checkpoint at `url` is the one of this version, bit for bit."""
     state = empty(make(version))
     dcp.load(state, storage_reader=reader(url), **load)
@@ -154,6 +154,7 @@ def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
 
 
 # TRANSITION
+assert_stands = assert_version
 from tests.support.containers import data_blobs as data_blobs  # noqa: E402
 from tests.support.containers import paths_below  # noqa: E402
 

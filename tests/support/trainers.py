@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import list_checkpoints
-from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
+from tests.support.containers import KEY, store_of
 
-KEY = Azurite.account_key
 NAMESPACES = ("lightning", "pytorch_lightning")
 BATCHES = 4
 _MODULES = {
@@ -177,8 +174,8 @@ def names(url: str) -> set[str]:
 
 
 def etags(url: str) -> dict[str, str]:
-    location = BlobLocation.parse(url)
-    return {blob.path: blob.etag for blob in BlobStore(location, Access(KEY)).list(location.prefix)}
+    """The ETags of all blobs below a URL, by path in the container."""
+    return {blob.path: blob.etag for blob in store_of(url).list(BlobLocation.parse(url).prefix)}
 
 
 def trained_state(trainer: Any, model: Any) -> dict[str, Any]:

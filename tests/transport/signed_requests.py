@@ -1,4 +1,4 @@
-"""What the tests of the transport have in common. Its fixtures come by ``pytest_plugins``."""
+"""`Blobs`: signed requests to one container by a transport, without the SDK. Fixtures come by ``pytest_plugins``."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def either(request: pytest.FixtureRequest, container: str, azurite_tls: Azurite)
 
 
 def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New connections give a request up after 0.4 s without a byte: only for one that nobody answers."""
+    """Make new connections time out after 0.4 s without a byte: only for requests without an answer."""
     connections.close_idle()
     monkeypatch.setattr(connections, "IO_SECONDS", 0.4)
     monkeypatch.setattr(connections, "TIMEVAL", struct.pack("ll", 0, 400_000))

@@ -1,4 +1,4 @@
-"""Connections of the transport: used again, closed, of a server that proves who it is, given up, broken off."""
+"""Connections of the transport: reuse, closing, certificates, time-outs, cancelling."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_connection_is_used_again(either: Any) -> None:
 
 
 def test_transports_share_the_connections_of_the_process(either: Any, azurite_tls: Azurite) -> None:
-    """As writers do that follow one another: their handshakes would take longer than a small save."""
+    """As successive writers do: a handshake would take longer than a small save."""
     proxy, blobs, transport = either
     blobs.put(transport, "blob", some_bytes(1000))
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_a_connection_that_lay_idle_for_long_is_not_used_again(either: Any, monk
 def test_certificates_that_are_trusted_are_not_shared(
     azurite_tls: Azurite, tls_proxy: FaultProxy, container: str
 ) -> None:
-    """A connection that one transport trusts is none that another, with fewer certificates, may use."""
+    """A transport with fewer certificates may not use a connection that another one trusts."""
     blobs = Blobs(f"{tls_proxy.endpoint}/{container.rpartition('/')[2]}")
     blobs.put(GatherTransport(ca_file=str(azurite_tls.certificate)), "blob", b"data")
     with pytest.raises(ServiceRequestError) as caught:
@@ -121,7 +121,7 @@ def test_a_body_that_breaks_off_is_an_error_even_on_a_connection_used_again(
 
 @pytest.mark.parametrize("missing", [1, 2, 3, 4, 5, 30, 200, 300])
 def test_a_head_that_breaks_off_is_an_error(either: Any, missing: int) -> None:
-    """`http.client` takes what has come for all of the headers, of a success without a body."""
+    """`http.client` would treat the received lines as all headers of a success without a body."""
     proxy, blobs, transport = either
     proxy.when("Put Blob").do(CutHead(missing))
     with pytest.raises(IncompleteReadError):
@@ -265,7 +265,7 @@ def test_a_handshake_that_does_not_come_is_given_up(
     transport: GatherTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "CONNECT_SECONDS", 0.4)
-    # A socket that nobody accepts from: the proxy cannot be silent before the handshake.
+    # A socket without `accept`: the proxy cannot be silent before the handshake.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         blobs = Blobs(f"https://127.0.0.1:{listener.getsockname()[1]}/devstoreaccount1/container")
         with pytest.raises(ServiceRequestTimeoutError):

@@ -1,6 +1,6 @@
-"""The transport sends and receives exactly the bytes it should, and tells every kind of broken connection.
+"""`GatherTransport` sends and receives exactly the right bytes, and raises an error for every broken connection.
 
-Requests are signed with a SAS and go to the transport as the SDK would hand them on, without the SDK's pipeline.
+Requests are signed with a SAS and go directly to the transport, without the SDK's pipeline.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.transport.signed_requests import KIB, MIB, Blobs, cut_up, some_bytes
 
 pytest_plugins = ("tests.transport.signed_requests",)
 
-# Around the 64 KiB below which pieces are joined, and the 1 MiB that goes to a socket at once.
+# Sizes around the one below which views are joined, and around the 1 MiB that goes to a socket at once.
 SIZES = [
     [1],
     [0, 0, 5, 0],
@@ -86,7 +86,7 @@ def test_a_body_is_scattered_exactly(either: Any, sizes: list[int]) -> None:
     _, blobs, transport = either
     data = some_bytes(sum(sizes) + 20)
     blobs.put(transport, "blob", data)
-    # The views lie in one piece of memory, one byte apart: whatever is written beyond a view shows.
+    # The views are one byte apart in one memory, which shows bytes that are written beyond a view.
     arena = bytearray(b"#" * (sum(sizes) + len(sizes)))
     starts = list(itertools.accumulate((size + 1 for size in sizes), initial=0))
     views = [memoryview(arena)[start : start + size] for start, size in zip(starts, sizes, strict=False)]
@@ -127,7 +127,7 @@ def test_a_chunked_response_is_read_whole(either: Any) -> None:
     dest = Scatter([memoryview(memory)])
     response = blobs.get(transport, "blob", 0, len(data), dest)
     assert response.content == data
-    assert not dest.received and not any(memory)  # nobody could know the length beforehand
+    assert not dest.received and not any(memory)  # the length is unknown beforehand
     assert blobs.get(transport, "blob", 5, 2).content == data[5:7]
     assert proxy.connections == 1
 

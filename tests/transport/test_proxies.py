@@ -1,4 +1,4 @@
-"""The transport goes through the proxies that the environment names, and no error of it shows a secret."""
+"""The transport uses the proxies that the environment names, and its errors show no secret."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytest_plugins = ("tests.transport.signed_requests",)
 
 
 class ForwardProxy(http.server.BaseHTTPRequestHandler):
-    """What a company puts between its machines and the internet. It knows both ways: CONNECT, and whole URLs."""
+    """A company's proxy to the internet. It supports CONNECT and absolute URLs."""
 
     protocol_version = "HTTP/1.1"
     asked: list[tuple[str, str | None]]

@@ -1,4 +1,4 @@
-"""Failed requests are tried again when that helps: soon, not for ever, and with everything that they carry."""
+"""`RetryPolicy`: failed requests are tried again if that helps: soon, not for ever, with their whole body."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_a_body_that_breaks_off_is_received_again(
 ) -> None:
     data = bytes(range(256)) * 4096
     store.put("blob", data)
-    # What the first attempt delivers is wrong, so that nothing of it may stay.
+    # The first attempt delivers wrong bytes, so none of them may stay.
     proxy.when("Get Blob").do(Flip(0), Cut(after, reset=reset))
     received = bytearray(len(data))
     view = memoryview(received)
@@ -283,7 +283,7 @@ def test_a_deletion_whose_answer_was_lost_is_no_error(store: BlobStore, proxy: F
 def test_a_conditional_write_whose_answer_was_lost_says_that_the_blob_changed(
     store: BlobStore, proxy: FaultProxy
 ) -> None:
-    """The second attempt meets what the first one wrote. Who writes so must look whose blob it is."""
+    """The second attempt meets the blob of the first one. The caller must check whose blob it is."""
     proxy.when("Put Blob").do(Cut("answer"))
     with pytest.raises(BlobChangedError):
         store.put("blob", b"data", if_missing=True)
@@ -297,8 +297,8 @@ def test_logs_name_the_reason_and_no_secret(
     sas = AzureSasCredential("sv=2024-11-04&sr=c&sp=r&sig=c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0")
     store = BlobStore(BlobLocation.parse(proxied_container), Access(sas))
     proxy.when("Head", nth=1).do(Answer(503, "ServerBusy"))
-    proxy.when("Head", nth=2, times=2).do(Cut("request"))  # on a connection used again, the first one is no failure
-    with caplog.at_level(logging.DEBUG), pytest.raises(AccessDeniedError):  # the signature is none
+    proxy.when("Head", nth=2, times=2).do(Cut("request"))  # on a reused connection, the first one is not a failure
+    with caplog.at_level(logging.DEBUG), pytest.raises(AccessDeniedError):  # the signature is invalid
         store.stat("blob")
     ours = [record.getMessage() for record in caplog.records if record.name == retry.__name__]
     assert len(ours) == 2 and "status 503" in ours[0] and "reset" in ours[1].lower()

@@ -61,6 +61,8 @@ class LocalFile:
             try:
                 new.publish(only_new=only_new)
             except FileExistsError:
+                if not only_new:
+                    raise
                 return False
             return True
 

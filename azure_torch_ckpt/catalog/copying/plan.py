@@ -94,38 +94,40 @@ def plan_copy(source: Tree, destination: Tree, options: TransferOptions, *, over
     """
     source_infos = {info.path: info for info in source.infos()}
     listed = group_by_checkpoint(source_infos.values())
-    complete = [place for place in listed if place.complete]
-    for place in listed:
-        if not place.complete:
-            _log.warning("%s is not copied: it is an incomplete save", _label(source, place.path))
+    complete = [checkpoint for checkpoint in listed if checkpoint.complete]
+    for checkpoint in listed:
+        if not checkpoint.complete:
+            _log.warning("%s is not copied: it is an incomplete save", _label(source, checkpoint.path))
     if not complete:
         raise CheckpointNotFoundError(
             f"No complete checkpoint at or below {source}. "
             + (f"It has {len(listed)} incomplete saves" if listed else "No save has left anything there; check it")
         )
     existing = {info.path: info for info in _destination_infos(destination, overwrite)}
-    existing_checkpoints = {place.path: place for place in group_by_checkpoint(existing.values())}
+    existing_checkpoints = {checkpoint.path: checkpoint for checkpoint in group_by_checkpoint(existing.values())}
     plans: dict[str, CheckpointPlan] = {}
 
-    def plan_one(place: ListedCheckpoint) -> None:
-        plan = _plan(source, place, source_infos, existing)
-        plans[place.path] = plan
-        replaced = existing_checkpoints.get(place.path)
+    def plan_one(checkpoint: ListedCheckpoint) -> None:
+        plan = _plan(source, checkpoint, source_infos, existing)
+        plans[checkpoint.path] = plan
+        replaced = existing_checkpoints.get(checkpoint.path)
         for rank in replaced.metadata if replaced is not None else ():
-            stored = destination.read_metadata(place.path, rank)
+            stored = destination.read_metadata(checkpoint.path, rank)
             if stored is not None:
                 plan.replaced[rank] = stored
         if not plan.replaced or plan.is_committed:
             return
         if not overwrite:
             raise CheckpointExistsError(
-                f"Another checkpoint exists at {_label(destination, place.path)}. Nothing was copied; choose another "
-                "destination, or replace it with overwrite=True"
+                f"Another checkpoint exists at {_label(destination, checkpoint.path)}. Nothing was copied; choose "
+                "another destination, or replace it with overwrite=True"
             )
-        plan.outdated = _data_names(destination, place.path, plan.replaced) - {file.source.path for file in plan.files}
+        plan.outdated = _data_names(destination, checkpoint.path, plan.replaced) - {
+            file.source.path for file in plan.files
+        }
 
-    run_all((functools.partial(plan_one, place) for place in complete), options.concurrency, "blob-copy")
-    return [plans[place.path] for place in complete]
+    run_all((functools.partial(plan_one, checkpoint) for checkpoint in complete), options.concurrency, "blob-copy")
+    return [plans[checkpoint.path] for checkpoint in complete]
 
 
 def _destination_infos(destination: Tree, overwrite: bool) -> list[BlobInfo]:
@@ -144,18 +146,19 @@ def _destination_infos(destination: Tree, overwrite: bool) -> list[BlobInfo]:
 
 
 def _plan(
-    source: Tree, place: ListedCheckpoint, source_infos: dict[str, BlobInfo], existing: dict[str, BlobInfo]
+    source: Tree, checkpoint: ListedCheckpoint, source_infos: dict[str, BlobInfo], existing: dict[str, BlobInfo]
 ) -> CheckpointPlan:
-    label = _label(source, place.path)
+    label = _label(source, checkpoint.path)
     metadata = {}
-    for rank in [None] if None in place.metadata else sorted(rank for rank in place.metadata if rank is not None):
-        stored = source.read_metadata(place.path, rank)
-        if stored is None or stored.etag != place.metadata[rank].etag:
+    ranks = sorted(rank for rank in checkpoint.metadata if rank is not None)
+    for rank in [None] if None in checkpoint.metadata else ranks:
+        stored = source.read_metadata(checkpoint.path, rank)
+        if stored is None or stored.etag != checkpoint.metadata[rank].etag:
             raise CheckpointReplacedError(f"{label} was replaced or removed while it was being copied. Copy again")
         metadata[rank] = stored
     items: dict[str, list[StoredItem]] = {}
     for rank, stored in metadata.items():
-        for name, of_rank in _items_by_name(f"{label}/{metadata_name(rank)}", place.path, stored).items():
+        for name, of_rank in _items_by_name(f"{label}/{metadata_name(rank)}", checkpoint.path, stored).items():
             items.setdefault(name, []).extend(of_rank)
     files = []
     for name, in_file in items.items():
@@ -166,10 +169,12 @@ def _plan(
             raise CorruptCheckpointError(f"{name} of {source} is {size}. Nothing was copied; use another checkpoint")
         files.append(FilePlan(info, existing.get(name), sorted(in_file, key=lambda item: item.offset)))
     # Other files of the checkpoint, such as a framework's own, but neither metadata nor the data of other saves.
-    known = {blob.path for blobs in place.saves.values() for blob in blobs} | items.keys()
-    known |= {blob.path for blob in place.metadata.values()} | {join_name(place.path, ".metadata.tmp")}
-    files += [FilePlan(blob, existing.get(blob.path), []) for blob in place.blobs if blob.path not in known]
-    return CheckpointPlan(place.path, metadata, place.metadata, sorted(files, key=lambda file: file.source.path))
+    known = {blob.path for blobs in checkpoint.saves.values() for blob in blobs} | items.keys()
+    known |= {blob.path for blob in checkpoint.metadata.values()} | {join_name(checkpoint.path, ".metadata.tmp")}
+    files += [FilePlan(blob, existing.get(blob.path), []) for blob in checkpoint.blobs if blob.path not in known]
+    return CheckpointPlan(
+        checkpoint.path, metadata, checkpoint.metadata, sorted(files, key=lambda file: file.source.path)
+    )
 
 
 def _items_by_name(label: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:

@@ -286,8 +286,8 @@ class FolderTree(Tree):
             file.write(0, memoryview(data))
             if not file.publish(only_new=replaces is None):
                 raise CommitConflictError(
-                    f"Another process wrote {self.root / name} since this copy began, and its checkpoint stays. Copy "
-                    "again to replace it"
+                    f"Another process wrote {self.root / name} since this copy began, and its checkpoint stays. Choose "
+                    "another destination, or copy again with overwrite=True"
                 )
         finally:
             file.abandon()
