@@ -21,9 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from azure_torch_ckpt import AzureBlobWriter, CheckpointExistsError
 from tests.support import sharded
+from tests.support.containers import blob_names
 from tests.support.ranks import Ranks
-
-pytest_plugins = ("tests.support.ranks",)
 
 # A checkpoint process has to start and to import torch.
 SECONDS = 90.0
@@ -47,9 +46,9 @@ def save_several(url: str, kind: AsyncCheckpointerType) -> None:
     writer = sharded.writer(url)
     for version in (1, 2, 3):
         begin(version, writer, kind).result(SECONDS)
-        sharded.assert_stands(url, version)
+        sharded.assert_version(url, version)
         dist.barrier()
-    assert len(sharded.blobs(url)) == dist.get_world_size() + 1
+    assert len(blob_names(url)) == dist.get_world_size() + 1
 
 
 @BOTH
@@ -75,10 +74,10 @@ def fail_and_go_on(url: str, kind: AsyncCheckpointerType) -> list[dict[int, Base
         error = begin(2, failing, kind, planner=planner).exception(SECONDS)
         assert isinstance(error, CheckpointException)
         heard.append({rank: failure for rank, (failure, _) in error.failures.items()})
-        sharded.assert_stands(url, 1)
+        sharded.assert_version(url, 1)
         dist.barrier()
     begin(3, writer, kind).result(SECONDS)
-    sharded.assert_stands(url, 3)
+    sharded.assert_version(url, 3)
     return heard
 
 

@@ -27,7 +27,6 @@ from tests.support import sharded
 from tests.support.containers import KEY, content, put
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 

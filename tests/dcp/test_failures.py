@@ -20,10 +20,8 @@ from azure_torch_ckpt import (
     IncompleteSaveError,
 )
 from tests.support import sharded
-from tests.support.containers import KEY
+from tests.support.containers import KEY, blob_names
 from tests.support.ranks import Ranks
-
-pytest_plugins = ("tests.support.ranks",)
 
 WRONG_KEY = base64.b64encode(b"not the key of the emulator").decode()
 
@@ -90,7 +88,7 @@ def fail_in_planner(url: str, rank: int, where: str, version: int) -> dict[int, 
     writer = sharded.writer(url)
     if version:
         dcp.save(sharded.rows(version), storage_writer=writer)
-    stood = sharded.blobs(url)
+    stood = blob_names(url)
     dist.barrier()
     heard = sharded.failures(
         lambda: dcp.save(
@@ -99,8 +97,8 @@ def fail_in_planner(url: str, rank: int, where: str, version: int) -> dict[int, 
     )
     dist.barrier()
     if version:
-        sharded.assert_stands(url, version)
-    left = sharded.blobs(url)
+        sharded.assert_version(url, version)
+    left = blob_names(url)
     assert [name for name in left if name.endswith(".metadata")] == [".metadata"] * bool(version)
     assert set(stood) <= set(left)
     # The other ranks' blobs are there, for they had written theirs before they heard of the error.
@@ -108,8 +106,8 @@ def fail_in_planner(url: str, rank: int, where: str, version: int) -> dict[int, 
     assert len(orphans) == (0 if where == "plan" else dist.get_world_size() - 1)
     dist.barrier()
     dcp.save(sharded.rows(version + 2), storage_writer=writer)
-    sharded.assert_stands(url, version + 2)
-    after = sharded.blobs(url)
+    sharded.assert_version(url, version + 2)
+    after = blob_names(url)
     assert len(after) == dist.get_world_size() + 1
     assert not orphans & set(after)
     return {number: type(error).__name__ for number, error in heard.items()}
@@ -125,13 +123,13 @@ def test_a_planner_that_raises_on_one_rank(ranks: Ranks, container: str, rank: i
 
 def fail_with_wrong_key(url: str, rank: int) -> dict[int, BaseException]:
     save(url, 1)
-    stood = sharded.blobs(url)
+    stood = blob_names(url)
     dist.barrier()
     writer = AzureBlobWriter(url, credential=WRONG_KEY if dist.get_rank() == rank else KEY)
     heard = sharded.failures(lambda: dcp.save(sharded.rows(2), storage_writer=writer))
     dist.barrier()
-    sharded.assert_stands(url, 1)
-    assert set(stood) <= set(sharded.blobs(url))
+    sharded.assert_version(url, 1)
+    assert set(stood) <= set(blob_names(url))
     return heard
 
 
@@ -147,11 +145,11 @@ def test_a_wrong_credential_on_one_rank(ranks: Ranks, container: str, rank: int)
 def fail_incomplete(url: str) -> dict[int, BaseException]:
     save(url, 1)
     dist.barrier()
-    stood = sharded.blobs(url)
+    stood = blob_names(url)
     dist.barrier()
     heard = sharded.failures(lambda: save(url, 2, ForgetfulPlanner()))
-    assert sharded.blobs(url) == stood
-    sharded.assert_stands(url, 1)
+    assert blob_names(url) == stood
+    sharded.assert_version(url, 1)
     return heard
 
 
@@ -167,8 +165,8 @@ def lose_the_race(url: str, version: int) -> dict[int, BaseException]:
         save(url, version)
     heard = sharded.failures(lambda: save(url, 50, RacingPlanner(url)))
     # The winner's two blobs, and nothing of the loser's.
-    assert len(sharded.blobs(url)) == 2
-    sharded.assert_stands(url, 100)
+    assert len(blob_names(url)) == 2
+    sharded.assert_version(url, 100)
     return heard
 
 
@@ -184,7 +182,7 @@ def save_apart(container: str) -> str:
     url = f"{container}/of-rank-{dist.get_rank()}"
     with pytest.raises(CheckpointException) as caught:
         dcp.save(sharded.rows(1), storage_writer=sharded.writer(url))
-    assert not sharded.blobs(url)
+    assert not blob_names(url)
     error = caught.value.failures[0][0]
     assert isinstance(error, CheckpointError)
     return str(error)

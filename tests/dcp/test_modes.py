@@ -16,10 +16,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from azure_torch_ckpt import CheckpointExistsError
 from tests.support import sharded
-from tests.support.containers import contents
+from tests.support.containers import blob_names, contents, data_blobs
 from tests.support.ranks import Ranks
-
-pytest_plugins = ("tests.support.ranks",)
 
 
 def metadata_of(url: str) -> Metadata:
@@ -44,8 +42,8 @@ def save_again_and_again(url: str, times: int, cached: bool) -> list[set[str]]:
     for version in range(1, times + 1):
         planner = dcp.DefaultSavePlanner(enable_plan_caching=cached)
         dcp.save(sharded.rows(version), storage_writer=writer, planner=planner)
-        stood.append(sharded.data_blobs(url))
-        sharded.assert_stands(url, version)
+        stood.append(data_blobs(url))
+        sharded.assert_version(url, version)
     return stood
 
 
@@ -72,13 +70,13 @@ def save_what_grows(url: str) -> None:
         if dist.get_rank() == 1:
             state |= {f"extra {number}": torch.full((2,), float(version)) for number in range(keys)}
         dcp.save(state, storage_writer=writer, planner=GrowingPlanner(enable_plan_caching=True))
-        sharded.assert_stands(url, version)
+        sharded.assert_version(url, version)
         extra = {f"extra {number}": torch.zeros(2) for number in range(keys)}
         dcp.load(extra, storage_reader=sharded.reader(url))
         assert all(torch.equal(tensor, torch.full((2,), float(version))) for tensor in extra.values())
         found = {name for name in metadata_of(url).state_dict_metadata if name.startswith("extra")}
         assert found == set(extra)
-        assert len(sharded.data_blobs(url)) == dist.get_world_size()
+        assert len(data_blobs(url)) == dist.get_world_size()
         dist.barrier()
 
 
@@ -92,11 +90,11 @@ def save_at_many_urls(container: str, cached: bool) -> None:
         planner = dcp.DefaultSavePlanner(enable_plan_caching=cached)
         url = f"{container}/run/step-{version}"
         dcp.save(sharded.rows(version), storage_writer=writer, checkpoint_id=url, planner=planner)
-    assert sharded.blobs(f"{container}/run/step-0") == []
+    assert not blob_names(f"{container}/run/step-0")
     reader = sharded.reader(f"{container}/run/step-0")
     for version in (1, 2, 3):
         url = f"{container}/run/step-{version}"
-        assert len(sharded.blobs(url)) == dist.get_world_size() + 1
+        assert len(blob_names(url)) == dist.get_world_size() + 1
         state = sharded.empty(sharded.rows())
         dcp.load(state, storage_reader=reader, checkpoint_id=url)
         for name in sharded.GLOBAL:
@@ -115,13 +113,13 @@ def save_alone(container: str) -> None:
     rank = dist.get_rank()
     url = f"{container}/rank-{rank}"
     dcp.save(sharded.plain(rank + 1), storage_writer=sharded.writer(url), no_dist=True)
-    sharded.assert_stands(url, rank + 1, sharded.plain, no_dist=True)
+    sharded.assert_version(url, rank + 1, sharded.plain, no_dist=True)
 
 
 def test_each_rank_by_itself(ranks: Ranks, container: str) -> None:
     ranks(2).run(save_alone, container)
     for rank in (0, 1):
-        names = sharded.blobs(f"{container}/rank-{rank}")
+        names = blob_names(f"{container}/rank-{rank}")
         assert len(names) == 2
         assert ".metadata" in names
 
@@ -133,10 +131,10 @@ def save_on_a_group(url: str, members: list[int]) -> bool:
         state: dict[str, Any] = {**sharded.plain(4), "leader": f"rank {dist.get_rank()}"}
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         dcp.save(state, storage_writer=sharded.writer(url), process_group=group, planner=planner)
-        sharded.assert_stands(url, 4, sharded.plain, process_group=group)
+        sharded.assert_version(url, 4, sharded.plain, process_group=group)
     dist.barrier()
     # And the whole world reads what a part of it wrote.
-    sharded.assert_stands(url, 4)
+    sharded.assert_version(url, 4)
     found = {"leader": ""}
     dcp.load(found, storage_reader=sharded.reader(url))
     assert found["leader"] == f"rank {members[0]}"
@@ -173,7 +171,7 @@ def test_without_collectives(ranks: Ranks, container: str, tmp_path: Path) -> No
     url = f"{container}/run"
     for version in (1, 2):
         ranks(2).run(save_without_collectives, url, version)
-        names = sharded.blobs(url)
+        names = blob_names(url)
         assert {name for name in names if "/" not in name} == {"__0.metadata", "__1.metadata"}
         data = [name for name in names if "/" in name]
         assert sorted(name.rpartition("/")[2] for name in data) == ["__0_0.distcp", "__1_0.distcp"]
@@ -186,7 +184,7 @@ def refuse_without_collectives(url: str) -> None:
     with pytest.raises(CheckpointExistsError, match="use_collectives=False"):
         dcp.save(own(2), storage_writer=sharded.writer(url), use_collectives=False)
     dist.barrier()
-    sharded.assert_stands(url, 1)
+    sharded.assert_version(url, 1)
 
 
 def save_rows(url: str, version: int) -> None:
@@ -196,9 +194,9 @@ def save_rows(url: str, version: int) -> None:
 def test_without_collectives_is_refused_where_a_checkpoint_of_all_ranks_stands(ranks: Ranks, container: str) -> None:
     url = f"{container}/run"
     ranks(2).run(save_rows, url, 1)
-    stood = sharded.blobs(url)
+    stood = blob_names(url)
     ranks(2).run(refuse_without_collectives, url)
-    assert sharded.blobs(url) == stood
+    assert blob_names(url) == stood
 
 
 # ---- Planners ------------------------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ class BalancingPlanner(dcp.DefaultSavePlanner):
 
 def save_balanced(url: str) -> None:
     dcp.save(sharded.plain(5), storage_writer=sharded.writer(url), planner=BalancingPlanner())
-    sharded.assert_stands(url, 5, sharded.plain)
+    sharded.assert_version(url, 5, sharded.plain)
 
 
 def test_a_planner_that_balances_the_load(ranks: Ranks, container: str) -> None:
@@ -300,7 +298,7 @@ class ExtraDataPlanner(dcp.DefaultSavePlanner):
 
 def save_with_extra_data(url: str) -> None:
     dcp.save(sharded.rows(6), storage_writer=sharded.writer(url), planner=ExtraDataPlanner())
-    sharded.assert_stands(url, 6)
+    sharded.assert_version(url, 6)
 
 
 def test_a_planner_that_adds_metadata(ranks: Ranks, container: str) -> None:
@@ -312,14 +310,14 @@ def test_a_planner_that_adds_metadata(ranks: Ranks, container: str) -> None:
 def save_on_lowest_rank(url: str) -> None:
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save(sharded.plain(7), storage_writer=sharded.writer(url), planner=planner)
-    sharded.assert_stands(url, 7, sharded.plain)
+    sharded.assert_version(url, 7, sharded.plain)
 
 
 def test_ranks_without_anything_to_save(ranks: Ranks, container: str) -> None:
     """All that is replicated goes to the first rank; the others write nothing, not even an empty blob."""
     url = f"{container}/run"
     ranks(3).run(save_on_lowest_rank, url)
-    assert [name.rpartition("/")[2] for name in sharded.data_blobs(url)] == ["__0_0.distcp"]
+    assert [name.rpartition("/")[2] for name in data_blobs(url)] == ["__0_0.distcp"]
 
 
 NESTED = {"layers": [1, {2: "two"}, (3.5, None)], "empty": {}, 7: "seven"}

@@ -18,8 +18,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tests.support import sharded
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 SIZES = (1, 2, 3, 4)
 
 

@@ -34,8 +34,6 @@ from tests.support.jobs import Job
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 
-pytest_plugins = ("tests.support.ranks",)
-
 CPU = torch.device("cpu")
 
 

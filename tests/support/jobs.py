@@ -276,8 +276,3 @@ def version_at(url: str) -> int | None:
         if isinstance(error, CheckpointNotFoundError):
             return None
         raise error from caught
-
-
-# TRANSITION
-from tests.support.containers import blob_names as blobs  # noqa: E402, F401
-from tests.support.containers import live_blobs as live_blobs  # noqa: E402

@@ -14,7 +14,6 @@ from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, AzureCheckpointEr
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from tests.support.containers import KEY as KEY
 from tests.support.containers import content, put
-from tests.support.containers import paths_below as blobs_below  # noqa: F401
 from tests.support.states import assert_same, fill
 
 _E = TypeVar("_E", bound=AzureCheckpointError)

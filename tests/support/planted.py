@@ -36,7 +36,3 @@ def plant_leftovers(container: str, checkpoint: str, ranks: int = 2) -> list[str
     for path in paths:
         put(container, path, b"1234567890")
     return paths
-
-
-# TRANSITION
-from tests.support.containers import content as content  # noqa: E402

@@ -151,15 +151,3 @@ def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
     except CheckpointException as caught:
         return {rank: error for rank, (error, _) in caught.failures.items()}
     raise AssertionError("the save did not fail")
-
-
-# TRANSITION
-assert_stands = assert_version
-from tests.support.containers import data_blobs as data_blobs  # noqa: E402
-from tests.support.containers import paths_below  # noqa: E402
-
-
-def blobs(url: str) -> list[str]:
-    return [
-        path.removeprefix(url.partition("devstoreaccount1/")[2].partition("/")[2] + "/") for path in paths_below(url)
-    ]
