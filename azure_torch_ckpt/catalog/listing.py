@@ -13,7 +13,7 @@ from typing import Any
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, group_by_checkpoint
+from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
 from azure_torch_ckpt.huggingface.leftovers import folders_of_mixed_saves
 from azure_torch_ckpt.location import BlobLocation

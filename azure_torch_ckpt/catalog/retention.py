@@ -14,10 +14,9 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, empty_save_folders, metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
 from azure_torch_ckpt.dcp.leftovers import Remains, find_leftovers, path_location, remove_leftovers
-from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, empty_save_folders
 from azure_torch_ckpt.dcp.open_checkpoint import read_metadata
 from azure_torch_ckpt.dcp.removal import remove_blobs, remove_empty_folders
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint
+from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint
 from azure_torch_ckpt.dcp.open_checkpoint import read_metadata
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.errors import AzureCheckpointError

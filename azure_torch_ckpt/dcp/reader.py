@@ -23,7 +23,7 @@ from azure_torch_ckpt.dcp.items import ItemReader, run_reads
 from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata, replaced_error
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.report import TransferReport
-from azure_torch_ckpt.dcp.tensors.coverage import find_uncovered
+from azure_torch_ckpt.dcp.tensors.chunks import find_uncovered
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointNotFoundError,

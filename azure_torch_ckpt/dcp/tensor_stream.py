@@ -26,9 +26,8 @@ from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.items import ItemReader, batches, open_item, run_reads
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, is_replaced, replaced_error
-from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, cut
+from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, cut, is_whole
 from azure_torch_ckpt.dcp.tensors.copies import copy_elements
-from azure_torch_ckpt.dcp.tensors.coverage import is_whole
 from azure_torch_ckpt.dcp.tensors.memory import is_plain
 from azure_torch_ckpt.dcp.tensors.regions import region_reads
 from azure_torch_ckpt.dcp.tensors.torch_file import load_tensor

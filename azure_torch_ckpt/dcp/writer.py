@@ -23,8 +23,7 @@ from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.base import step
-from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
+from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.blob_names import data_name, metadata_name, new_save_id
 from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata.schema import (
@@ -37,9 +36,8 @@ from azure_torch_ckpt.dcp.metadata.schema import (
 )
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
-from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes
+from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
-from azure_torch_ckpt.dcp.tensors.views import tensor_views
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointError,

@@ -9,6 +9,7 @@ and the coordinator joins them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +18,17 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 
+from azure_torch_ckpt._internal.checksums import combine
+from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint
 from azure_torch_ckpt.dcp.tensors.regions import row_major
-from azure_torch_ckpt.errors import CheckpointError
+from azure_torch_ckpt.errors import CheckpointError, IncompleteSaveError
 from azure_torch_ckpt.huggingface.blob_names import file_name, shards_name
+from azure_torch_ckpt.huggingface.block_stager import StagedBlock
 from azure_torch_ckpt.huggingface.safetensors_header import why_not
+from azure_torch_ckpt.location import BlobLocation
 
 __all__ = [
     "LARGEST_IN_BLOCKS",
@@ -31,6 +37,10 @@ __all__ = [
     "JoinedTensor",
     "ModelLayout",
     "StoredChunk",
+    "WrittenItem",
+    "check_whole",
+    "check_written",
+    "checksums_of",
     "lay_out",
 ]
 
@@ -332,3 +342,79 @@ def _check_blocks(what: str, blocks: int) -> None:
             f"{what!r} would consist of {blocks} blocks, and a blob may have 50,000: it has too many shards. Spread it "
             "over more files, save from fewer ranks, or let TransferOptions choose block_size"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenItem:
+    """What a rank reports of an item that it wrote.
+
+    Attributes:
+        runs: of the item's bytes.
+        crc64: CRC64-NVME of each run; None without checksums.
+        blocks: all blocks of the rank, with its first item.
+    """
+
+    runs: ItemRuns
+    crc64: tuple[int, ...] | None
+    blocks: tuple[StagedBlock, ...] = ()
+
+
+def check_written(layout: ModelLayout, location: BlobLocation, blocks: Mapping[str, Sequence[StagedBlock]]) -> None:
+    """Check that the ranks have staged as many bytes as planned, before anything is read or committed.
+
+    Args:
+        blocks: by the paths of the blobs.
+
+    Raises:
+        IncompleteSaveError: they have not.
+    """
+    expected = {file.name: file.length for file in layout.files} | layout.shards
+    for tensor in layout.joined:
+        expected[tensor.file] -= tensor.length
+    for name, length in expected.items():
+        staged = sum(block.length for block in blocks.get(location.join(name).path, ()))
+        if staged != length:
+            raise _incomplete(name, staged, length, location)
+
+
+def check_whole(layout: ModelLayout, location: BlobLocation, blocks: Mapping[str, Sequence[StagedBlock]]) -> None:
+    """Check that the blocks of each file follow one another from its first byte to its last.
+
+    Raises:
+        IncompleteSaveError: they do not.
+    """
+    for file in layout.files:
+        position = 0
+        for block in sorted(blocks.get(location.join(file.name).path, ()), key=lambda one: one.offset):
+            if block.offset != position:
+                break
+            position += block.length
+        if position != file.length:
+            raise _incomplete(file.name, position, file.length, location)
+
+
+def _incomplete(name: str, written: int, length: int, location: BlobLocation) -> IncompleteSaveError:
+    return IncompleteSaveError(
+        f"Of {name} the ranks wrote {written} of {length} bytes without a gap, so nothing was committed at {location}. "
+        "A rank or a planner dropped something; save again"
+    )
+
+
+def checksums_of(results: Sequence[Sequence[WriteResult]], joined: Mapping[str, list[Item]]) -> dict[str, int]:
+    """Combine the CRC64 of each tensor from its runs, in their order.
+
+    Args:
+        joined: the items of the tensors that were joined, which count instead of the ranks' chunks.
+    """
+    parts: dict[str, list[tuple[int, int, int]]] = {}
+    for result in itertools.chain.from_iterable(results):
+        if result.index.fqn not in joined:
+            runs = result.storage_data.runs
+            sums = zip(runs.starts, result.storage_data.crc64, strict=True)
+            parts.setdefault(result.index.fqn, []).extend((start, runs.run, crc) for start, crc in sums)
+    for name, items in joined.items():
+        parts[name] = [(item.offset, item.length, item.crc64()) for item in items]
+    return {
+        name: functools.reduce(lambda crc, part: combine(crc, part[2], part[1]), sorted(of_tensor), 0)
+        for name, of_tensor in parts.items()
+    }

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.dcp.leftovers import Remains, leftovers_in, newest
 from azure_torch_ckpt.errors import BlobNotFoundError
-from azure_torch_ckpt.huggingface.blob_names import INDEX, INDEX_SUFFIX, save_id_of
-from azure_torch_ckpt.huggingface.index import INDEX_LIMIT, parse_index
+from azure_torch_ckpt.huggingface.blob_names import INDEX, INDEX_LIMIT, INDEX_SUFFIX, parse_index, save_id_of
 from azure_torch_ckpt.location import BlobLocation, has_empty_segment
 
 __all__ = ["find_model_leftovers", "folders_of_mixed_saves", "has_saved_files", "other_files_at", "saved_files_at"]

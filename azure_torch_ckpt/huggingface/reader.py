@@ -24,7 +24,7 @@ from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, storage_info
 from azure_torch_ckpt.dcp.reader import AzureBlobReader, SeenMetadata
-from azure_torch_ckpt.dcp.tensors.coverage import is_whole
+from azure_torch_ckpt.dcp.tensors.chunks import is_whole
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobNotFoundError,
@@ -33,8 +33,7 @@ from azure_torch_ckpt.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from azure_torch_ckpt.huggingface.blob_names import INDEX, SINGLE, save_id_of
-from azure_torch_ckpt.huggingface.index import INDEX_LIMIT, ModelIndex, parse_index
+from azure_torch_ckpt.huggingface.blob_names import INDEX, INDEX_LIMIT, SINGLE, ModelIndex, parse_index, save_id_of
 from azure_torch_ckpt.huggingface.safetensors_header import (
     HEADER_LENGTH_BYTES,
     StoredTensor,

@@ -25,13 +25,11 @@ from azure_torch_ckpt.blobs.outcome import Outcome
 from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.base import step
-from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
+from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.commit import commit
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
-from azure_torch_ckpt.dcp.tensors.memory import is_plain
-from azure_torch_ckpt.dcp.tensors.views import tensor_views
+from azure_torch_ckpt.dcp.tensors.memory import is_plain, tensor_views
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -40,14 +38,29 @@ from azure_torch_ckpt.errors import (
     CheckpointExistsError,
     CommitConflictError,
 )
-from azure_torch_ckpt.huggingface.blob_names import INDEX, SINGLE, name_prefix, new_save_id
+from azure_torch_ckpt.huggingface.blob_names import (
+    INDEX,
+    INDEX_LIMIT,
+    SINGLE,
+    dump_index,
+    name_prefix,
+    new_save_id,
+    parse_index,
+)
 from azure_torch_ckpt.huggingface.block_stager import BlockStager, StagedBlock, rank_block_id
-from azure_torch_ckpt.huggingface.index import INDEX_LIMIT, dump_index, parse_index
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
-from azure_torch_ckpt.huggingface.layout import LARGEST_IN_BLOCKS, ItemRuns, ModelLayout, lay_out
+from azure_torch_ckpt.huggingface.layout import (
+    LARGEST_IN_BLOCKS,
+    ItemRuns,
+    ModelLayout,
+    WrittenItem,
+    check_whole,
+    check_written,
+    checksums_of,
+    lay_out,
+)
 from azure_torch_ckpt.huggingface.leftovers import other_files_at, saved_files_at
 from azure_torch_ckpt.huggingface.safetensors_header import dump_header
-from azure_torch_ckpt.huggingface.write_results import WrittenItem, check_whole, check_written, checksums_of
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import ProgressOption

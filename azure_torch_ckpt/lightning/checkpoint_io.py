@@ -25,12 +25,12 @@ from azure_torch_ckpt.objects.resuming import torch_file_time
 from azure_torch_ckpt.objects.single_process import load_object, save_state_dict
 from azure_torch_ckpt.options import TransferOptions
 
-from .log_filter import keep_signatures_out_of_logs
 from .stock import (
     CheckpointIO,
     TorchCheckpointIO,
     WrappingCheckpointIO,
     default_weights_only,
+    pytorch,
     weights_only_argument,
 )
 
@@ -42,9 +42,31 @@ _DELETION_FORBIDDEN = (409, 412)
 _log = logging.getLogger(__name__)
 
 _BLOB_URL = re.compile(r"(https?|azblob):/", re.IGNORECASE)
+# The query of a URL that has a signature.
+_SIGNED_QUERY = re.compile(r"\?[^\s?\"'`]*\bsig=[^\s\"'`]*", re.IGNORECASE)
 
 
-keep_signatures_out_of_logs()
+def _remove_signature(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if _SIGNED_QUERY.search(message) is not None:
+        record.msg, record.args = _SIGNED_QUERY.sub("", message), ()
+    return True
+
+
+def _keep_signatures_out_of_logs() -> None:
+    """From now on, remove queries with a signature from the URLs in Lightning's log.
+
+    Lightning logs the ``ckpt_path`` that it was given ("Restoring states from the checkpoint path at ...") before it
+    calls a plugin, a strategy or a callback. So the signature can only be removed here.
+    """
+    roots = {module.partition(".")[0] for module in (pytorch.__name__, CheckpointIO.__module__)}
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        # A logger's filters do not apply to the loggers below it.
+        if name.partition(".")[0] in roots and isinstance(logger, logging.Logger):
+            logger.addFilter(_remove_signature)  # a second time changes nothing
+
+
+_keep_signatures_out_of_logs()
 
 
 def blob_location(path: str | Path) -> BlobLocation | None:
@@ -115,7 +137,7 @@ class AzureBlobCheckpointIO(CheckpointIO):
         ca_file: str | None = None,
     ) -> None:
         super().__init__()
-        keep_signatures_out_of_logs()
+        _keep_signatures_out_of_logs()
         self.credential = credential
         self.options = options
         self.ca_file = ca_file

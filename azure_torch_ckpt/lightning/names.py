@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .checkpoint_io import AzureBlobCheckpointIO
-from .conversion import export_checkpoint, import_checkpoint
-from .loading import load_from_checkpoint
+from .conversion import export_checkpoint, import_checkpoint, load_from_checkpoint
 from .model_checkpoint import AzureBlobModelCheckpoint
 from .strategies import AzureDDPStrategy, AzureFSDPStrategy, AzureModelParallelStrategy
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
-from azure_torch_ckpt.dcp.tensors.coverage import is_whole
+from azure_torch_ckpt.dcp.tensors.chunks import is_whole
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 from azure_torch_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from azure_torch_ckpt.objects.codec import SKELETON, MapLocation, Unpacked, pack, unpack

@@ -12,7 +12,7 @@ from azure.storage.blob import ContainerClient
 from azure_torch_ckpt import BlobIO, IterableBlobDataset
 from azure_torch_ckpt.catalog import consolidate, list_checkpoints
 from azure_torch_ckpt.datasets.listing import BlobListing
-from azure_torch_ckpt.dcp.listed_checkpoint import group_by_checkpoint
+from azure_torch_ckpt.dcp.blob_names import group_by_checkpoint
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import BlobNotFoundError, LocationError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem

@@ -20,7 +20,7 @@ from azure_torch_ckpt import (
     TransferOptions,
 )
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, takes_any_order
-from azure_torch_ckpt.objects.dedup_planner import DedupSavePlanner
+from azure_torch_ckpt.objects.sharded import DedupSavePlanner
 from tests.support.containers import KEY, put
 from tests.support.states import assert_same
 

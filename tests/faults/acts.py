@@ -31,7 +31,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointReplacedError, CommitConflictError
-from azure_torch_ckpt.huggingface.index import parse_index
+from azure_torch_ckpt.huggingface.blob_names import parse_index
 
 OLD, NEW, OTHER, NEXT = 0, 1, 2, 3
 NO_GRACE = datetime.timedelta(0)

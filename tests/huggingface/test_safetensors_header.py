@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from azure_torch_ckpt import UnsafeMetadataError, UnsupportedCheckpointError
-from azure_torch_ckpt.huggingface.index import dump_index, parse_index
+from azure_torch_ckpt.huggingface.blob_names import dump_index, parse_index
 from azure_torch_ckpt.huggingface.safetensors_header import dump_header, parse_header, why_not
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

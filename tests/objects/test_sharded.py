@@ -22,8 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter
 from azure_torch_ckpt.objects import load_object
-from azure_torch_ckpt.objects.dedup_planner import dedup_save_plans
-from azure_torch_ckpt.objects.sharded import DTensorEntry, load_sharded, save_sharded
+from azure_torch_ckpt.objects.sharded import DTensorEntry, dedup_save_plans, load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs

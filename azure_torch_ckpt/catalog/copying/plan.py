@@ -10,9 +10,8 @@ from azure_torch_ckpt._internal.checksums import combine
 from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
-from azure_torch_ckpt.dcp.blob_names import metadata_name
+from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint, metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob
-from azure_torch_ckpt.dcp.listed_checkpoint import ListedCheckpoint, group_by_checkpoint
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
 from azure_torch_ckpt.errors import (
     AccessDeniedError,

@@ -6,14 +6,17 @@ taken, so nothing acts on it before :func:`load_metadata` and :func:`check_metad
 
 from __future__ import annotations
 
+import copyreg
 import functools
+import io
 import math
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -25,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import TensorWriteData
 
 from azure_torch_ckpt._internal.torch_private import StorageInfo
-from azure_torch_ckpt.dcp.metadata.pickler import pickle_metadata
 from azure_torch_ckpt.dcp.metadata.unpickler import unpickle
 from azure_torch_ckpt.dcp.metadata.vocabulary import quote
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsafeMetadataError, UnsupportedCheckpointError
@@ -38,6 +41,7 @@ __all__ = [
     "data_paths",
     "dump_metadata",
     "load_metadata",
+    "pickle_metadata",
     "storage_info",
     "storage_meta",
     "stored_item",
@@ -371,3 +375,58 @@ class _MetadataCheck:
             f"{self._where} is refused: {reason}. It is damaged or was made to do harm; nothing was fetched. Use "
             "another checkpoint."
         )
+
+
+_FIELDS = 5  # of TensorProperties, that every torch knows
+_Reduced: TypeAlias = "tuple[Any, ...]"
+
+
+def pickle_metadata(metadata: Metadata) -> bytes:
+    """Pickle metadata without the strides of tensors for which they follow from the size.
+
+    Where they do not (a transposed tensor), they stay; torch 2.14 and earlier do not read that, as if torch 2.15 itself
+    had written it.
+    """
+    if not hasattr(TensorProperties, "strides"):
+        return pickle.dumps(metadata)
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer)
+    row_major: set[int] = set()  # by id: picklers come to the holder of the properties first
+
+    def stored(entry: TensorStorageMetadata) -> _Reduced:
+        note(entry.properties, entry.size, entry.chunks[0].sizes if entry.chunks else None)
+        return entry.__reduce_ex__(pickle.DEFAULT_PROTOCOL)  # type: ignore[return-value]
+
+    def planned(data: TensorWriteData) -> _Reduced:
+        note(data.properties, data.size, data.chunk.sizes)
+        return data.__reduce_ex__(pickle.DEFAULT_PROTOCOL)  # type: ignore[return-value]
+
+    def note(properties: Any, size: Sequence[int], shard: Sequence[int] | None) -> None:
+        strides = getattr(properties, "strides", None)
+        if strides is None or _is_row_major(strides, size) or (shard is not None and _is_row_major(strides, shard)):
+            row_major.add(id(properties))
+
+    def properties_(properties: TensorProperties) -> _Reduced:
+        reduced: Any = properties.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        make, args, state, *rest = reduced
+        return make, args, state[:_FIELDS] if id(properties) in row_major else state, *rest
+
+    # Called by a pickler for instances of exactly these classes.
+    pickler.dispatch_table = copyreg.dispatch_table | {
+        TensorStorageMetadata: stored,
+        TensorWriteData: planned,
+        TensorProperties: properties_,
+    }
+    pickler.dump(metadata)
+    return buffer.getvalue()
+
+
+def _is_row_major(strides: Sequence[int], size: Sequence[int]) -> bool:
+    if len(strides) != len(size):
+        return False
+    expected = 1
+    for stride, extent in zip(reversed(strides), reversed(size), strict=True):
+        if extent != 1 and stride != expected:
+            return 0 in size  # an empty tensor has no strides to speak of
+        expected *= extent
+    return True

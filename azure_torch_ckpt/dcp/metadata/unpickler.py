@@ -25,8 +25,14 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from azure_torch_ckpt._internal.torch_private import MemoryFormatEncoding
 from azure_torch_ckpt.dcp.metadata.fast_path import FastPath
-from azure_torch_ckpt.dcp.metadata.foreign_classes import Foreign, ForeignClass, known_base, may_be_foreign, settle
-from azure_torch_ckpt.dcp.metadata.refusals import Refusals
+from azure_torch_ckpt.dcp.metadata.foreign_classes import (
+    Foreign,
+    ForeignClass,
+    Refusals,
+    known_base,
+    may_be_foreign,
+    settle,
+)
 from azure_torch_ckpt.dcp.metadata.vocabulary import (
     KNOWN,
     NUMBERS,

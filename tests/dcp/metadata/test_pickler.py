@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
-from azure_torch_ckpt.dcp.metadata.pickler import pickle_metadata
-from azure_torch_ckpt.dcp.metadata.schema import load_metadata
+from azure_torch_ckpt.dcp.metadata.schema import load_metadata, pickle_metadata
 from tests.dcp.metadata.pickles import WHERE, assert_fast_path_changes_nothing, states_set_one_by_one
 from tests.support.containers import KEY, content
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azure_torch_ckpt.dcp.tensors.memory import address_of
-from azure_torch_ckpt.dcp.tensors.views import tensor_views
+from azure_torch_ckpt.dcp.tensors.memory import address_of, tensor_views
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.complex128]
 
