@@ -21,6 +21,7 @@ from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     BlobChangedError,
     BlobNotFoundError,
+    CheckpointError,
     CheckpointNotFoundError,
     CheckpointReplacedError,
     ServiceUnavailableError,
@@ -81,8 +82,9 @@ def remove_blobs(
 ) -> dict[str, AzureCheckpointError]:
     """Delete data blobs that no metadata names any more.
 
-    A failure is logged: it costs storage, not correctness. Once the service is down, nothing more is tried. Where the
-    account has directories, those that the blobs were in are deleted too, unless something else is in them.
+    A failure of any kind is logged and not raised: it costs storage, not correctness. Once the service is down, nothing
+    more is tried. Where the account has directories, those that the blobs were in are deleted too, unless something
+    else is in them.
 
     Args:
         names: below `location`.
@@ -145,24 +147,38 @@ def _depth(folder: str) -> int:
 def _for_each(
     store: BlobStore, location: BlobLocation, names: list[str], remove: Callable[[str, Cancel], None]
 ) -> dict[str, AzureCheckpointError]:
-    """Call `remove` for each name, in parallel; return the errors by name."""
+    """Call `remove` for each name, in parallel; return the errors by name, and raise none: the save is committed."""
     cancel = Cancel()
     failed: dict[str, AzureCheckpointError] = {}
     down: list[ServiceUnavailableError] = []
+    left = set(names)
 
     def attempt(name: str) -> None:
-        if down:
-            failed[name] = down[0]
-            return
         try:
+            if down:
+                raise down[0]
             remove(name, cancel)
-        except AzureCheckpointError as error:
-            failed[name] = error
+        except Exception as error:
+            failed[name] = _reported(error)
+            if not down:
+                where = location.join(name) if name else location
+                _log.warning("could not remove %s, which is no longer needed: %s", where, failed[name])
             if isinstance(error, ServiceUnavailableError):
                 down.append(error)
-            where = location.join(name) if name else location
-            _log.warning("could not remove %s, which is no longer needed: %s", where, error)
+        left.discard(name)
 
     tasks = (functools.partial(attempt, name) for name in names)
-    run_all(tasks, store.options.concurrency, "blob-remove", cancel.cancel)
+    try:
+        run_all(tasks, store.options.concurrency, "blob-remove", cancel.cancel)
+    except Exception as error:  # the system has no thread left
+        _log.warning("could not remove %d blobs at %s, which are no longer needed: %s", len(left), location, error)
+        failed.update(dict.fromkeys(left, _reported(error)))
     return failed
+
+
+def _reported(error: Exception) -> AzureCheckpointError:
+    if isinstance(error, AzureCheckpointError):
+        return error
+    reported = CheckpointError(f"{type(error).__name__}: {error}")
+    reported.__cause__ = error
+    return reported

@@ -39,7 +39,6 @@ from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
 from azure_torch_ckpt.errors import (
-    AzureCheckpointError,
     CheckpointError,
     CheckpointExistsError,
     CorruptCheckpointError,
@@ -273,7 +272,7 @@ class AzureBlobWriter(BaseWriter):
             try:
                 old = load_metadata(replaced.data, where)
                 check_metadata(old, where)
-            except AzureCheckpointError as error:
+            except Exception as error:  # this save is committed, and stays so
                 _log.warning(
                     "the data of the replaced checkpoint was not removed, for its metadata is unreadable: %s", error
                 )

@@ -441,7 +441,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         if replaced.index is not None:
             try:
                 old |= set(parse_index(replaced.index, f"{self.checkpoint_id}/{INDEX}").files.values())
-            except AzureCheckpointError as error:
+            except Exception as error:  # this save is committed, and stays so
                 _log.warning("files of the replaced model were not removed, for its index is unreadable: %s", error)
         remove_blobs(self._store, self._location, sorted(old - {file.name for file in self._layout.files}))
 

@@ -19,6 +19,8 @@ from azure_torch_ckpt import (
     CommitConflictError,
     IncompleteSaveError,
 )
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.dcp import removal
 from tests.support import sharded
 from tests.support.containers import KEY, blob_names
 from tests.support.ranks import Ranks
@@ -175,6 +177,20 @@ def test_another_save_that_commits_first(ranks: Ranks, container: str, version: 
     for heard in ranks(2).run(lose_the_race, f"{container}/run", version):
         assert list(heard) == [0]
         assert isinstance(heard[0], CommitConflictError)
+
+
+@pytest.mark.parametrize("broken", [(BlobStore, "delete"), (removal, "run_all")], ids=["a request", "the threads"])
+def test_nothing_after_the_commit_fails_a_save(
+    container: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: tuple[Any, str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    dcp.save(sharded.plain(0), storage_writer=sharded.writer(container), no_dist=True)
+    monkeypatch.setattr(*broken, fail)
+    dcp.save(sharded.plain(1), storage_writer=sharded.writer(container), no_dist=True)
+    assert "can't start new thread" in caplog.text
+    sharded.assert_version(container, 1, sharded.plain, no_dist=True)
 
 
 def save_apart(container: str) -> str:
