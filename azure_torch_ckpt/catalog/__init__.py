@@ -12,8 +12,7 @@ from azure_torch_ckpt.catalog.difference import Change, CheckpointDiff, diff
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, latest, list_checkpoints
 from azure_torch_ckpt.catalog.retention import PruneReport, Undeleted, prune
 from azure_torch_ckpt.catalog.verification import verify
-from azure_torch_ckpt.dcp.leftovers import Remains
-from azure_torch_ckpt.dcp.removal import remove_checkpoint
+from azure_torch_ckpt.dcp.removal import Remains, remove_checkpoint
 from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport
 
 __all__ = [

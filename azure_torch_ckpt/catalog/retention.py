@@ -16,9 +16,15 @@ from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_o
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, empty_save_folders, metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
-from azure_torch_ckpt.dcp.leftovers import Remains, find_leftovers, path_location, remove_leftovers
 from azure_torch_ckpt.dcp.open_checkpoint import read_metadata
-from azure_torch_ckpt.dcp.removal import remove_blobs, remove_empty_folders
+from azure_torch_ckpt.dcp.removal import (
+    Remains,
+    find_leftovers,
+    path_location,
+    remove_blobs,
+    remove_empty_folders,
+    remove_leftovers,
+)
 from azure_torch_ckpt.errors import AzureCheckpointError, RequestRefusedError, ServiceUnavailableError
 from azure_torch_ckpt.huggingface.leftovers import find_model_leftovers, has_saved_files
 from azure_torch_ckpt.location import BlobLocation

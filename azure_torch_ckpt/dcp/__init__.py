@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from azure_torch_ckpt.dcp.leftovers import Remains
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
-from azure_torch_ckpt.dcp.removal import remove_checkpoint
+from azure_torch_ckpt.dcp.removal import Remains, remove_checkpoint
 from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, verify
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
 

@@ -43,15 +43,10 @@ _Self = TypeVar("_Self", bound="BaseStorage")
 
 
 class _ThreadState(threading.local):
-    """What one thread does with a writer or a reader.
+    """What one thread does with a writer or a reader."""
 
-    Attributes:
-        target: where `reset` turned this thread.
-        operation: the save or load that this thread began last.
-    """
-
-    target: tuple[BlobLocation, BlobStore] | None = None
-    operation: Any = None
+    target: tuple[BlobLocation, BlobStore] | None = None  # where `reset` turned this thread
+    operation: Any = None  # the save or load that this thread began last
 
 
 class BaseStorage:
@@ -199,11 +194,7 @@ class _BegunSave:
 
 
 class BaseWriter(BaseStorage, StorageWriter):
-    """Base of all writers. It remembers what failed saves may have left behind.
-
-    Args:
-        url, access, progress, overwrite: as for `AzureBlobWriter`.
-    """
+    """Base of all writers. It remembers what failed saves may have left behind. Arguments as for `AzureBlobWriter`."""
 
     def __init__(
         self, url: str | os.PathLike[str] | BlobLocation, access: Access, progress: ProgressOption, overwrite: bool
@@ -253,11 +244,7 @@ class BaseWriter(BaseStorage, StorageWriter):
         return f"{self._location.container}/{self._location.path}"
 
     def _check_same_url(self, rank: int, ticket: SaveTicket) -> None:
-        """Check that a rank takes part in this very save.
-
-        Raises:
-            CheckpointError: it does not.
-        """
+        """Raise `CheckpointError` unless a rank takes part in this very save."""
         if ticket.where != self._within_account():
             raise CheckpointError(
                 f"Rank {rank} saves to {ticket.where}, and the coordinator to {self._within_account()}. Give all ranks "

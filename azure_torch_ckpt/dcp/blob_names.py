@@ -106,10 +106,8 @@ def group_by_checkpoint(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Lis
     """Find the checkpoints among `blobs`, in the order of their paths.
 
     A checkpoint is where metadata or data blobs are named as `AzureBlobWriter` or torch's ``FileSystemWriter`` name
-    them. Other blobs are left out, and so are those that no URL of a checkpoint leads to (``run//step-1``).
-
-    Args:
-        prefix: of all the blobs' paths; ends in "/" unless it is empty. Nothing above it is a checkpoint.
+    them. Other blobs are left out, and so are those that no URL of a checkpoint leads to (``run//step-1``), and what
+    lies above `prefix`, which begins all paths and ends in "/" unless it is empty.
     """
     every = _without_folders([blob for blob in blobs if blob.path.startswith(prefix)])
     found: dict[str, ListedCheckpoint] = {}
@@ -133,10 +131,7 @@ def group_by_checkpoint(blobs: Iterable[BlobInfo], prefix: str = "") -> list[Lis
 
 
 def empty_save_folders(blobs: Iterable[BlobInfo]) -> list[BlobInfo]:
-    """Find the empty directories of saves among `blobs`.
-
-    A save that was killed leaves one in an account with a hierarchical namespace.
-    """
+    """The empty directories of saves: a killed one leaves such in an account with a hierarchical namespace."""
     every = list(blobs)
     occupied = {blob.path.rpartition("/")[0] for blob in every}
     return [

@@ -42,7 +42,6 @@ def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | Non
 
     Raises:
         CorruptCheckpointError: its bytes do not have the MD5 that was stored with them.
-        StoreError: the service could not be asked.
     """
     try:
         data, info = store.read_some(location.join(metadata_name(rank)).path, 0, _METADATA_LIMIT)
@@ -64,17 +63,12 @@ def commit_metadata(
     rank: int | None,
     settings: CopiedSettings | None = None,
 ) -> str:
-    """Make a checkpoint visible: write its metadata, if the metadata at `location` is still the one before the save.
+    """Make a checkpoint visible: `commit` its metadata.
 
     Args:
         data: the metadata. It holds the save's id, so the metadata of any other save differs.
         replaces: the metadata at `location` when the save began; None if there was none.
         settings: what the blob carries, if it is a copy of another one.
-
-    Returns:
-        The ETag of the metadata.
-
-    Raises: as `commit`.
     """
 
     def has_data() -> bool:

@@ -33,12 +33,7 @@ _T = TypeVar("_T")
 
 
 class ItemReader:
-    """Makes the reads of a checkpoint's items, and carries them out.
-
-    Args:
-        location: of the checkpoint.
-        run: carries reads out; `run_reads`, with what its caller does around it.
-    """
+    """Makes the reads of a checkpoint's items. `run` carries them out: `run_reads`, with what its caller adds."""
 
     def __init__(
         self, store: BlobStore, location: BlobLocation, run: Callable[[Download, Iterable[Read]], None]
@@ -61,10 +56,9 @@ class ItemReader:
         return path
 
     def require(self, item: StoredItem, length: int) -> None:
-        """Make sure that an item's blob is long enough before memory is taken for `length` bytes of it.
+        """Raise `CorruptCheckpointError` if an item's blob is too short, before memory is taken for `length` bytes.
 
-        Raises:
-            CorruptCheckpointError: it is shorter: damaged metadata could ask for any amount of memory.
+        Damaged metadata could ask for any amount of memory.
         """
         if length <= _UNASKED:
             return
@@ -91,11 +85,7 @@ class ItemReader:
         return Check(item.crc64, item.length, mismatch)
 
     def whole(self, item: StoredItem, index: MetadataIndex) -> tuple[bytearray, Read]:
-        """Make a buffer for all bytes of an item, and the read that fills it.
-
-        Raises:
-            CorruptCheckpointError: its blob is too short.
-        """
+        """Make a buffer for all bytes of an item that `require` accepts, and the read that fills it."""
         self.require(item, item.length)
         buffer = bytearray(item.length)
         return buffer, Read(

@@ -44,13 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class OpenMetadata:
-    """One metadata blob of a checkpoint, read and checked.
-
-    Attributes:
-        rank: whose metadata it is; None for the metadata of all ranks.
-        stored: its bytes, ETag and time.
-        metadata: has passed `check_metadata`.
-    """
+    """One metadata blob of a checkpoint, read and checked; `rank` is None for the metadata of all ranks."""
 
     rank: int | None
     stored: MetadataBlob
@@ -67,8 +61,6 @@ class OpenCheckpoint:
     """A complete checkpoint whose metadata was read, and the store to read the rest from.
 
     Attributes:
-        location: of the checkpoint.
-        store: its container.
         parts: its metadata: one blob, or one of each rank.
         metadata: all of it. After a save without collectives, the entries of all ranks together.
         modified: when it was completed.
@@ -122,12 +114,7 @@ def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
 
 
 def read_metadata(store: BlobStore, location: BlobLocation, ranks: Iterable[int | None]) -> list[OpenMetadata]:
-    """Read those metadata blobs of `ranks` (None for the metadata of all ranks) that exist, in parallel.
-
-    Raises:
-        UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: one cannot be trusted or read.
-        StoreError: the service could not be asked.
-    """
+    """Read those metadata blobs of `ranks` (None: of all ranks) that exist, in parallel. Errors: `open_checkpoint`."""
     parts: dict[int | None, OpenMetadata] = {}
 
     def read(rank: int | None) -> None:
@@ -148,11 +135,7 @@ def read_metadata(store: BlobStore, location: BlobLocation, ranks: Iterable[int 
 
 
 def is_replaced(store: BlobStore, location: BlobLocation, etags: Mapping[str, str]) -> bool:
-    """Whether a metadata blob of the checkpoint is gone, or has another ETag than when it was read.
-
-    Args:
-        etags: by the name of the blob.
-    """
+    """Whether a metadata blob is gone, or has another ETag than when it was read (`etags`, by the blob's name)."""
     for name, etag in etags.items():
         try:
             if store.stat(location.join(name).path).etag != etag:
@@ -201,13 +184,7 @@ def _merged(parts: list[OpenMetadata]) -> Metadata:
 
 
 def not_found_error(store: BlobStore, location: BlobLocation, name: str) -> CheckpointNotFoundError:
-    """Make the error for a URL without the metadata blob `name`, with a hint at what is there instead.
-
-    The hint costs one listing, of a thousand blobs at most.
-
-    Raises:
-        StoreError: the service could not be asked.
-    """
+    """Make the error for a URL without the metadata blob `name`, with a hint at what is there, from one listing."""
     missing = f"No complete checkpoint at {location}: {name} is not there"
     prefix = location.prefix
     try:

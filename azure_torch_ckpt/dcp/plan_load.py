@@ -27,12 +27,7 @@ __all__ = ["PlanLoad"]
 
 @dataclasses.dataclass(slots=True)
 class _Wanted:
-    """One requested item.
-
-    Attributes:
-        target: where it goes; None for an object, and until the planner has been asked.
-        staged: its elements, on the way to the target.
-    """
+    """One requested item; `staged` are its elements on the way to the target."""
 
     request: ReadItem
     item: StoredItem
@@ -92,13 +87,7 @@ class PlanLoad:
             (self._at_once if wanted.is_raw and number not in overlaps.shared else self._in_turn).append(wanted)
 
     def run(self) -> None:
-        """Fetch everything, and give it to the planner.
-
-        Raises:
-            CorruptCheckpointError: a blob is missing or too short, or a checksum does not match.
-            CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
-            StoreError: the service could not be asked.
-        """
+        """Fetch everything, and give it to the planner. Errors as of `run_reads`."""
         if self._at_once:
             self._fetch_at_once()
         for batch in batches(self._in_turn, self._staged_size, self._budget):

@@ -61,8 +61,7 @@ def with_plain_keys(plan: SavePlan) -> SavePlan:
     """Return the plan with every key a ``str``, and not of a subclass, which a reader's process might not have.
 
     Raises:
-        CheckpointError: a key of the state dict is not a string. torch's ``DefaultSavePlanner`` makes strings of all
-            keys unless it is told not to flatten the state dict.
+        CheckpointError: a key is not a string. torch's planner makes strings of all keys if it flattens the state dict.
     """
     if {type(item.index.fqn) for item in plan.items} <= {str}:
         return plan

@@ -62,16 +62,7 @@ class AzureBlobReader(BaseStorage, StorageReader):
         url: of the checkpoint, as for `AzureBlobWriter`.
         credential: as for `AzureBlobWriter`; it must allow reading and listing.
         options: limits of connections, memory and time, and whether checksums are compared.
-        ca_file: a PEM file with certificates to trust besides the platform's.
-        progress: as for `AzureBlobWriter`.
-
-    Raises:
-        LocationError: the URL does not name a place in Blob Storage.
-        CredentialError: the credential cannot be used.
-        MissingDependencyError: ``progress=True``, and tqdm is not installed.
-
-    Errors while loading are those of `azure_torch_ckpt.errors`. ``dcp.load`` carries them to every rank in torch's
-    ``CheckpointException``: ``failures[rank][0]`` is the error.
+        ca_file, progress: as for `AzureBlobWriter`, and so are the errors, of the constructor and while loading.
     """
 
     def __init__(

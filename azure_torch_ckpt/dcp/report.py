@@ -86,11 +86,7 @@ class TransferReport:
         _begun[id(self)] = thread, self
 
     def confirm(self, leads: bool) -> None:
-        """Record that this is a save or a load, and not only a look at the metadata.
-
-        Args:
-            leads: whether the log line of this rank is at INFO. The other ranks' are at DEBUG.
-        """
+        """Record that this is a save or a load, not only a look at the metadata; with `leads`, it is logged at INFO."""
         if self._running is not None:
             self._running.leads, self._running.is_certain, self._running.last_step = leads, True, _Moment()
 
@@ -169,11 +165,7 @@ _begun: dict[int, tuple[threading.Thread, TransferReport]] = {}
 
 
 def report_abandoned(thread: threading.Thread | None = None) -> None:
-    """Report what `thread` has begun and abandons now, and what threads have begun that have ended since.
-
-    Args:
-        thread: it begins something else. None: the process ends.
-    """
+    """Report what `thread` abandons by beginning something else (None: all, at exit), and what ended threads began."""
     for key, (its_thread, report) in list(_begun.items()):
         if thread is None or its_thread is thread or not its_thread.is_alive():
             _begun.pop(key, None)

@@ -1,7 +1,4 @@
-"""`TensorStream`: whole tensors of a checkpoint as a stream of parts, in row-major order, in bounded memory.
-
-Checksums are compared on the way.
-"""
+"""`TensorStream`: whole tensors of a checkpoint as a stream of parts, row-major, in bounded memory, with checksums."""
 
 from __future__ import annotations
 
@@ -94,10 +91,7 @@ def stored_objects(checkpoint: OpenCheckpoint, keys: Callable[[str], bool] | Non
 
 
 def object_bytes(checkpoint: OpenCheckpoint, keys: Iterable[str], budget: int) -> Iterator[tuple[str, io.BytesIO]]:
-    """Yield what ``torch.save`` wrote for each of some objects, fetched as many at a time as the budget holds.
-
-    Raises: as `stream_chunks`.
-    """
+    """Yield what ``torch.save`` wrote of each object; the budget holds as many as are fetched at once. Raises as `stream_chunks`."""
     stream = TensorStream(checkpoint)
     indexed = ((MetadataIndex(key), stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)])) for key in keys)
     for batch in batches(indexed, lambda one: one[1].length, budget):
@@ -190,18 +184,12 @@ class TensorStream:
         self._loaded: dict[_Chunk, torch.Tensor] = {}
 
     def fill(self, chunks: list[StreamedChunk]) -> None:
-        """Fetch the elements of `chunks`, which follow those of the call before.
-
-        Raises: as `stream_chunks`.
-        """
+        """Fetch the elements of `chunks`, which follow those of the call before. Raises as `stream_chunks`."""
         download = Download(self._checkpoint.store, sum(chunk.elements.nbytes for chunk in chunks))
         self._run(download, [read for chunk in chunks for read in self._reads(chunk, download.part_size)])
 
     def fetch_whole(self, indexed: list[tuple[MetadataIndex, StoredItem]]) -> list[io.BytesIO]:
-        """Fetch whole items.
-
-        Raises: as `stream_chunks`.
-        """
+        """Fetch whole items. Raises as `stream_chunks`."""
         fetched = [self._items.whole(item, index) for index, item in indexed]
         download = Download(self._checkpoint.store, sum(len(buffer) for buffer, _ in fetched))
         self._run(download, [read for _, read in fetched])
@@ -236,39 +224,23 @@ class TensorStream:
             )
             if item.payload_offset is None or item.transforms:
                 self._copy_loaded(index, chunk, item, offsets, target, is_last)
-            else:
-                yield from self._region(index, chunk, item, entry.properties.dtype, offsets, target, is_last, limit)
-
-    def _region(
-        self,
-        index: MetadataIndex,
-        chunk: ChunkStorageMetadata,
-        item: StoredItem,
-        dtype: torch.dtype,
-        offsets: list[int],
-        target: torch.Tensor,
-        is_last: bool,
-        limit: int,
-    ) -> Iterator[Read]:
-        """Yield the reads of one run of a chunk.
-
-        The runs of a chunk come in order and make it up, so its checksum can be compared.
-        """
-        assert item.payload_offset is not None
-        path = self._items.path(item)
-        payload = item.offset + item.payload_offset
-        after = payload + math.prod(chunk.sizes) * dtype.itemsize
-        key = index.fqn, chunk.offsets
-        if not any(offsets):
-            self._checks[key] = self._items.check(item, index)
-        check = self._checks[key]
-        if check is not None:
-            around = [(item.offset, payload)] * (not any(offsets)) + [(after, item.offset + item.length)] * is_last
-            for start, end in around:
-                yield Read(path, start, end - start, memoryview(bytearray(end - start)), None, check)
-        if is_last:
-            del self._checks[key]
-        yield from region_reads(path, payload, dtype, chunk.sizes, offsets, target, limit=limit, check=check)
+                continue
+            dtype = entry.properties.dtype
+            path = self._items.path(item)
+            payload = item.offset + item.payload_offset
+            after = payload + math.prod(chunk.sizes) * dtype.itemsize
+            # The runs of a chunk come in order and make it up, so its checksum can be compared.
+            key = index.fqn, chunk.offsets
+            if not any(offsets):
+                self._checks[key] = self._items.check(item, index)
+            check = self._checks[key]
+            if check is not None:
+                around = [(item.offset, payload)] * (not any(offsets)) + [(after, item.offset + item.length)] * is_last
+                for start, end in around:
+                    yield Read(path, start, end - start, memoryview(bytearray(end - start)), None, check)
+            if is_last:
+                del self._checks[key]
+            yield from region_reads(path, payload, dtype, chunk.sizes, offsets, target, limit=limit, check=check)
 
     def _copy_loaded(
         self,

@@ -145,10 +145,7 @@ def _sizes(
 
 
 def _listed_sizes(store: BlobStore, location: BlobLocation, paths: Iterable[str]) -> dict[str, int]:
-    """Return the sizes of those blobs at `paths` that exist, from a listing of each folder of theirs.
-
-    That is one folder for each save. Other blobs below the URL, such as other checkpoints, are not listed.
-    """
+    """The sizes of those blobs at `paths` that exist, from a listing of each folder of theirs: one for each save."""
     prefix = location.prefix
     sizes = {}
     for folder in sorted({path.rpartition("/")[0] for path in paths}):

@@ -26,6 +26,7 @@ from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.blob_names import data_name, metadata_name, new_save_id
 from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, read_metadata_blob
+from azure_torch_ckpt.dcp.items import item_name
 from azure_torch_ckpt.dcp.metadata.schema import (
     check_metadata,
     data_paths,
@@ -85,8 +86,8 @@ class AzureBlobWriter(BaseWriter):
         CredentialError: the credential cannot be used.
         MissingDependencyError: ``progress=True``, and tqdm is not installed.
 
-    Errors while saving are those of `azure_torch_ckpt.errors`. ``dcp.save`` carries them to every rank in torch's
-    ``CheckpointException``: ``failures[rank][0]`` is the error.
+    Errors while saving are those of `azure_torch_ckpt.errors`. ``dcp.save`` and ``dcp.load`` carry them to every rank
+    in torch's ``CheckpointException``: ``failures[rank][0]`` is the error.
     """
 
     def __init__(
@@ -152,11 +153,7 @@ class AzureBlobWriter(BaseWriter):
 
     @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Upload this rank's items as one blob; return the position of each.
-
-        Raises:
-            StoreError: a block could not be stored.
-        """
+        """Upload this rank's items as one blob; return the position of each."""
         ticket = plan.storage_data
         if not isinstance(ticket, SaveTicket):
             ticket = SaveTicket("", rank=self._rank)  # from the planner's cache, of a save with another kind of writer
@@ -291,10 +288,9 @@ def _planned_size(item: WriteItem) -> int:
 def _views(
     item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: bool
 ) -> tuple[Iterable[memoryview], int | None, bool]:
-    """Serialise an item as torch.save does.
+    """Serialise an item as torch.save does, with copies of at most `limit` bytes of parts of the tensor.
 
     Args:
-        limit: bytes of a copy of a part of the tensor.
         lent: whether the planner may use the memory of `data` for the next item, so that the views must be of copies.
 
     Returns:
@@ -349,11 +345,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_complete(metadata: Metadata, where: str) -> None:
-    """Check that every chunk and object of the metadata was written.
-
-    Raises:
-        IncompleteSaveError: some were not.
-    """
+    """Raise `IncompleteSaveError` unless every chunk and object of the metadata was written."""
     missing = []
     for fqn, entry in metadata.state_dict_metadata.items():
         indices = (
@@ -363,7 +355,7 @@ def _check_complete(metadata: Metadata, where: str) -> None:
         )
         missing += [index for index in indices if index not in metadata.storage_data]
     if missing:
-        named = ", ".join(f"{index.fqn}{'' if index.offset is None else list(index.offset)}" for index in missing[:5])
+        named = ", ".join(map(item_name, missing[:5]))
         raise IncompleteSaveError(
             f"{len(missing)} of the planned items were not written ({named}{', ...' if len(missing) > 5 else ''}), so "
             f"nothing was committed at {where}. A rank or a planner dropped them; save again"

@@ -83,21 +83,14 @@ def is_file_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModelIndex:
-    """The content of an index.
-
-    Attributes:
-        files: the file of each tensor.
-        crc64: CRC64-NVME of each tensor's bytes, as far as our writer saved them.
-    """
+    """The content of an index: each tensor's file, and the CRC64-NVME of its bytes, as far as our writer saved them."""
 
     files: Mapping[str, str]
     crc64: Mapping[str, int]
 
 
 def dump_index(files: Mapping[str, str], total_size: int, save_id: str, crc64: Mapping[str, int]) -> bytes:
-    """Serialise an index, with a save's id and the checksums beside what HuggingFace defines.
-
-    The result has been parsed again and compared with the arguments.
+    """Serialise an index, with a save's id and the checksums beside what HuggingFace defines, and check that it parses.
 
     Raises:
         UnsupportedCheckpointError: no reader could parse it.
@@ -114,10 +107,7 @@ def dump_index(files: Mapping[str, str], total_size: int, save_id: str, crc64: M
 
 
 def parse_index(data: bytes, where: str) -> ModelIndex:
-    """Parse an index.
-
-    Args:
-        where: names the index in messages.
+    """Parse an index, which `where` names in messages.
 
     Raises:
         CorruptCheckpointError: it is not an index.

@@ -111,11 +111,7 @@ class BlockStager:
         return items
 
     def finish(self) -> None:
-        """Stage the last block, and wait for all of them.
-
-        Raises:
-            StoreError: a block could not be staged.
-        """
+        """Stage the last block, and wait for all of them."""
         self._flush()
         self._workers.finish()
 

@@ -66,14 +66,11 @@ def join(
     While one window of bytes is sent, the next one is read. The chunks' checksums are compared.
 
     Args:
-        location: of the model.
-        wanted: the tensors.
         crc64: of the chunks, by file and offset in it.
         moved: called by a worker with the bytes of each block that has arrived.
 
     Raises:
         IncompleteSaveError: a chunk is not what a rank wrote.
-        StoreError: the service could not be asked.
     """
     tensors = {one.name: one for one in wanted if one.length}
     checkpoint = _as_checkpoint(store, location, tensors, crc64)

@@ -54,12 +54,9 @@ _SHORTEST_RUN = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ItemRuns:
-    """The runs of bytes of a file that an item consists of.
+    """The runs of `run` bytes each of a file that an item consists of, in the order of the item's bytes.
 
-    Attributes:
-        file: name of the file.
-        starts: of each run, from the end of the file's header; in the order of the item's bytes.
-        run: bytes of each run.
+    `starts` are counted from the end of the file's header.
     """
 
     file: str
@@ -73,13 +70,7 @@ class ItemRuns:
 
 @dataclass(slots=True)
 class FileLayout:
-    """One file.
-
-    Attributes:
-        name: of the file.
-        tensors: dtype and shape of each, in the order of their bytes.
-        length: bytes of all tensors.
-    """
+    """One file: dtype and shape of each tensor, in the order of their bytes, and the bytes of all."""
 
     name: str
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
@@ -276,11 +267,7 @@ def _dims_outside_runs(shape: Sequence[int], sizes: Sequence[int]) -> int:
 
 
 def _check_whole(tensor: _PlannedTensor) -> None:
-    """Check that the ranks save every element of a tensor once.
-
-    Raises:
-        CheckpointError: they do not.
-    """
+    """Raise `CheckpointError` unless the ranks save every element of a tensor once."""
     filled = [chunk for chunk in tensor.chunks if chunk.length]
     for chunk in filled:
         ends = [start + size for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
@@ -360,14 +347,7 @@ class WrittenItem:
 
 
 def check_written(layout: ModelLayout, location: BlobLocation, blocks: Mapping[str, Sequence[StagedBlock]]) -> None:
-    """Check that the ranks have staged as many bytes as planned, before anything is read or committed.
-
-    Args:
-        blocks: by the paths of the blobs.
-
-    Raises:
-        IncompleteSaveError: they have not.
-    """
+    """Raise `IncompleteSaveError` unless the ranks have staged as many bytes as planned, in `blocks` by path."""
     expected = {file.name: file.length for file in layout.files} | layout.shards
     for tensor in layout.joined:
         expected[tensor.file] -= tensor.length
@@ -378,11 +358,7 @@ def check_written(layout: ModelLayout, location: BlobLocation, blocks: Mapping[s
 
 
 def check_whole(layout: ModelLayout, location: BlobLocation, blocks: Mapping[str, Sequence[StagedBlock]]) -> None:
-    """Check that the blocks of each file follow one another from its first byte to its last.
-
-    Raises:
-        IncompleteSaveError: they do not.
-    """
+    """Raise `IncompleteSaveError` unless the blocks of each file follow one another from its first byte to its last."""
     for file in layout.files:
         position = 0
         for block in sorted(blocks.get(location.join(file.name).path, ()), key=lambda one: one.offset):
@@ -401,11 +377,7 @@ def _incomplete(name: str, written: int, length: int, location: BlobLocation) ->
 
 
 def checksums_of(results: Sequence[Sequence[WriteResult]], joined: Mapping[str, list[Item]]) -> dict[str, int]:
-    """Combine the CRC64 of each tensor from its runs, in their order.
-
-    Args:
-        joined: the items of the tensors that were joined, which count instead of the ranks' chunks.
-    """
+    """Combine the CRC64 of each tensor from its runs, in their order; of a `joined` one, from those items instead."""
     parts: dict[str, list[tuple[int, int, int]]] = {}
     for result in itertools.chain.from_iterable(results):
         if result.index.fqn not in joined:

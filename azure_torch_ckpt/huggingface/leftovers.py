@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.dcp.leftovers import Remains, leftovers_in, newest
+from azure_torch_ckpt.dcp.removal import Remains, leftovers_in, newest
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.huggingface.blob_names import INDEX, INDEX_LIMIT, INDEX_SUFFIX, parse_index, save_id_of
 from azure_torch_ckpt.location import BlobLocation, has_empty_segment
@@ -32,18 +32,10 @@ def has_saved_files(listed: Iterable[BlobInfo]) -> bool:
 def find_model_leftovers(
     store: BlobStore, location: BlobLocation, listed: Sequence[BlobInfo], oldest_to_keep: datetime.datetime
 ) -> list[Remains]:
-    """Find the leftovers of saves by `AzureBlobHuggingFaceWriter`.
+    """Find the leftovers of saves by `AzureBlobHuggingFaceWriter`, as `find_leftovers` does for `AzureBlobWriter`.
 
     Only files that are named as it names them, and that no ``*.safetensors.index.json`` beside them names, are
     considered. The index of a folder is fetched where more than one save, or one later than the index, has left files.
-
-    Args:
-        store, location, oldest_to_keep: as for `leftovers_in`.
-        listed: blobs of the container, of a listing that was made before now.
-
-    Raises:
-        CheckpointError: an index cannot be read, so the files that it names are unknown.
-        StoreError: the service could not be asked.
     """
 
     def is_plainly_sound(folder: _ModelFolder) -> bool:
@@ -73,9 +65,6 @@ def saved_files_at(store: BlobStore, location: BlobLocation) -> set[str]:
     """List the files directly below `location` that `AzureBlobHuggingFaceWriter` made, named by an index or not.
 
     The result is empty where there is an index of another name, which may name any of them.
-
-    Raises:
-        StoreError: the service could not be asked.
     """
     names = _names_at(store, location)
     if any(name.endswith(INDEX_SUFFIX) and name != INDEX for name in names):
@@ -84,11 +73,7 @@ def saved_files_at(store: BlobStore, location: BlobLocation) -> set[str]:
 
 
 def other_files_at(store: BlobStore, location: BlobLocation) -> list[str]:
-    """List the safetensors files directly below `location` that `AzureBlobHuggingFaceWriter` did not make.
-
-    Raises:
-        StoreError: the service could not be asked.
-    """
+    """List the safetensors files directly below `location` that `AzureBlobHuggingFaceWriter` did not make."""
     names = _names_at(store, location)
     return sorted(name for name in names if name.endswith(".safetensors") and save_id_of(name) is None)
 

@@ -66,11 +66,7 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
 
     @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Check that torch has the dtypes of the tensors that are asked for.
-
-        Raises:
-            UnsupportedCheckpointError: it does not.
-        """
+        """Raise `UnsupportedCheckpointError` if torch lacks the dtype of a tensor that is asked for."""
         for item in plan.items:
             name = item.storage_index.fqn
             if name in self._odd_dtypes:

@@ -151,11 +151,7 @@ def dump_header(
 def dump_ordered_header(
     tensors: Mapping[str, TensorStorageMetadata], texts: Mapping[str, str]
 ) -> tuple[bytes, list[tuple[str, TensorStorageMetadata]]]:
-    """`dump_header`, and the tensors in the order in which they must follow it.
-
-    Raises:
-        UnsupportedCheckpointError: a safetensors file cannot hold a tensor or a text.
-    """
+    """`dump_header`, and the tensors in the order in which they must follow it."""
     reasons = [why_not(key, entry.properties.dtype, entry.size) for key, entry in sorted(tensors.items())]
     reasons += [_why_no_text(key) or _why_no_text(text) for key, text in texts.items()]
     for reason in filter(None, reasons):
@@ -185,11 +181,7 @@ def _is_simple(value: object) -> bool:
 
 
 def header_length(data: bytes, size: int, where: str) -> int:
-    """Parse the first eight bytes of a file of `size` bytes: the length of the JSON object that follows, in bytes.
-
-    Raises:
-        CorruptCheckpointError: it is not a safetensors file.
-    """
+    """Parse a file's first eight bytes: the length of the JSON object that follows, in bytes; `size` is the file's."""
     length = int.from_bytes(data[:HEADER_LENGTH_BYTES], "little")
     if len(data) < HEADER_LENGTH_BYTES or length > min(_MAX_HEADER, size - HEADER_LENGTH_BYTES):
         corrupt(where, "it does not begin with the length of a header")
@@ -197,11 +189,7 @@ def header_length(data: bytes, size: int, where: str) -> int:
 
 
 def parse_header(text: bytes, size: int, where: str) -> dict[str, StoredTensor]:
-    """Parse the header of a file of `size` bytes.
-
-    Args:
-        text: the JSON object.
-        where: names the file in messages.
+    """Parse the header of a file of `size` bytes: `text` is its JSON object, and `where` names the file in messages.
 
     Returns:
         The tensors by name.
@@ -252,11 +240,7 @@ def _sharding(extra: Any, where: str) -> dict[str, tuple[int, ...]]:
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        CorruptCheckpointError: it is not one.
-    """
+    """Parse a JSON object; `CorruptCheckpointError` for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

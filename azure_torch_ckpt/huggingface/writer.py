@@ -75,12 +75,7 @@ _HEADER_RANK = 999_999  # in the ids of blocks; larger than any real rank
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _ModelTicket(SaveTicket):
-    """The ticket that comes back from the coordinator, with what the rank is to write.
-
-    Attributes:
-        block_size: the largest block, in bytes.
-        runs: of each of the rank's items.
-    """
+    """The ticket that comes back from the coordinator: the largest block in bytes, and the runs of the rank's items."""
 
     block_size: int = 0
     runs: Mapping[MetadataIndex, ItemRuns] = dataclasses.field(default_factory=dict)
@@ -88,13 +83,7 @@ class _ModelTicket(SaveTicket):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _OldModel:
-    """What was at the URL when the save began.
-
-    Attributes:
-        index: its bytes; None if there was no index.
-        index_etag: None if there was no index.
-        single_etag: of ``model.safetensors``; None if there was none.
-    """
+    """What was at the URL when the save began: the index, its ETag, and the ETag of ``model.safetensors``, if any."""
 
     index: bytes | None = None
     index_etag: str | None = None
@@ -189,11 +178,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
 
     @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Decide which tensor is in which file, and which rank writes which bytes.
-
-        Raises:
-            CheckpointError: as `lay_out`.
-        """
+        """Decide which tensor is in which file, and which rank writes which bytes. Errors as of `lay_out`."""
         if not all(getattr(plan, "usable", True) and isinstance(plan.storage_data, SaveTicket) for plan in plans):
             raise CheckpointError(
                 "A rank's plan is from an earlier save (enable_plan_caching), or the planner has replaced its "
@@ -227,12 +212,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
 
     @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Stage this rank's bytes of all files.
-
-        Raises:
-            CheckpointError: the planner gives another tensor than it planned.
-            StoreError: a block could not be staged.
-        """
+        """Stage this rank's bytes of all files; `CheckpointError` if the planner gives a tensor that was not planned."""
         ticket = plan.storage_data
         if not isinstance(ticket, _ModelTicket) or ticket.nonce != self._nonce:
             raise CheckpointError(
@@ -316,11 +296,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         self._report.end(checkpoint_bytes=sum(file.length for file in self._layout.files))
 
     def _join(self, blocks: dict[str, list[StagedBlock]], written: list[WrittenItem]) -> dict[str, list[Item]]:
-        """Join the tensors of which the ranks have stored chunks; return the items that each consists of.
-
-        Args:
-            blocks: of each blob, by its path. Those of the joined tensors are added.
-        """
+        """Join the tensors of which the ranks stored chunks; add to `blocks`, and return the items of each tensor."""
         if not self._layout.shards:
             return {}
         self._commit_files(dict.fromkeys(self._layout.shards), blocks)
@@ -392,11 +368,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         return _OldModel(index, index_etag, single_etag)
 
     def _check_alone(self) -> None:
-        """Check that there are no other safetensors files at the URL, which readers that list files would load, too.
-
-        Raises:
-            CheckpointExistsError: there are some.
-        """
+        """Raise `CheckpointExistsError` for other safetensors files: readers that list files would load them, too."""
         try:
             others = other_files_at(self._store, self._location)
         except AccessDeniedError:  # listing is not necessary to save
@@ -459,11 +431,7 @@ def _size_of(plan: SavePlan) -> int:
 
 
 def _views(item: WriteItem, data: torch.Tensor | io.BytesIO, limit: int, lent: bool) -> Iterable[memoryview]:
-    """The bytes of an item's tensor, as `pieces` yields them.
-
-    Raises:
-        CheckpointError: `data` is not what was planned, or not a plain tensor.
-    """
+    """The bytes of an item's tensor; `CheckpointError` if it is not the planned one, or not a plain tensor."""
     planned = item.tensor_data
     name = item.index.fqn
     if not isinstance(data, torch.Tensor) or planned is None:

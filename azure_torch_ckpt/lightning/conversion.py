@@ -1,4 +1,4 @@
-"""Without a Trainer: loads a module from a checkpoint in Blob Storage, and converts ``.ckpt`` files to such and back."""
+"""Without a Trainer: loads a module from a checkpoint in Blob Storage, and converts ``.ckpt`` files to one and back."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from azure_torch_ckpt.objects.sharded import DTensorEntry
 from azure_torch_ckpt.objects.states import FsdpStates, gathered
 
-from .blob_strategy import BlobStrategy, give_mesh, is_sharded_path
 from .stock import (
     FabricDDPStrategy,
     FabricFSDPStrategy,
@@ -22,6 +21,7 @@ from .stock import (
     saves_shards,
     weights_only_argument,
 )
+from .strategies import BlobStrategy, give_mesh, is_sharded_path
 
 __all__ = [
     "AzureDDPStrategy",

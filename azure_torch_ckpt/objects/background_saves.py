@@ -145,11 +145,7 @@ class BackgroundSaves:
         self._submit(_Task(url, work))
 
     def wait(self) -> None:
-        """Wait until the queue is empty.
-
-        Raises:
-            CheckpointError: a save failed.
-        """
+        """Wait until the queue is empty; `CheckpointError` if a save failed."""
         self._check_process()
         with self._changed:
             self._wait_for(lambda: self._thread is None)
@@ -166,8 +162,7 @@ class BackgroundSaves:
         """Wait until no task at `url`, or below it, is pending.
 
         Raises:
-            CheckpointError: a save there failed, and no call has raised that yet; the next call of the methods above
-                raises it again.
+            CheckpointError: a save there failed, and no call has raised that yet; the next call of another method does.
         """
         self._check_process()
         with self._changed:

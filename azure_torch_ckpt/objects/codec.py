@@ -37,8 +37,9 @@ import torch.types
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, readable
+from azure_torch_ckpt.dcp.tensors.regions import row_major
 from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpointError
-from azure_torch_ckpt.objects.geometry import Geometry, carve, contiguous, positions_to_store
+from azure_torch_ckpt.objects.geometry import Geometry, carve, positions_to_store
 from azure_torch_ckpt.objects.tensor_walk import TensorWalk, is_sharded, tensors_in
 
 __all__ = [
@@ -251,12 +252,7 @@ def blank(kind: torch.Tensor, requires_grad: bool = False, is_parameter: bool = 
 
 
 def fill_early(tensors: list[torch.Tensor], rows: str) -> None:
-    """Give these tensors their values now. Skeletons name this function; ``torch.load`` calls it on the way.
-
-    Raises:
-        UnsupportedCheckpointError: something else than `unpack` reads the skeleton.
-        Whatever the `Fetch` raises.
-    """
+    """Give these tensors their values now. Skeletons name this function; ``torch.load`` calls it within `unpack`."""
     what, fetch = _reading.get()
     if fetch is None:
         raise UnsupportedCheckpointError(
@@ -276,7 +272,7 @@ _Row: TypeAlias = tuple[str, torch.Tensor, int, int, Sequence[int], Sequence[int
 def _rows(tensors: list[torch.Tensor], rows: str) -> Iterator[_Row]:
     """The rows that `_Table` has written."""
     for tensor, (name, storage, offset, size, stride, item) in zip(tensors, json.loads(rows), strict=True):
-        stride = contiguous(size) if stride is None else stride
+        stride = row_major(size) if stride is None else stride
         yield name, tensor, storage, offset, size, stride, name if item is True else item
 
 

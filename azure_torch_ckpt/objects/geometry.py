@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Geometry", "carve", "contiguous", "positions_to_store"]
+from azure_torch_ckpt.dcp.tensors.regions import row_major
+
+__all__ = ["Geometry", "carve", "positions_to_store"]
 
 # The size of the largest element of any dtype, a complex128. Every dtype can have an offset that is a multiple of it.
 _ALIGNMENT = 16
@@ -53,7 +55,7 @@ class Geometry:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
-        return self.stride == contiguous(self.size)
+        return self.stride == row_major(self.size)
 
     @property
     def is_dense(self) -> bool:
@@ -75,18 +77,6 @@ class Geometry:
                 return Geometry(self.dtype, self.offset, (length,), (1,))
             reach += (size - 1) * stride
         return Geometry(self.dtype, self.offset, once, self.stride)
-
-
-def contiguous(size: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor, as torch gives them to a new one."""
-    if len(size) == 1:
-        return (1,)
-    strides = []
-    stride = 1
-    for extent in reversed(size):
-        strides.append(stride)
-        stride *= max(extent, 1)
-    return tuple(reversed(strides))
 
 
 def positions_to_store(geometries: Sequence[Geometry]) -> list[int]:

@@ -20,14 +20,7 @@ _PROTOCOL: Final = "azblob-resume-candidate"
 
 
 def completion_time(store: BlobStore, location: BlobLocation) -> datetime.datetime | None:
-    """When the checkpoint at `location` was completed; None if there is none.
-
-    Args:
-        location: of a checkpoint of ``torch.distributed.checkpoint``, or of a `.ckpt` blob that ``torch.save`` wrote.
-
-    Raises:
-        StoreError: the service could not be asked.
-    """
+    """When the checkpoint at `location`, or the `.ckpt` blob of ``torch.save``, was completed; None without either."""
     try:
         return store.stat(location.join(metadata_name()).path).last_modified
     except BlobNotFoundError:
@@ -39,9 +32,6 @@ def torch_file_time(store: BlobStore, location: BlobLocation) -> datetime.dateti
 
     An empty blob does not count: in an account with a hierarchical namespace it is a folder
     (https://learn.microsoft.com/azure/storage/blobs/data-lake-storage-namespace).
-
-    Raises:
-        StoreError: the service could not be asked.
     """
     if not location.path:
         return None
@@ -53,27 +43,17 @@ def torch_file_time(store: BlobStore, location: BlobLocation) -> datetime.dateti
 
 
 def is_empty(store: BlobStore, folder: BlobLocation) -> bool:
-    """Whether no blob lies below `folder`; empty folders do not count.
-
-    Raises:
-        StoreError: the service could not be asked.
-    """
+    """Whether no blob lies below `folder`; empty folders do not count."""
     return all(blob.is_folder for blob in store.list(folder.prefix))
 
 
 def newest_checkpoint(
     store: BlobStore, folder: BlobLocation, accepts: Callable[[str], bool]
 ) -> tuple[BlobLocation, datetime.datetime] | None:
-    """The checkpoint directly below `folder` that was completed last, and when.
+    """The checkpoint directly below `folder` that was completed last, of those whose name `accepts` takes, and when.
 
     The service's times have a resolution of a second. Of several checkpoints within one second, the newest is the one
     with the longest name, and then the last in the alphabet: ``last-v10``, ``last-v2``, ``last-v1``, ``last``.
-
-    Args:
-        accepts: decides by its name whether a checkpoint counts.
-
-    Raises:
-        StoreError: the service could not be asked.
     """
     entries = [entry if isinstance(entry, str) else entry.path for entry in store.list_folder(folder.prefix)]
     names = {name for entry in entries if accepts(name := entry.rstrip("/").rpartition("/")[2])}

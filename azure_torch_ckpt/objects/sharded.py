@@ -42,12 +42,9 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DTensorEntry:
-    """An entry of a loaded dict that is to be a DTensor.
+    """The entry `key` of a loaded dict that is to be a DTensor on the mesh and with the placements of `like`.
 
     Attributes:
-        holder: the dict.
-        key: of the entry.
-        like: the entry becomes a DTensor on the same mesh, with the same placements.
         other_shapes: whether an entry with another shape than `like` becomes a replicated DTensor. Otherwise it stays a
             plain tensor.
     """
@@ -59,14 +56,10 @@ class DTensorEntry:
 
 
 def run_on_all_ranks(work: Callable[[], _Result]) -> _Result:
-    """Call `work` on every rank of the default process group, with a collective error if it fails on one.
-
-    Returns:
-        The result of `work` on this rank.
+    """Call `work` on every rank of the default process group; return its result on this rank.
 
     Raises:
-        Whatever `work` raised on this rank.
-        AzureCheckpointError: `work` raised on another rank. The error is that of the lowest such rank.
+        Whatever `work` raised on this rank; else, if it raised on others, the lowest one's as an AzureCheckpointError.
     """
     result: list[_Result] = []
     failure: Exception | None = None
@@ -92,13 +85,10 @@ def _picklable(error: Exception) -> AzureCheckpointError:
 
 
 def save_sharded(value: Any, writer: AzureBlobWriter) -> None:
-    """Save an object of which every rank has a copy. All ranks call it.
+    """Save an object of which every rank has a copy. All ranks call it, and raise the same errors.
 
     The checkpoint has rank 0's object; of a DTensor, each rank saves its shard. Plain tensors that several ranks hold
     with the same bytes are distributed among these ranks (see `DedupSavePlanner`).
-
-    Raises:
-        Those of `AzureBlobWriter` and `pack`, the same on all ranks.
     """
     packed = run_on_all_ranks(lambda: pack(value))
     state_dict = packed.state_dict() if dist.get_rank() == 0 else packed.tensors
@@ -271,11 +261,7 @@ class DedupSavePlanner(DefaultSavePlanner):
         return dataclasses.replace(plan, planner_data=self._checksums(plan.items) if self._ranks > 1 else None)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The plans of all ranks without duplicates, and the metadata. Rank 0 calls it.
-
-        Raises:
-            CheckpointError: a tensor of rank 0 would be in no rank's plan.
-        """
+        """The plans of all ranks without duplicates, and the metadata. Rank 0 calls it."""
         plans, metadata = super().create_global_plan(dedup_save_plans(all_plans))
         missing = sorted(set(self.state_dict) - set(metadata.state_dict_metadata))
         if missing:

@@ -35,9 +35,6 @@ def save_state_dict(state_dict: dict[str, torch.Tensor], writer: AzureBlobWriter
     """Save `Packed.state_dict`, or a copy of it. Uses no process group, even if there is one.
 
     The steps are those of ``dcp.save``, which warns about every save without a process group.
-
-    Raises:
-        Those of `AzureBlobWriter`.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -121,11 +118,7 @@ def read_items(reader: AzureBlobReader, metadata: Metadata, items: dict[str, tor
 
 
 def check_items(unpacked: Unpacked, metadata: Metadata, url: str) -> None:
-    """Check that the metadata has the items that the skeleton names, before memory is allocated for them.
-
-    Raises:
-        CorruptCheckpointError: skeleton and metadata differ.
-    """
+    """Raise `CorruptCheckpointError` unless the metadata has the skeleton's items, before they get memory."""
     for placeholder in unpacked.placeholders.values():
         if placeholder.item is None:
             continue

@@ -130,7 +130,6 @@ def by_number(state: _State, groups: list[list[str]]) -> _State:
     """Convert an optimizer's state by name to one by number. Entries that belong to no parameter stay.
 
     Args:
-        state: by name.
         groups: the names of the parameters in each of the optimizer's present groups.
 
     Raises:

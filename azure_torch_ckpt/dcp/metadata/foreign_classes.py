@@ -114,7 +114,6 @@ class Foreign:
     Once its state shows that its class was derived from one of torch's, it becomes an instance of that one.
 
     Attributes:
-        made_of: its class.
         value: of what may be a member of an enum.
         bare: it was made without arguments, and got no state.
     """
@@ -162,13 +161,10 @@ def known_base(state: Any) -> tuple[type[Any], Any] | None:
 
 
 def settle(metadata: Metadata, given: Mapping[int, list[Any]]) -> ForeignClass | None:
-    """Remove from `metadata` what is foreign and not needed by a load.
+    """Remove from `metadata` what is foreign and not needed by a load; return a class whose instance a load would use.
 
     Args:
         given: what was put into instances of classes that the user registered, by the id of the instance.
-
-    Returns:
-        A class whose instance is where a load would use it, so that the metadata cannot be used; else None.
     """
     seen: set[int] = set()
     state = vars(metadata)

@@ -77,10 +77,7 @@ class StoredItem:
 def storage_info(
     relative_path: str, offset: int, length: int, *, payload_offset: int | None = None, crc64: int | None = None
 ) -> StorageInfo:
-    """Make torch's own storage info, with our two attributes; :class:`StoredItem` explains the arguments.
-
-    The attributes survive pickling, because torch pickles the instance's ``__dict__``, and torch's readers ignore them.
-    """
+    """Make torch's storage info, with our two attributes (see `StoredItem`), which torch pickles and does not read."""
     info: Any = StorageInfo(relative_path, offset, length)
     if payload_offset is not None:
         info.payload_offset = payload_offset
@@ -90,7 +87,7 @@ def storage_info(
 
 
 def stored_item(info: object) -> StoredItem:
-    """Make the typed view of a value of ``Metadata.storage_data``, ours or of any version of torch.
+    """The typed view of a value of ``Metadata.storage_data``, ours or of any version of torch.
 
     Raises:
         UnsupportedCheckpointError: another storage plugin wrote it.
@@ -111,10 +108,7 @@ def stored_item(info: object) -> StoredItem:
 
 
 def storage_meta(checkpoint_id: str, save_id: str | None) -> StorageMeta:
-    """Make torch's own ``StorageMeta`` with the versions of torch and of this package.
-
-    torch ignores these two attributes. They are pickled with the rest of the instance's ``__dict__``.
-    """
+    """Make torch's own ``StorageMeta`` with the versions of torch and of this package, which torch ignores."""
     meta: Any = StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id)
     meta.torch_version = str(torch.__version__)  # torch's own class of it must not be in a pickle
     meta.writer_version = _own_version()
@@ -130,10 +124,7 @@ def _own_version() -> str:
 
 
 def data_paths(metadata: Metadata) -> set[str]:
-    """Return every data blob that ``metadata`` names, below the checkpoint's URL.
-
-    Only after :func:`check_metadata` are they known to stay below it.
-    """
+    """Return every data blob that ``metadata`` names: below the checkpoint's URL, as `check_metadata` has proven."""
     return {info.relative_path for info in metadata.storage_data.values()}
 
 
@@ -141,11 +132,7 @@ def dump_metadata(metadata: Metadata, where: str = "The metadata of this save") 
     """Make the content of ``.metadata``: a pickle that torch's ``FileSystemReader`` reads as well.
 
     It was read again and has passed :func:`check_metadata`. What a planner has added to it (attributes, subclasses of
-    torch's classes) is in it, as far as :func:`load_metadata` reads past it.
-
-    Args:
-        metadata: complete.
-        where: names it in messages.
+    torch's classes) is in it, as far as :func:`load_metadata` reads past it. `where` names it in messages.
 
     Raises:
         UnsafeMetadataError: something in it cannot be pickled, or no load would accept it; its key or attribute is
@@ -194,11 +181,7 @@ def load_metadata(data: bytes, where: str) -> Metadata:
     ``torch.serialization.add_safe_globals``. Objects of other classes are dropped where no load needs them: attributes
     that a planner or a trainer has added. An instance of a subclass of one of torch's classes becomes one of torch's
     class. Fields that a newer torch added are kept where torch has room for them and dropped where not. ``data`` should
-    be bounded: what it describes can take 200 times its size.
-
-    Args:
-        data: the blob's bytes.
-        where: names the blob in messages.
+    be bounded: what it describes can take 200 times its size. `where` names the blob in messages.
 
     Raises:
         UnsafeMetadataError: it names a function, does something that metadata never does, or has an object of an
@@ -221,11 +204,7 @@ def load_metadata(data: bytes, where: str) -> Metadata:
 def check_metadata(metadata: Metadata, where: str) -> None:
     """Check that ``metadata`` is what a save writes, before anything is fetched, allocated or deleted because of it.
 
-    Takes time proportional to the number of items.
-
-    Args:
-        metadata: from :func:`load_metadata`, or about to be written.
-        where: names the blob in messages.
+    Takes time proportional to the number of items. `where` names the blob in messages.
 
     Raises:
         UnsafeMetadataError: a path that could leave the checkpoint, or a negative or impossible number.

@@ -62,16 +62,9 @@ _ATTRIBUTE_COST = 16
 
 
 def unpickle(data: bytes, where: str) -> object:
-    """Make the object that ``data`` describes, without what is foreign in a ``Metadata`` and not needed by a load.
+    """Make the object that a pickle describes, without what is foreign in a ``Metadata`` and not needed by a load.
 
-    Args:
-        data: a whole pickle.
-        where: names the blob in messages.
-
-    Raises:
-        UnsafeMetadataError: the data names or does something that metadata never does. Nothing of it was run.
-        UnsupportedCheckpointError: the data comes from a newer torch, or from another pickle protocol.
-        CorruptCheckpointError: the data is cut short or garbage.
+    Errors as of `schema.load_metadata`.
     """
     machine = MetadataUnpickler(data, where)
     made = machine.run()

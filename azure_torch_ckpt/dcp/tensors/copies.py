@@ -20,14 +20,7 @@ def copyable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_elements(values: torch.Tensor, target: torch.Tensor, what: str, *, non_blocking: bool = False) -> None:
-    """``target.copy_(values)``, of any dtype that both have.
-
-    Args:
-        what: names the values in messages.
-
-    Raises:
-        CheckpointError: torch has no conversion from the one dtype to the other.
-    """
+    """``target.copy_(values)``; `CheckpointError` about `what` if torch has no conversion between the two dtypes."""
     if values.dtype == target.dtype:
         values, target = copyable(values), copyable(target)
     try:
@@ -46,12 +39,7 @@ def write_elements(values: torch.Tensor, target: torch.Tensor, what: str) -> Non
 
 
 def copy_region(region: torch.Tensor, target: torch.Tensor, what: str) -> None:
-    """`write_elements` of a tensor that may be quantized.
-
-    Raises:
-        CheckpointError: `region` is quantized, and `target` is not, or differently; or torch does not convert between
-            their dtypes.
-    """
+    """`write_elements` of a tensor that may be quantized; then the target must be quantized as it is."""
     if region.is_quantized and not target.is_quantized:
         raise CheckpointError(
             f"{what} was saved quantized ({region.dtype}), and the tensor to load it into is not. Load into a tensor "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +39,12 @@ class RegionRange:
     dense: bool
 
 
-def row_major(sizes: Sequence[int]) -> list[int]:
-    """Strides, in elements, of a contiguous tensor."""
+def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, in elements, as torch gives them to a new one."""
     strides = [1] * len(sizes)
     for dim in range(len(sizes) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * sizes[dim + 1]
-    return strides
+        strides[dim] = strides[dim + 1] * max(sizes[dim + 1], 1)
+    return tuple(strides)
 
 
 def region_ranges(
@@ -141,14 +141,9 @@ def region_reads(
         if in_place and one.dense:
             yield Read(path, payload + one.offset, one.length, writable(part), None, check)
         else:
-            yield Read(path, payload + one.offset, one.length, None, _copying(part, dtype, chunk, one), check)
-
-
-def _copying(
-    part: torch.Tensor, dtype: torch.dtype, chunk: Sequence[int], one: RegionRange
-) -> Callable[[memoryview], None]:
-    strides = row_major(one.sizes if one.dense else chunk)
-    return functools.partial(_copy_into, part, dtype, one.sizes, strides)
+            strides = row_major(one.sizes if one.dense else chunk)
+            copy = functools.partial(_copy_into, part, dtype, one.sizes, strides)
+            yield Read(path, payload + one.offset, one.length, None, copy, check)
 
 
 def _copy_into(

@@ -160,10 +160,7 @@ def outline(state: Mapping[Any, Any], placeholders: Placeholders) -> Outline:
 
 
 def _save_without_data(make: Callable[[], object]) -> tuple[_FileWithHoles, list[torch.UntypedStorage]]:
-    """``torch.save(make(), file)`` without the bytes of tensors.
-
-    Returns the file, and the storages that its holes are for, in the order of the file.
-    """
+    """``torch.save(make(), file)`` without the bytes of tensors: the file, and the storages of its holes in order."""
     saved: Future[tuple[_FileWithHoles, list[torch.UntypedStorage]]] = Future()
 
     def save() -> None:
@@ -197,7 +194,6 @@ class _FileWithHoles:
     Attributes:
         parts: what was written, one part more than there are holes.
         holes: start and length of each.
-        size: bytes of the file.
     """
 
     def __init__(self) -> None:
@@ -249,10 +245,7 @@ class _FileWithHoles:
 
 
 def _torch_save(obj: object, file: object, note: Callable[[torch.Tensor], None]) -> None:
-    """``torch.save``, which calls `note` with every tensor that it meets.
-
-    Those are also the tensors inside of subclasses, and those that are made to be pickled.
-    """
+    """``torch.save``; `note` gets every tensor that it meets, also those within subclasses or made for the pickle."""
 
     class Pickler(pickle.Pickler):
         def reducer_override(self, part: object) -> Any:
@@ -363,10 +356,7 @@ def _unreadable(what: str, error: Exception) -> CorruptCheckpointError:
 
 
 def load_tensor(stream: IO[bytes], what: str) -> torch.Tensor:
-    """Load a tensor that ``torch.save`` wrote.
-
-    Raises: as `load_saved`; CorruptCheckpointError as well for anything but a tensor.
-    """
+    """`load_saved` of a tensor; `CorruptCheckpointError` for anything else."""
     tensor = load_saved(stream, what)
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"{what} holds {type(tensor).__name__}, not a tensor")
