@@ -212,7 +212,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
 
     @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Stage this rank's bytes of all files; `CheckpointError` if the planner gives a tensor that was not planned."""
+        """Stage this rank's bytes of all files; `CheckpointError` if the planner gives a tensor it had not planned."""
         ticket = plan.storage_data
         if not isinstance(ticket, _ModelTicket) or ticket.nonce != self._nonce:
             raise CheckpointError(

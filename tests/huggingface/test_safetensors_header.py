@@ -46,6 +46,6 @@ def test_a_header_or_an_index_that_no_reader_could_parse_is_not_made(monkeypatch
     assert parse_index(dump_index({"w": "a.safetensors"}, 4, "id", {"w": 5}), "x").crc64 == {"w": 5}
     with pytest.raises(UnsafeMetadataError):
         dump_index({"w": "../a.safetensors"}, 4, "id", {})
-    monkeypatch.setattr("azure_torch_ckpt.huggingface.index.INDEX_LIMIT", 10)
+    monkeypatch.setattr("azure_torch_ckpt.huggingface.blob_names.INDEX_LIMIT", 10)
     with pytest.raises(UnsupportedCheckpointError):
         dump_index({"w": "a.safetensors"}, 4, "id", {})
