@@ -91,7 +91,7 @@ def stored_objects(checkpoint: OpenCheckpoint, keys: Callable[[str], bool] | Non
 
 
 def object_bytes(checkpoint: OpenCheckpoint, keys: Iterable[str], budget: int) -> Iterator[tuple[str, io.BytesIO]]:
-    """Yield what ``torch.save`` wrote of each object, as much at a time as the budget holds. Raises as `stream_chunks`."""
+    """Yield what ``torch.save`` wrote of each object, as much at once as the budget allows. See `stream_chunks`."""
     stream = TensorStream(checkpoint)
     indexed = ((MetadataIndex(key), stored_item(checkpoint.metadata.storage_data[MetadataIndex(key)])) for key in keys)
     for batch in batches(indexed, lambda one: one[1].length, budget):

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import traceback
@@ -38,6 +39,20 @@ def status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
+
+
+def child_result(module: str, *arguments: object) -> Any:
+    """Run a module in a process whose memory can be measured, and return what it prints as JSON."""
+    child = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    return json.loads(child.stdout)
 
 
 def settle() -> None:

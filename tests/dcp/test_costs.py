@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,18 +14,13 @@ from azure.core.rest import HttpRequest, HttpResponse
 from azure_torch_ckpt import TransferOptions
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
-from tests.dcp.memory_growth import ENVIRONMENT
+from tests.dcp.memory_growth import child_result
 from tests.support.shard_planner import ShardPlanner
 from tests.support.states import Place, assert_same, fill
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-@pytest.fixture
-def place(azurite: Azurite, container: str) -> Place:
-    return Place(f"{container}/run/step-1", azurite.account_key)
 
 
 # Memory
@@ -44,16 +34,7 @@ SLACK = 8 * MIB
 def growth(azurite: Azurite) -> dict[str, int]:
     """How much a process' memory grew in each step of tests/dcp/memory_growth.py, in bytes."""
     url = azurite.create_container("memory")
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.dcp.memory_growth", url, azurite.account_key, str(BUDGET)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    return dict(json.loads(child.stdout))
+    return dict(child_result("tests.dcp.memory_growth", url, azurite.account_key, BUDGET))
 
 
 @pytest.mark.parametrize("step", ["save contiguous tensors", "load contiguous tensors"])

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from azure_torch_ckpt import TransferOptions
-from azure_torch_ckpt.emulator import Azurite
 from tests.support.states import Place, assert_same, cleared, fill
 
 pytestmark = [
@@ -19,11 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_get_pg_default_device"),
     pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
 ]
-
-
-@pytest.fixture
-def place(azurite: Azurite, container: str) -> Place:
-    return Place(f"{container}/run/step-1", azurite.account_key)
 
 
 class Labelled(torch.Tensor):

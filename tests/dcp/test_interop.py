@@ -23,9 +23,8 @@ from azure_torch_ckpt import (
     TransferOptions,
     UnsupportedCheckpointError,
 )
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
+from tests.support.containers import blob_names, download, upload
 from tests.support.shard_planner import ShardPlanner
 from tests.support.states import COPIED, Place, assert_same, fill
 
@@ -34,11 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support"),
     pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated"),
 ]
-
-
-@pytest.fixture
-def place(azurite: Azurite, container: str) -> Place:
-    return Place(f"{container}/run/step-1", azurite.account_key)
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -69,30 +63,9 @@ def assert_state(loaded: Any, saved: Any, where: str = "") -> None:
         assert loaded == saved, where
 
 
-def store(place: Place) -> tuple[BlobStore, BlobLocation]:
-    location = BlobLocation.parse(place.url)
-    return BlobStore(location, Access(place.key)), location
-
-
-def download(place: Place, folder: Path) -> Path:
-    blobs, location = store(place)
-    for blob in blobs.list(location.path + "/"):
-        file = folder / blob.path[len(location.path) + 1 :]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(blobs.read(blob.path, limit=1 << 30)[0])
-    return folder
-
-
-def upload(folder: Path, place: Place) -> None:
-    blobs, location = store(place)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            blobs.put(location.join(file.relative_to(folder).as_posix()).path, file.read_bytes())
-
-
 def abfs(place: Place, azurite: Azurite) -> tuple[str, dict[str, Any]]:
     """How fsspec names the place, and how it gets there."""
-    _, location = store(place)
+    location = BlobLocation.parse(place.url)
     # Two tests must not share a file system's cached listings.
     options = {"connection_string": azurite.connection_string, "skip_instance_cache": True}
     return f"abfs://{location.container}/{location.path}", options
@@ -107,7 +80,7 @@ def abfs(place: Place, azurite: Azurite) -> tuple[str, dict[str, Any]]:
 def test_a_copy_on_a_disk_is_torchs_own(place: Place, tmp_path: Path, options: TransferOptions | None) -> None:
     place.save(state(), options)
     loaded = state(seed=1)
-    dcp.load(loaded, storage_reader=dcp.FileSystemReader(download(place, tmp_path)))
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(download(place.url, tmp_path)))
     assert_state(loaded, state())
 
 
@@ -115,7 +88,7 @@ def test_torch_loads_a_shard_of_ours(place: Place, tmp_path: Path) -> None:
     place.save(state())
     shard = {"large": torch.zeros(75, 100, dtype=torch.int32)}
     planner = ShardPlanner({"large": (150, 300)})
-    dcp.load(shard, storage_reader=dcp.FileSystemReader(download(place, tmp_path)), planner=planner)
+    dcp.load(shard, storage_reader=dcp.FileSystemReader(download(place.url, tmp_path)), planner=planner)
     assert_same(shard["large"], state()["large"][150:225, 300:])
 
 
@@ -129,7 +102,7 @@ def test_fsspec_reads_ours_through_adlfs(place: Place, azurite: Azurite) -> None
 
 def test_torchs_converter_makes_a_torch_save_file(place: Place, tmp_path: Path) -> None:
     place.save(state())
-    dcp_to_torch_save(download(place, tmp_path / "dcp"), tmp_path / "file.pt")
+    dcp_to_torch_save(download(place.url, tmp_path / "dcp"), tmp_path / "file.pt")
     assert_state(torch.load(tmp_path / "file.pt", weights_only=False), state())
 
 
@@ -146,7 +119,7 @@ WRITERS: dict[str, Callable[[Path], dcp.FileSystemWriter]] = {
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_torch_writes_is_loaded(place: Place, tmp_path: Path, writer: str) -> None:
     dcp.save(state(), storage_writer=WRITERS[writer](tmp_path))
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     loaded = state(seed=1)
     place.load(loaded)
     assert_state(loaded, state())
@@ -158,7 +131,7 @@ def test_what_torch_writes_is_loaded(place: Place, tmp_path: Path, writer: str) 
 
 def test_a_shard_of_what_torch_writes(place: Place, tmp_path: Path) -> None:
     dcp.save(state(), storage_writer=dcp.FileSystemWriter(tmp_path))
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     shard = {"large": torch.zeros(75, 100, dtype=torch.int32)}
     place.load(shard, planner=ShardPlanner({"large": (150, 300)}))
     assert_same(shard["large"], state()["large"][150:225, 300:])
@@ -176,7 +149,7 @@ def test_a_converted_torch_save_file_is_loaded(place: Place, tmp_path: Path) -> 
     saved = {"model": {"a": torch.randn(3, 4)}, "epoch": 3}
     torch.save(saved, tmp_path / "file.pt")
     torch_save_to_dcp(tmp_path / "file.pt", tmp_path / "dcp")
-    upload(tmp_path / "dcp", place)
+    upload(tmp_path / "dcp", place.url)
     loaded = {"model": {"a": torch.zeros(3, 4)}, "epoch": 0}
     place.load(loaded)
     assert_state(loaded, saved)
@@ -184,10 +157,9 @@ def test_a_converted_torch_save_file_is_loaded(place: Place, tmp_path: Path) -> 
 
 def test_a_checkpoint_of_ours_replaces_one_of_torchs(place: Place, tmp_path: Path) -> None:
     dcp.save(state(), storage_writer=dcp.FileSystemWriter(tmp_path, thread_count=2))
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     place.save({"x": torch.arange(3)})
-    blobs, location = store(place)
-    assert sorted(blob.path.rpartition("/")[2] for blob in blobs.list(location.path)) == [".metadata", "__0_0.distcp"]
+    assert sorted(name.rpartition("/")[2] for name in blob_names(place.url)) == [".metadata", "__0_0.distcp"]
     loaded = {"x": torch.zeros(3, dtype=torch.int64)}
     place.load(loaded)
     assert loaded["x"].tolist() == [0, 1, 2]
@@ -204,7 +176,7 @@ def test_metadata_of_an_older_torch(place: Place, tmp_path: Path) -> None:
     metadata_of_old = pickle.dumps(metadata)
     assert b"storage_meta" not in metadata_of_old and b"transform_descriptors" not in metadata_of_old
     (tmp_path / ".metadata").write_bytes(metadata_of_old)
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     loaded = state(seed=1)
     place.load(loaded)
     assert_state(loaded, state())
@@ -250,7 +222,7 @@ class _Inverting:
 
 def test_an_unknown_transform_is_named(place: Place, tmp_path: Path) -> None:
     dcp.save({"weight": torch.arange(3)}, storage_writer=dcp.FileSystemWriter(tmp_path, _extensions=[Inverted()]))
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     with pytest.raises(CheckpointException) as raised:
         place.load({"weight": torch.zeros(3, dtype=torch.int64)})
     error = raised.value.failures[0][0]
@@ -262,7 +234,7 @@ def test_safetensors_shards_are_no_checkpoint_and_the_error_shows_them(place: Pl
     weights = {"a": torch.arange(3.0), "b": torch.arange(4.0)}
     writer = dcp.HuggingFaceStorageWriter(str(tmp_path), fqn_to_index_mapping={"a": 1, "b": 2})
     dcp.save(dict(weights), storage_writer=writer)
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     with pytest.raises(CheckpointException) as raised:
         place.load({"a": torch.zeros(3)})
     error = raised.value.failures[0][0]
@@ -272,7 +244,7 @@ def test_safetensors_shards_are_no_checkpoint_and_the_error_shows_them(place: Pl
 
 def test_a_torch_save_file_is_no_checkpoint(place: Place, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pt")
-    upload(tmp_path, place)
+    upload(tmp_path, place.url)
     with pytest.raises(CheckpointNotFoundError, match=r"weights\.pt"):
         AzureBlobReader(place.url, credential=place.key).read_metadata()
     with pytest.raises(CheckpointNotFoundError):

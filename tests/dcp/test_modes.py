@@ -16,20 +16,12 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from azure_torch_ckpt import CheckpointExistsError
 from tests.support import sharded
-from tests.support.containers import blob_names, contents, data_blobs
+from tests.support.containers import blob_names, data_blobs, download
 from tests.support.ranks import Ranks
 
 
 def metadata_of(url: str) -> Metadata:
     return sharded.reader(url).read_metadata()
-
-
-def write_down(url: str, folder: Path) -> None:
-    """Copy a checkpoint to the disk as its blobs lie in the container."""
-    for name, data in contents(url).items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
 
 
 # ---- One writer, many saves ----------------------------------------------------------------------------------------
@@ -176,7 +168,7 @@ def test_without_collectives(ranks: Ranks, container: str, tmp_path: Path) -> No
         data = [name for name in names if "/" in name]
         assert sorted(name.rpartition("/")[2] for name in data) == ["__0_0.distcp", "__1_0.distcp"]
         ranks(2).run(load_without_collectives, url, version, None)
-    write_down(url, tmp_path)
+    download(url, tmp_path)
     ranks(2).run(load_without_collectives, url, 2, os.fspath(tmp_path))
 
 

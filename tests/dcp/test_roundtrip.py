@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from azure_torch_ckpt import CheckpointError, CheckpointNotFoundError, TransferOptions, UnsupportedCheckpointError
-from azure_torch_ckpt.emulator import Azurite
 from tests.support.states import DTYPES, Place, assert_same, cleared, fill
 
 pytestmark = [
@@ -28,11 +27,6 @@ pytestmark = [
 ]
 
 SHAPES = [(), (0,), (0, 3), (3, 0), (1,), (3, 5), (2, 1, 4, 3)]
-
-
-@pytest.fixture
-def place(azurite: Azurite, container: str) -> Place:
-    return Place(f"{container}/run/step-1", azurite.account_key)
 
 
 def round_trip(place: Place, state: dict[str, torch.Tensor], options: TransferOptions | None = None) -> None:

@@ -18,6 +18,7 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.huggingface import AzureBlobHuggingFaceReader, AzureBlobHuggingFaceWriter
+from tests.support import containers
 from tests.support.sharded import assert_same, laid_out, mesh
 from tests.support.states import fill
 
@@ -105,12 +106,7 @@ def load_alone(url: str, version: int = 0) -> None:
 
 def download(url: str, folder: Path) -> Path:
     """Download all files, and write the model's configuration beside them."""
-    location = BlobLocation.parse(url)
-    store = BlobStore(location, Access(KEY))
-    folder.mkdir()
-    for blob in store.list(location.path + "/"):
-        (folder / blob.path.rpartition("/")[2]).write_bytes(store.read(blob.path, limit=1 << 30)[0])
-    model().config.save_pretrained(folder)
+    model().config.save_pretrained(containers.download(url, folder))
     return folder
 
 

@@ -23,6 +23,7 @@ from azure_torch_ckpt import (
     UnsupportedCheckpointError,
 )
 from tests.huggingface import small_llama as hf
+from tests.support.containers import upload
 from tests.support.faults import Call
 from tests.support.mixed_checkpoint import error_of
 from tests.support.proxy import FaultProxy
@@ -30,12 +31,6 @@ from tests.support.shard_planner import ShardPlanner
 from tests.support.sharded import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
-
-
-def upload(folder: Path, url: str) -> None:
-    for path in folder.iterdir():
-        if path.is_file():
-            hf.put(url, path.name, path.read_bytes())
 
 
 def failure(url: str, state: dict[str, Any] | None = None) -> Exception:

@@ -50,6 +50,11 @@ def lightning() -> Namespace:
 
 
 @pytest.fixture
+def url(container: str) -> str:
+    return f"{container}/run 7/last.ckpt"
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder. At the end it has nothing that was meant for a URL, and checkpoints only below ``local``."""
     monkeypatch.chdir(tmp_path)

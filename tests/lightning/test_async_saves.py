@@ -56,6 +56,17 @@ def state(value: float) -> dict[str, Any]:
     return {"w": torch.full((1000,), value), "step": value}
 
 
+def result_behind(gate: Gate, call: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call, which ends only once the gate is open."""
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(call, *arguments)
+        gate.wait_for(1)
+        with pytest.raises(TimeoutError):
+            called.result(timeout=0.3)
+        gate.open()
+        return called.result(timeout=60)
+
+
 # ---- Order ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,13 +115,7 @@ def test_a_third_save_waits_for_the_first(plugin: Any, proxy: FaultProxy, proxie
     proxy.when(data_of("a")).do(Hold(gate := Gate()))
     for name in "ab":
         plugin.save_checkpoint(state(1), f"{proxied_container}/{name}")
-    with ThreadPoolExecutor(1) as pool:
-        third = pool.submit(plugin.save_checkpoint, state(1), f"{proxied_container}/c")
-        gate.wait_for(1)
-        with pytest.raises(TimeoutError):
-            third.result(timeout=0.2)
-        gate.open()
-        third.result(timeout=60)
+    result_behind(gate, plugin.save_checkpoint, state(1), f"{proxied_container}/c")
     plugin.wait()
     assert {value_at(f"{proxied_container}/{name}") for name in "abc"} == {1}
 
@@ -120,13 +125,7 @@ def test_a_load_waits_for_what_is_pending(plugin: Any, proxy: FaultProxy, proxie
     plugin.wait()
     proxy.when(data_of("a")).do(Hold(gate := Gate()))
     plugin.save_checkpoint(state(2), f"{proxied_container}/a")
-    with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(plugin.load_checkpoint, f"{proxied_container}/a")
-        gate.wait_for(1)
-        with pytest.raises(TimeoutError):
-            load.result(timeout=0.2)
-        gate.open()
-        assert load.result(timeout=60)["step"] == 2
+    assert result_behind(gate, plugin.load_checkpoint, f"{proxied_container}/a")["step"] == 2
 
 
 def wait_for_thread() -> None:
@@ -193,12 +192,7 @@ def test_every_load_in_this_process_gets_the_last_save(
         if lr == 0.25:
             plugin.wait()
     gate.wait_for(1)
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(WAYS[way], url, tmp_path)
-        with pytest.raises(TimeoutError):
-            found.result(timeout=0.3)
-        gate.open()
-        assert found.result(timeout=60) == 0.5
+    assert result_behind(gate, WAYS[way], url, tmp_path) == 0.5
     plugin.teardown()
 
 
@@ -208,13 +202,7 @@ def test_another_plugins_save_lands_after_the_one_that_was_asked_for_before(
     url = f"{proxied_container}/a"
     proxy.when(data_of("a")).do(Hold(gate := Gate()))
     plugin.save_checkpoint(state(1), url)
-    with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(SPACE.plugin().save_checkpoint, state(2), f"{url}/")
-        gate.wait_for(1)
-        with pytest.raises(TimeoutError):
-            second.result(timeout=0.2)
-        gate.open()
-        second.result(timeout=60)
+    result_behind(gate, SPACE.plugin().save_checkpoint, state(2), f"{url}/")
     plugin.wait()
     assert value_at(url) == 2
 

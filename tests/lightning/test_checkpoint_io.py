@@ -43,11 +43,6 @@ from tests.support.trainers import NAMESPACES, Namespace
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-@pytest.fixture
-def url(container: str) -> str:
-    return f"{container}/run 7/last.ckpt"
-
-
 def mixture() -> dict[Any, Any]:
     weight = torch.nn.Parameter(torch.randn(40, 30))
     return {

@@ -13,14 +13,12 @@ from urllib.parse import parse_qs, unquote
 
 import pytest
 import torch
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AccessDeniedError
-from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY
 from azure_torch_ckpt.dcp.verification import verify
-from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import ConfigurationError
-from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
+from azure_torch_ckpt.location import BlobLocation
+from tests.support import containers
 from tests.support.alike import assert_alike
 from tests.support.containers import store_of
 from tests.support.trainers import NAMESPACES, Namespace, etags, names
@@ -33,14 +31,8 @@ WRONG_KEY = base64.b64encode(b"wrong" * 13).decode()
 
 
 @pytest.fixture
-def container_sas(azurite: Azurite, container: str) -> str:
-    return generate_container_sas(
-        EMULATOR_ACCOUNT,
-        container.rpartition("/")[2],
-        account_key=EMULATOR_ACCOUNT_KEY,
-        permission=ContainerSasPermissions(read=True, write=True, list=True, delete=True, create=True),
-        expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1),
-    )
+def container_sas(container: str) -> str:
+    return containers.container_sas(container, "rcwdl")
 
 
 def state_of(url: str) -> Any:
@@ -142,11 +134,7 @@ def test_two_callbacks_that_make_the_same_names_do_not_take_them_from_each_other
         assert Path(best.best_model_path).name == "epoch=0-step=4.ckpt"
         trainer.test(space.model(), ckpt_path="best", verbose=False)
     assert names(url) == local_names(local)
-    assert state_of(best_of(url))["epoch"] == 0
-
-
-def best_of(url: str) -> str:
-    return f"{url}/epoch=0-step=4.ckpt"
+    assert state_of(f"{url}/epoch=0-step=4.ckpt")["epoch"] == 0
 
 
 # ---- Who owns a checkpoint -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from pathlib import Path
 
 from azure.storage.blob import generate_container_sas
 
@@ -75,6 +76,20 @@ def put_all(url: str, blobs: Mapping[str, bytes]) -> None:
     location = BlobLocation.parse(url)
     for name, data in blobs.items():
         put(url, location.join(name).path, data)
+
+
+def download(url: str, folder: Path) -> Path:
+    """Copy a checkpoint or model to the disk as its blobs lie in the container."""
+    for name, data in contents(url).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy what lies in a folder to a URL."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    put_all(url, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
 
 def snapshot(url: str) -> dict[str, tuple[str, bytes]]:

@@ -16,11 +16,6 @@ from tests.support.containers import KEY
 from tests.support.trainers import Namespace
 
 
-@pytest.fixture
-def url(container: str) -> str:
-    return f"{container}/run 7/last.ckpt"
-
-
 def test_load_from_checkpoint_loads_the_present_checkpoint(space: Namespace, container: str, tmp_path: Path) -> None:
     """Lightning's own would look for ``last.ckpt`` in a cache, and find the one of the first run."""
     for run, width in (("a", 5), ("b", 6), ("a", 7)):
