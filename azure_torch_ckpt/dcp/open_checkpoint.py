@@ -114,7 +114,7 @@ def metadata_ranks(store: BlobStore, location: BlobLocation) -> list[int]:
 
 
 def read_metadata(store: BlobStore, location: BlobLocation, ranks: Iterable[int | None]) -> list[OpenMetadata]:
-    """Read those metadata blobs of `ranks` (None: of all ranks) that exist, in parallel. Errors: `open_checkpoint`."""
+    """Read the metadata blobs of `ranks` (None: of all ranks) that exist, in parallel. Raises as `open_checkpoint`."""
     parts: dict[int | None, OpenMetadata] = {}
 
     def read(rank: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,20 +101,8 @@ class Renaming(dcp.DefaultLoadPlanner):
         self.state_dict = {key.removeprefix("my "): tensor for key, tensor in state_dict.items()}
         plan = super().create_local_plan()
         self.state_dict = state_dict
-        renamed = []
-        for item in plan.items:
-            index = item.dest_index
-            renamed.append(
-                type(item)(
-                    item.type,
-                    type(index)(f"my {index.fqn}", index.offset, index.index),
-                    item.dest_offsets,
-                    item.storage_index,
-                    item.storage_offsets,
-                    item.lengths,
-                )
-            )
-        return dcp.LoadPlan(renamed)
+        names = [replace(item.dest_index, fqn=f"my {item.dest_index.fqn}") for item in plan.items]
+        return dcp.LoadPlan([replace(item, dest_index=name) for item, name in zip(plan.items, names, strict=True)])
 
 
 # Metadata that contradicts itself

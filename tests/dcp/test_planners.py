@@ -16,12 +16,11 @@ from azure_torch_ckpt import (
     AzureBlobHuggingFaceWriter,
     AzureBlobReader,
     AzureBlobWriter,
-    BlobLocation,
     TransferOptions,
 )
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, takes_any_order
 from azure_torch_ckpt.objects.sharded import DedupSavePlanner
-from tests.support.containers import KEY, put
+from tests.support.containers import KEY, upload
 from tests.support.states import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -33,9 +32,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["dcp", "hf", "torch's"])
 def write(url: str, layout: str, folder: Path, state: dict[str, Any], planner: dcp.SavePlanner | None = None) -> None:
     if layout == "torch's":
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
-        location = BlobLocation.parse(url)
-        for file in folder.iterdir():
-            put(url, location.join(file.name).path, file.read_bytes())
+        upload(folder, url)
     else:
         kind = AzureBlobHuggingFaceWriter if layout == "hf" else AzureBlobWriter
         dcp.save(state, storage_writer=kind(url, credential=KEY, options=SMALL), planner=planner)

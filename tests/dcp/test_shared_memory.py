@@ -22,7 +22,7 @@ from azure_torch_ckpt import (
     TransferOptions,
 )
 from azure_torch_ckpt.dcp.tensors.overlaps import find_overlaps
-from tests.support.containers import KEY, put
+from tests.support.containers import KEY, upload
 from tests.support.faults import Call, Exchange, Gate, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.states import assert_same
@@ -120,8 +120,7 @@ def test_what_stays_is_what_torch_leaves(container: str, tmp_path: Path, layout:
     url = f"{container}/run"
     reader: AzureBlobReader
     if layout == "torch's":
-        for file in tmp_path.iterdir():
-            put(url, f"run/{file.name}", file.read_bytes())
+        upload(tmp_path, url)
     else:
         writer = (AzureBlobWriter if layout == "dcp" else AzureBlobHuggingFaceWriter)(url, credential=KEY)
         dcp.save(values, storage_writer=writer)

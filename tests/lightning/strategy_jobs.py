@@ -15,7 +15,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.objects.states import FsdpStates, States, gathered
+from tests.support.containers import KEY
 from tests.support.trainers import Namespace
 
 STRATEGIES = {"ddp": "AzureDDPStrategy", "fsdp2": "AzureModelParallelStrategy", "fsdp": "AzureFSDPStrategy"}
@@ -161,6 +163,13 @@ def reached_state(used: Any) -> dict[str, Any]:
         "step": used.global_step,
         "epoch": used.current_epoch,
     }
+
+
+def writers(url: str) -> int:
+    """How many ranks wrote data of the checkpoint."""
+    (entry,) = list_checkpoints(url, credential=KEY)
+    assert entry.complete
+    return int(entry.blobs) - 1
 
 
 def cloned(state: Any) -> Any:

@@ -17,14 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter
-from azure_torch_ckpt.catalog import list_checkpoints
 from azure_torch_ckpt.lightning import AzureBlobCheckpointIO, AzureDDPStrategy
 from azure_torch_ckpt.lightning.fabric import AzureFabricDDPStrategy
 from azure_torch_ckpt.objects import load_object
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning import strategy_jobs
-from tests.lightning.strategy_jobs import cloned
+from tests.lightning.strategy_jobs import cloned, writers
 from tests.support.alike import assert_alike
 from tests.support.containers import KEY
 from tests.support.ranks import Ranks
@@ -32,11 +31,6 @@ from tests.support.ranks import Ranks
 
 def loaded(url: str) -> Any:
     return load_object(AzureBlobReader(url, credential=KEY), weights_only=False)
-
-
-def writers(url: str) -> int:
-    (entry,) = list_checkpoints(url, credential=KEY)
-    return int(entry.blobs) - 1
 
 
 # ---- Models --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from azure_torch_ckpt.lightning import AzureBlobCheckpointIO, AzureDDPStrategy, 
 from azure_torch_ckpt.lightning.stock import AsyncCheckpointIO, TorchCheckpointIO, pytorch
 from azure_torch_ckpt.lightning.strategy_check import check_strategy
 from tests.lightning import strategy_jobs
-from tests.lightning.strategy_jobs import Run
+from tests.lightning.strategy_jobs import Run, writers
 from tests.support.alike import assert_alike
 from tests.support.containers import KEY
 from tests.support.ranks import Ranks
@@ -27,13 +27,6 @@ WHOLE_ON_RANK_0 = {"fsdp2": ("save_distributed_checkpoint", False), "fsdp": ("st
 def loaded(url: str) -> dict[str, Any]:
     """The checkpoint, loaded by the plugin in this process."""
     return AzureBlobCheckpointIO(KEY).load_checkpoint(url, weights_only=False)
-
-
-def writers(url: str) -> int:
-    """How many ranks wrote data of the checkpoint."""
-    (entry,) = list_checkpoints(url, credential=KEY)
-    assert entry.complete
-    return int(entry.blobs) - 1
 
 
 @pytest.mark.parametrize(

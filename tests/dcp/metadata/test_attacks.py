@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import struct
+import subprocess
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,24 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from azure_torch_ckpt._internal.torch_private import MemoryFormatEncoding
-from azure_torch_ckpt.dcp.metadata.schema import (
-    StoredItem,
-    check_metadata,
-    dump_metadata,
-    load_metadata,
-    stored_item,
-)
-from azure_torch_ckpt.errors import (
-    AzureCheckpointError,
-    CorruptCheckpointError,
-    UnsafeMetadataError,
-)
+from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, dump_metadata, load_metadata, stored_item
+from azure_torch_ckpt.errors import AzureCheckpointError, CorruptCheckpointError, UnsafeMetadataError
 from tests.dcp.metadata.pickles import (
     CHECKPOINT,
     WHERE,
@@ -56,42 +44,116 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return saved_by_torch(tmp_path_factory.mktemp("real"), thread_count=3)
 
 
-class Reduce:
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self.call = function, args
+class Reduces:
+    def __init__(self, *how: Any) -> None:
+        self.how = how
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.call
+    def __reduce__(self) -> Any:
+        return self.how
+
+
+def calls(function: Callable[..., Any], *args: Any) -> Reduces:
+    return Reduces(function, args)
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("place", ["whole", "planner_data", "storage_data"])
+@pytest.mark.parametrize("place", ["whole", "planner_data", "storage_data", "attribute"])
 def test_nothing_is_run(tmp_path: pathlib.Path, protocol: int, place: str) -> None:
     marker = tmp_path / "was_here"
     attacks = [
-        Reduce(os.system, f"touch {marker}"),
-        Reduce(os.mkdir, str(marker)),
-        Reduce(builtins.eval, f"open({str(marker)!r}, 'w')"),
-        Reduce(builtins.exec, f"open({str(marker)!r}, 'w')"),
-        Reduce(builtins.open, str(marker), "w"),
-        Reduce(functools.partial, os.mkdir, str(marker)),
-        Reduce(torch.load, str(marker)),
-        Reduce(torch.hub.load, "owner/repo", "model"),
-        Reduce(getattr, pathlib.Path, "touch"),
-        Reduce(getattr, MemoryFormatEncoding, "__class__", None),
-        Reduce(OrderedDict, [("a", 1)]),
-        Reduce(bytearray, 1 << 40),
-        Reduce(FileSystemReader, str(marker)),
+        calls(os.system, f"touch {marker}"),
+        calls(os.mkdir, str(marker)),
+        calls(subprocess.Popen, ["touch", str(marker)]),
+        calls(__import__, "os"),
+        calls(getattr, Metadata, "__init__"),
+        calls(builtins.eval, f"open({str(marker)!r}, 'w')"),
+        calls(builtins.exec, f"open({str(marker)!r}, 'w')"),
+        calls(builtins.open, str(marker), "w"),
+        calls(functools.partial, os.mkdir, str(marker)),
+        calls(torch.load, str(marker)),
+        calls(torch.hub.load, "owner/repo", "model"),
+        calls(getattr, pathlib.Path, "touch"),
+        calls(getattr, MemoryFormatEncoding, "__class__", None),
+        calls(OrderedDict, [("a", 1)]),
+        calls(bytearray, 1 << 40),
+        calls(FileSystemReader, str(marker)),
     ]
     for attack in attacks:
-        metadata = small_metadata()
+        metadata: Any = small_metadata()
         if place == "planner_data":
             metadata.planner_data = {"a": attack}
+        elif place == "attribute":
+            metadata.hung = {"deep": [attack]}
         elif place == "storage_data":
             metadata.storage_data[MetadataIndex("x")] = attack
         data = pickle.dumps(attack if place == "whole" else metadata, protocol)
+        if place == "attribute" and attack.how[0] in (bytearray, FileSystemReader):  # classes, which are inert there
+            assert "hung" not in vars(load_metadata(data, WHERE))
+            continue
         with pytest.raises(UnsafeMetadataError):
             load_metadata(data, WHERE)
+    assert not marker.exists()
+
+
+class Runs:
+    """Makes a file whatever is done to it while it is unpickled."""
+
+    def __new__(cls, *args: Any) -> Runs:
+        for path in args:
+            pathlib.Path(path).write_text("was here")
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        self.marker = args
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.marker
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pathlib.Path(state["marker"]).write_text("was here")
+
+    def append(self, item: Any) -> None:
+        pathlib.Path(item).write_text("was here")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pathlib.Path(value).write_text("was here")
+
+
+@pytest.mark.parametrize("place", ["attribute", "planner_data", "entry", "storage", "chunk", "whole", "version"])
+def test_hostile_classes_do_nothing(tmp_path: pathlib.Path, place: str) -> None:
+    marker = tmp_path / "was_here"
+    for how in (
+        (Runs, (str(marker),)),
+        (Runs, (), {"marker": str(marker)}),
+        (Runs, (), None, iter([str(marker)])),
+        (Runs, (), None, None, iter([("key", str(marker))])),
+        (),
+    ):
+        attack: Any = Reduces(*how)
+        if not how:
+            attack = object.__new__(Runs)
+            attack.marker = (str(marker), str(marker))
+        metadata: Any = small_metadata()
+        if place == "attribute":
+            metadata.hung = [attack, {"a": attack}]
+        elif place == "planner_data":
+            metadata.planner_data = {"w": ("w",), "x": [({"deep": attack},)]}
+        elif place == "entry":
+            metadata.state_dict_metadata["x"] = attack
+        elif place == "storage":
+            metadata.storage_data[MetadataIndex("o")] = attack
+        elif place == "chunk":
+            metadata.state_dict_metadata["w"].chunks.append(attack)
+        elif place == "version":
+            metadata.version = attack
+        data = pickle.dumps(attack if place == "whole" else metadata)
+        if place in ("attribute", "version"):
+            loaded = load_metadata(data, WHERE)
+            check_metadata(loaded, WHERE)
+            assert "hung" not in vars(loaded) and loaded.version in ("1.0.0", None)
+        else:
+            with pytest.raises((UnsafeMetadataError, CorruptCheckpointError)):
+                check_metadata(load_metadata(data, WHERE), WHERE)
     assert not marker.exists()
 
 
@@ -200,6 +262,51 @@ def test_instructions_that_are_refused(opcodes: bytes) -> None:
 )
 def test_instructions_that_make_no_sense(opcodes: bytes) -> None:
     with pytest.raises(CorruptCheckpointError):
+        load_metadata(program(opcodes), WHERE)
+
+
+TRAINER = named("trainer.plans", "Plan")
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        TRAINER + b"}" + text("x") + b"K\x01sb",  # an attribute of a class
+        TRAINER + b")R)R",  # an instance is called
+        TRAINER + b")\x81)\x81",
+        named("trainer.plans", "make_plan"),
+        named("trainer.plans", "Plan.make"),
+        named("trainer.plans", "Plan\n"),
+        named("os", "PathLike"),
+        named("", "Plan"),
+        call("builtins", "getattr", named("os", "PathLike"), text("x")),
+    ],
+)
+def test_instructions_on_stand_ins_that_are_refused(opcodes: bytes) -> None:
+    metadata = pickle.dumps(small_metadata())
+    assert metadata.endswith(b"ub.")
+    for data in (program(opcodes), metadata[:-3] + text("hung") + opcodes + b"ub."):
+        with pytest.raises(UnsafeMetadataError):
+            load_metadata(data, WHERE)
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        # A long tuple, a long integer and a long offset, hashed again and again.
+        b"}(" + b"(" + b"K\x01" * 3000 + b"t\x94N" + b"h\x00N" * 50_000 + b"u",
+        b"}(" + pickle.LONG4 + struct.pack("<i", 100_000) + b"\x01" * 100_000 + b"\x94N" + b"h\x00N" * 50_000 + b"u",
+        # Attributes copied again and again.
+        b"}(" + b"".join(text(f"{i}") + b"N" for i in range(900)) + b"u\x94" + (TRAINER + b")\x81h\x00b") * 900,
+        b"}(" + b"".join(text(f"{i}") + b"N" for i in range(2000)) + text("offsets") + b"N" + text("sizes") + b"Nu\x94"
+        + (TRAINER + b")\x81h\x00b") * 900,
+        TRAINER + b"\x94" + b"h\x00)\x81" * 30_000,
+        b"]" + TRAINER + b"\x85" * 50_000 + b"a",
+    ],
+)  # fmt: skip
+def test_stand_ins_and_keys_cost_no_more_than_the_data(opcodes: bytes) -> None:
+    """Without a bound, some of these would take hours."""
+    with pytest.raises(AzureCheckpointError):
         load_metadata(program(opcodes), WHERE)
 
 

@@ -8,8 +8,6 @@ import datetime
 import enum
 import os
 import pickle
-import struct
-import subprocess
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -36,12 +34,10 @@ from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, UnsafeMetadataErr
 from azure_torch_ckpt._internal.torch_private import StorageInfo
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, dump_metadata, load_metadata
 from azure_torch_ckpt.errors import (
-    AzureCheckpointError,
     CheckpointError,
-    CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from tests.dcp.metadata.pickles import WHERE, call, named, program, small_metadata, states_set_one_by_one, text
+from tests.dcp.metadata.pickles import WHERE, small_metadata, states_set_one_by_one
 from tests.support.containers import KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
@@ -125,6 +121,13 @@ class Loops:
         self.me = (self,)
 
 
+class Member:
+    """Of a class that is not known, as early releases of Python 3.11 pickled members: as inert as the class."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Stage, "__init__")
+
+
 class WithKeywords:
     def __new__(cls, *, value: int) -> WithKeywords:
         made = super().__new__(cls)
@@ -153,6 +156,7 @@ def values() -> dict[str, Any]:
         "cycle": Loops(),
         "keywords": WithKeywords(value=1),
         "classes": [Stage, Metadata, list],
+        "member": Member(),
     }
 
 
@@ -258,7 +262,19 @@ def test_what_each_value_reads_as(name: str) -> None:
     metadata: Any = small_metadata()
     metadata.value, metadata.plain = values()[name], {"a": [1]}
     loaded = load_metadata(dump_metadata(metadata), WHERE)
-    foreign = {"enum", "slice", "times", "collections", "derived", "arrays", "bytes", "cycle", "keywords", "classes"}
+    foreign = {
+        "enum",
+        "slice",
+        "times",
+        "collections",
+        "derived",
+        "arrays",
+        "bytes",
+        "cycle",
+        "keywords",
+        "classes",
+        "member",
+    }
     assert ("value" in vars(loaded)) == (name not in foreign | {"sizes"})
     assert vars(loaded)["plain"] == {"a": [1]}
     if "value" in vars(loaded):
@@ -422,76 +438,6 @@ def test_what_no_load_would_accept_is_refused_and_the_old_checkpoint_stands(
 # Nothing of it is run
 
 
-class Runs:
-    """Makes a file whatever is done to it while it is unpickled."""
-
-    def __new__(cls, *args: Any) -> Runs:
-        for path in args:
-            Path(path).write_text("was here")
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        self.marker = args
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.marker
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Path(state["marker"]).write_text("was here")
-
-    def append(self, item: Any) -> None:
-        Path(item).write_text("was here")
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        Path(value).write_text("was here")
-
-
-class Reduces:
-    def __init__(self, *how: Any) -> None:
-        self.how = how
-
-    def __reduce__(self) -> Any:
-        return self.how
-
-
-@pytest.mark.parametrize("place", ["attribute", "planner_data", "entry", "storage", "chunk", "whole", "version"])
-def test_hostile_classes_do_nothing(tmp_path: Path, place: str) -> None:
-    marker = tmp_path / "was_here"
-    for how in (
-        (Runs, (str(marker),)),
-        (Runs, (), {"marker": str(marker)}),
-        (Runs, (), None, iter([str(marker)])),
-        (Runs, (), None, None, iter([("key", str(marker))])),
-        (),
-    ):
-        attack: Any = Reduces(*how)
-        if not how:
-            attack = object.__new__(Runs)
-            attack.marker = (str(marker), str(marker))
-        metadata: Any = small_metadata()
-        if place == "attribute":
-            metadata.hung = [attack, {"a": attack}]
-        elif place == "planner_data":
-            metadata.planner_data = {"w": ("w",), "x": [({"deep": attack},)]}
-        elif place == "entry":
-            metadata.state_dict_metadata["x"] = attack
-        elif place == "storage":
-            metadata.storage_data[MetadataIndex("o")] = attack
-        elif place == "chunk":
-            metadata.state_dict_metadata["w"].chunks.append(attack)
-        elif place == "version":
-            metadata.version = attack
-        data = pickle.dumps(attack if place == "whole" else metadata)
-        if place in ("attribute", "version"):
-            loaded = load_metadata(data, WHERE)
-            check_metadata(loaded, WHERE)
-            assert "hung" not in vars(loaded) and loaded.version in ("1.0.0", None)
-        else:
-            with pytest.raises((UnsafeMetadataError, CorruptCheckpointError)):
-                check_metadata(load_metadata(data, WHERE), WHERE)
-    assert not marker.exists()
-
-
 @pytest.mark.parametrize("name", ["Shiny", "ShinyPlan"])
 def test_what_a_newer_torch_has_added_is_dropped_or_refused_as_such(name: str) -> None:
     """Instead of a class that is known, at each place, by a class that a newer torch might have there."""
@@ -509,80 +455,12 @@ def test_what_a_newer_torch_has_added_is_dropped_or_refused_as_such(name: str) -
     assert name.encode() in hung and load_metadata(hung, WHERE) == small_metadata()
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        Reduces(os.system, ("true",)),
-        Reduces(subprocess.Popen, (["true"],)),
-        Reduces(eval, ("1",)),
-        Reduces(__import__, ("os",)),
-        Reduces(torch.load, ("x",)),
-        Reduces(getattr, (Metadata, "__init__")),
-        Reduces(getattr, (Stage, "__init__")),
-    ],
-)
-def test_a_function_is_refused_wherever_it_stands(attack: Any) -> None:
-    metadata: Any = small_metadata()
-    metadata.hung = {"deep": [attack]}
-    data = pickle.dumps(metadata)
-    if attack.how[1][0] is Stage:  # a member of a class that is not known, which is as inert as the class
-        assert "hung" not in vars(load_metadata(data, WHERE))
-        return
-    with pytest.raises(UnsafeMetadataError, match="It was not run"):
-        load_metadata(data, WHERE)
-
-
 def test_a_stand_in_cannot_be_given_to_what_the_user_registered() -> None:
     metadata = small_metadata()
     metadata.planner_data = Names([{"a": Table(b=Stage.FIRST)}])
     data = pickle.dumps(metadata)
     with torch.serialization.safe_globals([Names, Table]), pytest.raises(UnsafeMetadataError, match="Stage"):
         load_metadata(data, WHERE)
-
-
-TRAINER = named("trainer.plans", "Plan")
-
-
-@pytest.mark.parametrize(
-    "opcodes",
-    [
-        TRAINER + b"}" + text("x") + b"K\x01sb",  # an attribute of a class
-        TRAINER + b")R)R",  # an instance is called
-        TRAINER + b")\x81)\x81",
-        named("trainer.plans", "make_plan"),
-        named("trainer.plans", "Plan.make"),
-        named("trainer.plans", "Plan\n"),
-        named("os", "PathLike"),
-        named("", "Plan"),
-        call("builtins", "getattr", named("os", "PathLike"), text("x")),
-    ],
-)
-def test_instructions_on_stand_ins_that_are_refused(opcodes: bytes) -> None:
-    metadata = pickle.dumps(small_metadata())
-    assert metadata.endswith(b"ub.")
-    for data in (program(opcodes), metadata[:-3] + text("hung") + opcodes + b"ub."):
-        with pytest.raises(UnsafeMetadataError):
-            load_metadata(data, WHERE)
-
-
-@pytest.mark.parametrize(
-    "opcodes",
-    [
-        # A long tuple, a long integer and a long offset, hashed again and again.
-        b"}(" + b"(" + b"K\x01" * 3000 + b"t\x94N" + b"h\x00N" * 50_000 + b"u",
-        b"}(" + pickle.LONG4 + struct.pack("<i", 100_000) + b"\x01" * 100_000 + b"\x94N" + b"h\x00N" * 50_000 + b"u",
-        # Attributes copied again and again.
-        b"}(" + b"".join(text(f"{i}") + b"N" for i in range(900)) + b"u\x94" + (TRAINER + b")\x81h\x00b") * 900,
-        b"}(" + b"".join(text(f"{i}") + b"N" for i in range(2000)) + text("offsets") + b"N" + text("sizes") + b"Nu\x94"
-        + (TRAINER + b")\x81h\x00b") * 900,
-        TRAINER + b"\x94" + b"h\x00)\x81" * 30_000,
-        b"]" + TRAINER + b"\x85" * 50_000 + b"a",
-    ],
-)  # fmt: skip
-def test_stand_ins_and_keys_cost_no_more_than_the_data(opcodes: bytes) -> None:
-    """Without a bound, some of these would take hours."""
-    with pytest.raises(AzureCheckpointError):
-        load_metadata(program(opcodes), WHERE)
 
 
 def test_metadata_of_a_trainer_costs_little_more() -> None:
