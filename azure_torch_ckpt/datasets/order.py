@@ -132,11 +132,7 @@ class OrderSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class EpochOrder:
-    """Determines the order of all epochs of a dataset.
-
-    Attributes:
-        fingerprint: identifies the dataset, so that a state is not loaded for another one.
-    """
+    """Determines the order of all epochs of the dataset that `fingerprint` identifies."""
 
     count: int
     fingerprint: int
@@ -182,8 +178,7 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 def this_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Return rank and world size: the arguments, else the process group's, else torchrun's, else those of one rank.
 
-    Raises:
-        ValueError: only one of the two arguments is given.
+    `ValueError`: only one of the two arguments is given.
     """
     if rank is not None and world_size is not None:
         return rank, world_size

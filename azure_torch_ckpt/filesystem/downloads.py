@@ -82,12 +82,7 @@ class FileCallbacks:
 
 
 def read_slice(store: BlobStore, wanted: BlobSlice) -> bytes:
-    """Return the bytes of a slice.
-
-    Raises:
-        BlobNotFoundError: there is no such blob.
-        BlobChangedError: the blob was replaced between two requests.
-    """
+    """Return the bytes of a slice; raise `BlobChangedError` if the blob was replaced between two requests."""
     return _rest_to_memory(store, _request_first(store, wanted))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from azure_torch_ckpt.datasets.epoch_state import StreamPosition
 from azure_torch_ckpt.datasets.order import Permutation
-from azure_torch_ckpt.datasets.shuffle_buffer import shuffled
+from azure_torch_ckpt.datasets.tar_dataset import shuffled
 
 
 def order(count: int, begin: tuple[int, int]) -> Permutation:

@@ -34,7 +34,6 @@ class FilePlan:
     """One blob or file to copy.
 
     Attributes:
-        source: name, size and ETag at the source. The copy has the same name.
         existing: blob or file of this name at the destination, or None.
         items: the checkpoint's items in this blob or file, in the order of their offsets.
     """
