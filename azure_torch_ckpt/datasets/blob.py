@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import queue
@@ -197,7 +198,7 @@ def prefetch(
             ):
                 cost, job = following
                 future: Future[_T] = Future()
-                tasks.put(_task(future, job))
+                tasks.put(functools.partial(_run, future, job))
                 if started < threads:
                     threading.Thread(target=_work, args=(tasks,), name="blob-prefetch", daemon=True).start()
                     started += 1
@@ -213,16 +214,13 @@ def prefetch(
         tasks.put(None)
 
 
-def _task(future: Future[_T], job: Callable[[], _T]) -> _Task:
-    def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(job())
-        except BaseException as error:
-            future.set_exception(error)
-
-    return run
+def _run(future: Future[_T], job: Callable[[], _T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(job())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _work(tasks: queue.SimpleQueue[_Task | None]) -> None:

@@ -136,28 +136,19 @@ class EpochOrder:
 
     count: int
     fingerprint: int
-    shuffle: bool
-    seed: int
     rank: int
     world_size: int
-    batch_size: int
-    uneven: Uneven
+    shuffle: bool = False
+    seed: int = 0
+    batch_size: int = 1
+    uneven: Uneven = "keep"
 
     @classmethod
     def make(
-        cls,
-        listing: BlobListing,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-        batch_size: int = 1,
-        uneven: Uneven = "keep",
+        cls, listing: BlobListing, *, rank: int | None = None, world_size: int | None = None, **settings: Any
     ) -> EpochOrder:
         """Fill in the defaults of `OrderSettings`. Raises `ValueError` for invalid ones."""
-        rank, world_size = this_rank(rank, world_size)
-        order = cls(len(listing), listing.fingerprint, shuffle, seed, rank, world_size, batch_size, uneven)
+        order = cls(len(listing), listing.fingerprint, *this_rank(rank, world_size), **settings)
         order.share(0)  # validates the settings
         return order
 

@@ -173,7 +173,7 @@ def _copy_batch(run: CopyRun, plans: list[CheckpointPlan], files: list[FileCopy]
     finally:
         for file in to_copy:
             file.abandon()
-    _run_round(run, to_copy, FileCopy.read_backs, FileCopy.after_read_backs)
+    _run_round(run, to_copy, FileCopy.read_backs, FileCopy.raise_if_damaged)
     run.destination.sync([file.plan.source.path for file in files])
     uncommitted = [plan for plan in plans if not plan.is_committed]
     run.run_tasks(functools.partial(_commit, run.source, run.destination, plan) for plan in uncommitted)
