@@ -100,9 +100,7 @@ def output_options(command: _F) -> Callable[..., Any]:
 def confirm_removal(output: Output, yes: bool) -> None:
     """Ask for confirmation unless `yes`; return only if the user agrees.
 
-    Raises:
-        click.UsageError: there is no terminal to ask on, and ``--yes`` was not given.
-        click.Abort: the answer is no.
+    `click.UsageError`: there is no terminal to ask on. `click.Abort`: the answer is no.
     """
     if yes:
         return
@@ -139,12 +137,7 @@ def share(text: str) -> float:
 def read_sas(value: str | None, option: str) -> str | None:
     """Return the SAS of an option. For ``-``, prompt for it on a terminal, and elsewhere read a line of stdin.
 
-    Args:
-        value: None if the option was not given; then the result is None.
-        option: the option's name, for messages.
-
-    Raises:
-        click.UsageError: the value is not a SAS, or stdin is empty.
+    `click.UsageError`: the value is not a SAS, or stdin is empty.
     """
     if value is None:
         return None

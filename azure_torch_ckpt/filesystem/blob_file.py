@@ -81,14 +81,9 @@ COPY_BUFFER: Final = 32 * 1024 * 1024
 
 
 class BlobFile(BlobIO):
-    """A blob that the filesystem has opened.
+    """A blob that the filesystem has opened, with the modes and settings of `BlobIO`.
 
-    Args:
-        path: the blob's path in the filesystem.
-        location: the same blob as a location.
-        autocommit: whether `close` commits the written data. If False, `close` only uploads it, and a transaction calls
-            `commit` or `discard` later.
-        mode, settings: those of `BlobIO`.
+    Without `autocommit`, `close` only uploads the written data, and a transaction calls `commit` or `discard` later.
 
     Raises:
         BlobNotFoundError: mode is ``"rb"``, and there is no such blob.
@@ -180,13 +175,8 @@ class BlobText(io.TextIOWrapper):
 def open_blob(stores: Stores, path: str, mode: str, *, autocommit: bool, **settings: Any) -> BlobFile:
     """Open a blob in a binary mode: those of `BlobIO`, and ``"ab"``.
 
-    Args:
-        path: a stripped path.
-        settings: ``if_etag``, ``content_type``, ``metadata`` and ``tags`` of `BlobIO`.
-
-    Raises:
-        ValueError: another mode, or settings that this mode cannot apply.
-        StoreError: the service cannot be reached or refuses.
+    `settings` are ``if_etag``, ``content_type``, ``metadata`` and ``tags`` of `BlobIO`. Those that the mode cannot
+    apply, and other modes, raise `ValueError`.
     """
     location, access = stores.locate(path), stores.access
     open_as = functools.partial(

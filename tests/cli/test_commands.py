@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
 from azure_torch_ckpt.cli.app import app
+from azure_torch_ckpt.cli.options import duration
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
 from tests.cli import docs_pages
@@ -191,8 +192,7 @@ def test_cp_to_a_disk_and_back(run: str, container: str, tmp_path: Path) -> None
 def test_cp_between_containers_takes_all_checkpoints_below_the_source(run: str, container: str) -> None:
     done = cli("cp", f"{run}/run-7", f"{container}/copy")
     assert done.code == 0 and "step-1200 is not copied: it is an incomplete save" in done.err
-    names = [entry["name"] for entry in cli("ls", container, "--json").json("ls")["checkpoints"]]
-    assert names == ["copy/step-900", "copy/step-1000", "copy/step-1100"]
+    assert names(container) == ["copy/step-900", "copy/step-1000", "copy/step-1100"]
 
 
 def test_cp_does_not_replace_another_checkpoint_unasked(run: str, container: str) -> None:
@@ -389,8 +389,6 @@ def test_a_duration_needs_a_number_and_a_unit(container: str, wrong: str) -> Non
 
 
 def test_durations_are_added_up() -> None:
-    from azure_torch_ckpt.cli.options import duration
-
     assert duration("1d12h") == datetime.timedelta(hours=36)
     assert duration("2w") == datetime.timedelta(days=14)
     assert duration(" 1.5H ") == datetime.timedelta(minutes=90)

@@ -242,17 +242,9 @@ _PAST = {"copy": "copied", "consolidate": "consolidated"}
 class CopyMetrics:
     """A context manager around a `copy` or `consolidate`: counts what it does, and reports it when it is left.
 
-    The report is an event and, unless there was an error, a log line: the error has its own message.
-
-    Args:
-        source: URL without a SAS, or local path.
-        destination: URL without a SAS, or local path.
-        stores: the stores of source and destination, made for this copy, whose requests are counted.
-
-    Attributes:
-        items: number of items copied.
-        bytes: bytes copied.
-        remark: text for the end of the log line.
+    The report is an event and, unless there was an error, a log line: the error has its own message. `remark` is the
+    end of the line. The requests are those of `stores`, which were made for this copy. Source and destination are URLs
+    without a SAS, or local paths.
     """
 
     def __init__(

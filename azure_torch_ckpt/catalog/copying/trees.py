@@ -110,9 +110,7 @@ class Tree:
 def open_tree(place: str | os.PathLike[str] | BlobLocation, access: Access) -> BlobTree | FolderTree:
     """Open the tree at a URL or a local path, without a request.
 
-    Raises:
-        LocationError: `place` is a URL of another service, or empty.
-        CredentialError: the credential cannot be used there.
+    `LocationError`: `place` is a URL of another service, or empty.
     """
     if isinstance(place, BlobLocation) or _URL.match(os.fspath(place)):
         location = BlobLocation.parse(place)
