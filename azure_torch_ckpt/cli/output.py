@@ -1,4 +1,4 @@
-"""`Output`: tables for people or JSON for scripts on stdout; notes and progress bars on stderr."""
+"""`Output`: tables for people or JSON for scripts on stdout; notes and progress bars on stderr. `Table`: its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Blob`, which a transform receives, and `BlobFetcher`: how blobs are read, and what happens if that fails."""
+"""`Blob`, which a transform receives; `BlobFetcher`: how blobs are read, and errors handled; and `prefetch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`TarDataset`: samples in tar files, in the layout of WebDataset."""
+"""`TarDataset`: samples in tar files, in the layout of WebDataset; and `shuffled`, its shuffle buffer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`BlobFile`: a `BlobIO` with the interface of fsspec's files, its text form, and how each mode opens one."""
+"""`BlobFile`: a `BlobIO` with the interface of fsspec's files, as text and for appending; how each mode opens one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Tree`: the source or the destination of a copy, as blobs below a URL or files below a folder."""
+"""`Tree`: source or destination of a copy, as blobs below a URL or files below a folder, each a `LocalFile`."""
 
 from __future__ import annotations
 
