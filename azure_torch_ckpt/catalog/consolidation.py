@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -153,18 +153,19 @@ def consolidate(
         else:
             size, data = _safetensors_file(checkpoint, tensors, objects, window)
         zero = Progress("consolidate", checkpoint.url, job_rank(), 0, size, 0.0)
-        with Meter(progress, zero) as meter, contextlib.closing(data):
 
-            def counted() -> Iterator[memoryview]:
+        def counted() -> Generator[memoryview, None, None]:
+            with Meter(progress, zero) as meter, contextlib.closing(data):  # ends before the commit
                 for view in data:
                     yield view
                     meter.moved(view.nbytes)
                     metrics.bytes += view.nbytes
 
+        with contextlib.closing(counted()) as views:
             if isinstance(tree, BlobTree):
-                _write_blob(tree, counted(), overwrite)
+                _write_blob(tree, views, overwrite)
             else:
-                _write_file(tree, counted(), overwrite)
+                _write_file(tree, views, overwrite)
         metrics.items = len(tensors) + len(objects)
     return ConsolidateReport(str(tree), file_format, len(tensors), len(objects), size, metrics.seconds)
 
