@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,8 @@ from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.catalog.copying.local_file import LocalFile
-from azure_torch_ckpt.catalog.copying.metrics import CopyMetrics
-from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, open_tree
+from azure_torch_ckpt.catalog.copying.copy import CopyMetrics
+from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, LocalFile, open_tree
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint_in
 from azure_torch_ckpt.dcp.report import job_rank
@@ -141,7 +140,7 @@ def consolidate(
     stores = [store, tree.store] if isinstance(tree, BlobTree) else [store]
     with CopyMetrics("consolidate", str(location), str(tree), stores) as metrics:
         checkpoint = open_checkpoint_in(store, location)
-        output = _open_output(tree, overwrite)
+        _check_target(tree, overwrite)
         tensors, object_keys = stored_tensors(checkpoint, keys), stored_objects(checkpoint, keys)
         if keys is not None and not tensors and not object_keys:
             raise _no_key_error(checkpoint)
@@ -153,16 +152,20 @@ def consolidate(
             size, data = _torch_file(checkpoint, tensors, objects, window)
         else:
             size, data = _safetensors_file(checkpoint, tensors, objects, window)
-        try:
-            zero = Progress("consolidate", checkpoint.url, job_rank(), 0, size, 0.0)
-            with Meter(progress, zero) as meter, contextlib.closing(data):
+        zero = Progress("consolidate", checkpoint.url, job_rank(), 0, size, 0.0)
+
+        def counted() -> Generator[memoryview, None, None]:
+            with Meter(progress, zero) as meter, contextlib.closing(data):  # ends before the commit
                 for view in data:
-                    output.write(view)
+                    yield view
                     meter.moved(view.nbytes)
                     metrics.bytes += view.nbytes
-            output.commit()
-        finally:
-            output.abandon()
+
+        with contextlib.closing(counted()) as views:
+            if isinstance(tree, BlobTree):
+                _write_blob(tree, views, overwrite)
+            else:
+                _write_file(tree, views, overwrite)
         metrics.items = len(tensors) + len(objects)
     return ConsolidateReport(str(tree), file_format, len(tensors), len(objects), size, metrics.seconds)
 
@@ -297,57 +300,14 @@ def _put(state: dict[Any, Any], path: tuple[Any, ...], value: object, what: str)
 # The output
 
 
-class _BlobOutput:
-    """Writes the file as a blob."""
-
-    def __init__(self, tree: BlobTree, overwrite: bool) -> None:
-        self._tree = tree
-        self._writer = BlockWriter(tree.store, tree.location.path, BlobSettings(), if_missing=not overwrite)
-
-    def write(self, view: memoryview) -> None:
-        self._writer.write(view)
-
-    def commit(self) -> None:
-        try:
-            self._writer.commit()
-        except BlobExistsError as error:
-            if self._tree.readable:  # another process wrote the blob meanwhile
-                raise
-            raise _exists_error(self._tree) from error
-
-    def abandon(self) -> None:
-        self._writer.abort()
-
-
-class _FileOutput:
-    """Writes the file to a disk."""
-
-    def __init__(self, tree: FolderTree, overwrite: bool) -> None:
-        self._tree = tree
-        self._file = LocalFile(tree.root)
-        self._overwrite = overwrite
-        self._position = 0
-
-    def write(self, view: memoryview) -> None:
-        self._file.write(self._position, view)
-        self._position += view.nbytes
-
-    def commit(self) -> None:
-        if not self._file.publish(only_new=not self._overwrite):
-            raise _exists_error(self._tree)
-
-    def abandon(self) -> None:
-        self._file.abandon()
-
-
-def _open_output(tree: BlobTree | FolderTree, overwrite: bool) -> _BlobOutput | _FileOutput:
-    """Open the file, whose URL or path is the root of `tree`."""
+def _check_target(tree: BlobTree | FolderTree, overwrite: bool) -> None:
+    """Check that the file, whose URL or path is the root of `tree`, can be written there."""
     if isinstance(tree, FolderTree):
         if tree.root.is_dir():
             raise LocationError(f"{tree} is a folder; append the name of the file")
         if not overwrite and tree.root.exists():
             raise _exists_error(tree)
-        return _FileOutput(tree, overwrite)
+        return
     if not tree.location.path:
         raise LocationError(f"{tree} is a container; append the name of the file")
     if not overwrite:
@@ -358,7 +318,33 @@ def _open_output(tree: BlobTree | FolderTree, overwrite: bool) -> _BlobOutput | 
             pass
         except AccessDeniedError:  # a write-only credential; the commit has the same condition
             tree.readable = False
-    return _BlobOutput(tree, overwrite)
+
+
+def _write_blob(tree: BlobTree, views: Iterable[memoryview], overwrite: bool) -> None:
+    writer = BlockWriter(tree.store, tree.location.path, BlobSettings(), if_missing=not overwrite)
+    try:
+        for view in views:
+            writer.write(view)
+        writer.commit()
+    except BlobExistsError as error:
+        if tree.readable:  # another process wrote the blob meanwhile
+            raise
+        raise _exists_error(tree) from error
+    finally:
+        writer.abort()
+
+
+def _write_file(tree: FolderTree, views: Iterable[memoryview], overwrite: bool) -> None:
+    file = LocalFile(tree.root)
+    position = 0
+    try:
+        for view in views:
+            file.write(position, view)
+            position += view.nbytes
+        if not file.publish(only_new=not overwrite):
+            raise _exists_error(tree)
+    finally:
+        file.abandon()
 
 
 def _exists_error(tree: BlobTree | FolderTree) -> CheckpointExistsError:

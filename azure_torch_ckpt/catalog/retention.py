@@ -74,28 +74,6 @@ class PruneReport:
     freed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _RetentionRules:
-    keep_last: int | None
-    keep_every: int | None
-    oldest_to_keep: datetime.datetime | None
-
-    def removable(self, run: Sequence[CheckpointEntry]) -> list[CheckpointEntry]:
-        """Return the complete checkpoints of one run that no rule keeps; never the newest."""
-        if self.keep_last is None and self.keep_every is None and self.oldest_to_keep is None:
-            return []
-        by_age = sorted(run, key=age_key(run))
-        older = by_age[: max(len(by_age) - (self.keep_last or 1), 0)]
-        # If some have no step ("best"), the newest by time need not be the one that training continues from.
-        last_step = max((entry.step for entry in run if entry.step is not None), default=None)
-        return [entry for entry in older if not self._keeps(entry) and (entry.step is None or entry.step != last_step)]
-
-    def _keeps(self, entry: CheckpointEntry) -> bool:
-        if self.keep_every is not None and (entry.step is None or entry.step % self.keep_every == 0):
-            return True
-        return self.oldest_to_keep is not None and entry.modified >= self.oldest_to_keep
-
-
 def prune(
     url: str | os.PathLike[str] | BlobLocation,
     *,
@@ -158,12 +136,12 @@ def prune(
     if not (listed or empty_folders or has_saved_files(blobs)):
         return PruneReport([], [], [])
     now = store.now(prefix)
-    rules = _RetentionRules(keep_last, keep_every, None if older_than is None else now - older_than)
+    oldest = None if older_than is None else now - older_than
     runs: dict[tuple[bool, str], list[CheckpointEntry]] = {}
     for entry, _ in listed:
         if entry.complete:  # a checkpoint at the URL itself is of the run above it
             runs.setdefault((entry.name == "", entry.folder), []).append(entry)
-    removable = {entry.url for run in runs.values() for entry in rules.removable(run)}
+    removable = {entry.url for run in runs.values() for entry in _removable(run, keep_last, keep_every, oldest)}
     to_remove = [
         (entry, checkpoint)
         for entry, checkpoint in listed
@@ -213,6 +191,28 @@ def _check_rules(
     for name, time in (("older_than", older_than), ("grace", grace)):
         if time is not None and time < datetime.timedelta(0):
             raise ValueError(f"{name} must not be negative, not {time}")
+
+
+def _removable(
+    run: Sequence[CheckpointEntry],
+    keep_last: int | None,
+    keep_every: int | None,
+    oldest_to_keep: datetime.datetime | None,
+) -> list[CheckpointEntry]:
+    """Return the complete checkpoints of one run that no rule keeps; never the newest."""
+    if keep_last is None and keep_every is None and oldest_to_keep is None:
+        return []
+    by_age = sorted(run, key=age_key(run))
+    older = by_age[: max(len(by_age) - (keep_last or 1), 0)]
+    # If some have no step ("best"), the newest by time need not be the one that training continues from.
+    last_step = max((entry.step for entry in run if entry.step is not None), default=None)
+
+    def keeps(entry: CheckpointEntry) -> bool:
+        if keep_every is not None and (entry.step is None or entry.step % keep_every == 0):
+            return True
+        return oldest_to_keep is not None and entry.modified >= oldest_to_keep
+
+    return [entry for entry in older if not keeps(entry) and (entry.step is None or entry.step != last_step)]
 
 
 def _leased(store: BlobStore, url: str, checkpoint: ListedCheckpoint) -> list[Undeleted]:

@@ -16,7 +16,6 @@ from typing import NoReturn
 
 import click
 
-from azure_torch_ckpt.cli import exit_codes
 from azure_torch_ckpt.cli.commands.consolidate import consolidate
 from azure_torch_ckpt.cli.commands.cp import cp
 from azure_torch_ckpt.cli.commands.diff import diff
@@ -27,7 +26,17 @@ from azure_torch_ckpt.cli.commands.prune import prune
 from azure_torch_ckpt.cli.commands.rm import rm
 from azure_torch_ckpt.cli.commands.show import show
 from azure_torch_ckpt.cli.commands.verify import verify
-from azure_torch_ckpt.cli.messages import hint, message_for_people, without_secrets
+from azure_torch_ckpt.cli.errors import (
+    BUG,
+    FAILED,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    exit_code,
+    hint,
+    message_for_people,
+    without_secrets,
+)
 from azure_torch_ckpt.cli.output import ReaderGoneError
 
 __all__ = ["app", "run"]
@@ -114,24 +123,24 @@ def run(arguments: Sequence[str]) -> int:
             code = app.main(list(arguments), prog_name=NAME, standalone_mode=False)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else NAME
-        return _fail(exit_codes.USAGE, error.format_message(), f"see {where} --help")
+        return _fail(USAGE, error.format_message(), f"see {where} --help")
     except click.ClickException as error:
-        return _fail(exit_codes.FAILED, error.format_message())
+        return _fail(FAILED, error.format_message())
     except (KeyboardInterrupt, click.Abort) as error:
         said_no = isinstance(error, click.Abort) and not isinstance(error.__context__, KeyboardInterrupt)
         print(f"{NAME}: {'nothing was done' if said_no else 'interrupted'}", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return INTERRUPTED
     except ReaderGoneError:
         # The interpreter flushes the buffered rest at exit, which must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        error_code = exit_codes.exit_code(error)
-        if error_code != exit_codes.BUG:
+        error_code = exit_code(error)
+        if error_code != BUG:
             return _fail(error_code, str(error), hint(error))
         print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
-        return _fail(exit_codes.BUG, "this is a bug in azure-torch-ckpt; please report it with the lines above")
-    return int(code or exit_codes.OK)
+        return _fail(BUG, "this is a bug in azure-torch-ckpt; please report it with the lines above")
+    return int(code or OK)
 
 
 def _fill_closed_streams() -> None:

@@ -100,23 +100,17 @@ def output_options(command: _F) -> Callable[..., Any]:
 def confirm_removal(output: Output, yes: bool) -> None:
     """Ask for confirmation unless `yes`; return only if the user agrees.
 
-    Raises:
-        click.UsageError: there is no terminal to ask on, and ``--yes`` was not given.
-        click.Abort: the answer is no.
+    `click.UsageError`: there is no terminal to ask on. `click.Abort`: the answer is no.
     """
     if yes:
         return
-    if not output.interactive:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise click.UsageError("There is no terminal to ask for confirmation. Add --yes to remove without asking.")
     click.confirm("Remove? This cannot be undone.", abort=True, err=True)
 
 
 def duration(text: str) -> datetime.timedelta:
-    """``30d``, ``12h``, ``90m``, ``45s``, ``2w``, ``1d12h``.
-
-    Raises:
-        click.BadParameter: `text` is not a duration, for example a number without a unit.
-    """
+    """Parse ``30d``, ``12h``, ``90m``, ``45s``, ``2w`` or ``1d12h``; raise `click.BadParameter` for anything else."""
     text = text.strip().lower()
     if not _DURATION.fullmatch(text):
         raise click.BadParameter(
@@ -129,11 +123,7 @@ def duration(text: str) -> datetime.timedelta:
 
 
 def share(text: str) -> float:
-    """``10%`` or ``0.1``, from 0 to 1.
-
-    Raises:
-        click.BadParameter: `text` is not such a number.
-    """
+    """Parse ``10%`` or ``0.1``, from 0 to 1; raise `click.BadParameter` for anything else."""
     text = text.strip()
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -147,12 +137,7 @@ def share(text: str) -> float:
 def read_sas(value: str | None, option: str) -> str | None:
     """Return the SAS of an option. For ``-``, prompt for it on a terminal, and elsewhere read a line of stdin.
 
-    Args:
-        value: None if the option was not given; then the result is None.
-        option: the option's name, for messages.
-
-    Raises:
-        click.UsageError: the value is not a SAS, or stdin is empty.
+    `click.UsageError`: the value is not a SAS, or stdin is empty.
     """
     if value is None:
         return None
@@ -174,11 +159,7 @@ def read_sas(value: str | None, option: str) -> str | None:
 
 
 def _authority_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Check that a file holds certificates in PEM form, as a callback of click.
-
-    Raises:
-        click.BadParameter: the file holds none, or cannot be read.
-    """
+    """Check, as a callback of click, that a file holds certificates in PEM form."""
     if value is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(value)

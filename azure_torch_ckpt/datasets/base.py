@@ -19,7 +19,7 @@ from azure_torch_ckpt.location import BlobLocation
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["ListingDataset", "StreamDataset", "TarSettings"]
+__all__ = ["ListingDataset", "Resumable", "StreamDataset", "TarSettings"]
 
 _Input = TypeVar("_Input")
 _T_co = TypeVar("_T_co", covariant=True)
@@ -107,11 +107,10 @@ class ListingDataset(Generic[_Input, _T_co]):
         return self._fetcher.skipped
 
 
-class StreamDataset(ListingDataset[_Input, _T_co], IterableDataset[_T_co]):
-    """Base of `IterableBlobDataset` and `TarDataset`: ranks and workers share the listing; passes can be resumed."""
+class Resumable(Generic[_T_co]):
+    """Base of what reads a listing in an order: ranks and workers share the epochs, and passes can be resumed."""
 
     def __init__(self, listing: BlobListing, **order: Unpack[OrderSettings]) -> None:
-        self.listing = listing
         self._epochs = EpochState(EpochOrder.make(listing, **order))
 
     def __iter__(self) -> Iterator[_T_co]:
@@ -146,3 +145,11 @@ class StreamDataset(ListingDataset[_Input, _T_co], IterableDataset[_T_co]):
                 depends on.
         """
         self._epochs.load_state_dict(state_dict)
+
+
+class StreamDataset(ListingDataset[_Input, _T_co], Resumable[_T_co], IterableDataset[_T_co]):
+    """Base of `IterableBlobDataset` and `TarDataset`."""
+
+    def __init__(self, listing: BlobListing, **order: Unpack[OrderSettings]) -> None:
+        super().__init__(listing, **order)
+        self.listing = listing

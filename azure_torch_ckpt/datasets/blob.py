@@ -1,10 +1,16 @@
-"""`Blob`, which a transform receives, and `BlobFetcher`: how blobs are read, and what happens if that fails."""
+"""`Blob`, which a transform receives; `BlobFetcher`: how blobs are read, and errors handled; and `prefetch`."""
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
-from typing import BinaryIO, Literal, TypedDict, get_args
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
+from typing import BinaryIO, Literal, TypedDict, TypeVar, get_args
 
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.credentials import Credential
@@ -14,7 +20,7 @@ from azure_torch_ckpt.datasets.listing import ListedBlob
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.options import TransferOptions
 
-__all__ = ["Blob", "BlobFetcher", "SampleSettings"]
+__all__ = ["Blob", "BlobFetcher", "SampleSettings", "prefetch"]
 
 _log = logging.getLogger(__name__)
 
@@ -162,3 +168,62 @@ class Blob:
         if self._data is not None or self._fetcher.is_cached_whole(self._listed):
             return io.BytesIO(self.read())
         return self._fetcher.open(self._listed)
+
+
+_T = TypeVar("_T")
+_Task = Callable[[], None]
+
+
+def prefetch(
+    jobs: Iterable[tuple[int, Callable[[], _T]]], threads: int, budget: int
+) -> Generator[Future[_T], None, None]:
+    """Run jobs on threads and yield their futures, finished or not, in the order of the jobs.
+
+    A future counts as used when the next one is requested.
+
+    Args:
+        jobs: each job, with the number of bytes that its result will hold. They are taken when there is room for them.
+        threads: the number of threads. They are daemons, so that a hanging request does not keep the process alive.
+        budget: bytes of all jobs that are running, or finished and not used. One job may always run.
+    """
+    tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+    waiting: deque[tuple[int, Future[_T]]] = deque()
+    source = iter(jobs)
+    started = held = 0
+    following = next(source, None)
+    try:
+        while following is not None or waiting:
+            while (
+                following is not None and (not waiting or held + following[0] <= budget) and len(waiting) < 2 * threads
+            ):
+                cost, job = following
+                future: Future[_T] = Future()
+                tasks.put(functools.partial(_run, future, job))
+                if started < threads:
+                    threading.Thread(target=_work, args=(tasks,), name="blob-prefetch", daemon=True).start()
+                    started += 1
+                waiting.append((cost, future))
+                held += cost
+                following = next(source, None)
+            cost, future = waiting.popleft()
+            yield future
+            held -= cost
+    finally:
+        for _, future in waiting:
+            future.cancel()
+        tasks.put(None)
+
+
+def _run(future: Future[_T], job: Callable[[], _T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(job())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _work(tasks: queue.SimpleQueue[_Task | None]) -> None:
+    while (task := tasks.get()) is not None:
+        task()
+    tasks.put(None)  # for the next thread

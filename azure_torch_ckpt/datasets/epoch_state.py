@@ -119,8 +119,7 @@ class EpochState:
     def begin_pass(self) -> Cursor:
         """Begin a pass: the first one after a load where the state was taken, others at the epoch's beginning.
 
-        Raises:
-            ValueError: several workers cannot share the loaded state.
+        `ValueError`: several workers cannot share the loaded state.
         """
         worker, start = _this_worker(), self._next_start()
         cursor, self._loaded = self._loaded, None
@@ -147,11 +146,7 @@ class EpochState:
         return cursor
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far this process has read, for `load_state_dict`: numbers, strings and bools.
-
-        Raises:
-            ValueError: workers read the dataset, and this process does not know how much of it the training has used.
-        """
+        """Return how far this process has read: numbers, strings and bools. See `StreamDataset.state_dict`."""
         worker, start = _this_worker(), self._next_start()
         if not worker.slot and int(self._shared[_BY_WORKERS]) == start.version:
             raise ValueError(
@@ -164,9 +159,6 @@ class EpochState:
         """Return the `state_dict` after `samples` samples of this rank since the epoch began or was resumed.
 
         More samples than there are mean all of them: if the caller counts batches, the last one may be a short one.
-
-        Raises:
-            ValueError: `samples` is negative.
         """
         if samples < 0:
             raise ConfigurationError(f"samples must not be negative, not {samples}")
@@ -175,11 +167,7 @@ class EpochState:
         return self._state(self._cursor_at(start.epoch, base, 0, 1, StreamPosition(samples)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass continue where `state` was taken: of all workers or, called in a worker, of this one.
-
-        Raises:
-            ValueError: the state is of another dataset, order, or share.
-        """
+        """Let the next pass continue where `state` was taken: of all workers or, called in a worker, of this one."""
         order = self.order
         try:
             share = Share(**state["share"])

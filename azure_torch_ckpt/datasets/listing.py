@@ -272,11 +272,7 @@ class _Columns:
 
 
 class _Builder:
-    """Collects columns.
-
-    Args:
-        container: the container of all names, which are then checked; None for names from URLs, which are valid.
-    """
+    """Collects columns. It checks the names of `container`; without one, they are from URLs, which are valid."""
 
     def __init__(self, container: BlobLocation | None = None) -> None:
         self._container = container

@@ -132,36 +132,23 @@ class OrderSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class EpochOrder:
-    """Determines the order of all epochs of a dataset.
-
-    Attributes:
-        fingerprint: identifies the dataset, so that a state is not loaded for another one.
-    """
+    """Determines the order of all epochs of the dataset that `fingerprint` identifies."""
 
     count: int
     fingerprint: int
-    shuffle: bool
-    seed: int
     rank: int
     world_size: int
-    batch_size: int
-    uneven: Uneven
+    shuffle: bool = False
+    seed: int = 0
+    batch_size: int = 1
+    uneven: Uneven = "keep"
 
     @classmethod
     def make(
-        cls,
-        listing: BlobListing,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-        batch_size: int = 1,
-        uneven: Uneven = "keep",
+        cls, listing: BlobListing, *, rank: int | None = None, world_size: int | None = None, **settings: Any
     ) -> EpochOrder:
         """Fill in the defaults of `OrderSettings`. Raises `ValueError` for invalid ones."""
-        rank, world_size = this_rank(rank, world_size)
-        order = cls(len(listing), listing.fingerprint, shuffle, seed, rank, world_size, batch_size, uneven)
+        order = cls(len(listing), listing.fingerprint, *this_rank(rank, world_size), **settings)
         order.share(0)  # validates the settings
         return order
 
@@ -182,8 +169,7 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 def this_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Return rank and world size: the arguments, else the process group's, else torchrun's, else those of one rank.
 
-    Raises:
-        ValueError: only one of the two arguments is given.
+    `ValueError`: only one of the two arguments is given.
     """
     if rank is not None and world_size is not None:
         return rank, world_size

@@ -1,4 +1,4 @@
-"""`TarArchive`: a tar file that is read forwards, member by member, and the targets of its links."""
+"""`TarArchive`: a tar file that is read forwards, member by member, with its links; and the samples in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from azure_torch_ckpt.datasets.listing import ListedBlob
 from azure_torch_ckpt.datasets.tar_shards import TarShard
 from azure_torch_ckpt.errors import AzureCheckpointError, TarShardError
 
-__all__ = ["TarArchive", "first_offset"]
+__all__ = ["Record", "Sample", "TarArchive", "first_offset", "read_members", "read_samples"]
 
 _CHUNK = 1024 * 1024
 _LINKS = 40  # the length of a chain of links, as in Linux
@@ -94,11 +94,7 @@ class TarArchive:
             return _exactly(self._shard.reopened(target.data, max(target.size, 1)).read, target.size)
 
     def _target(self, link: tarfile.TarInfo) -> _Member | None:
-        """Return the file that a link points to, through other links; None if the target is not a file.
-
-        Raises:
-            KeyError: the archive does not contain the target.
-        """
+        """Return the file that a link points to, through other links; None for another type. `KeyError`: missing."""
         if self._index is None:
             # A target may come after its symbolic link, and a resumed pass has not read the members before its start.
             self._index = {}
@@ -175,9 +171,7 @@ class _Member:
 class _ForwardReader:
     """The methods of a file that `tarfile` uses to read it forwards.
 
-    Attributes:
-        first: the first bytes that were read.
-        last: the last block that was read.
+    `first` holds the first bytes that were read, `last` the last block.
     """
 
     def __init__(self, read: Callable[[int], bytes], begin: int) -> None:
@@ -236,3 +230,69 @@ def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
 
 def _is_compressed(blob: ListedBlob) -> bool:
     return blob.location.path.endswith((".gz", ".tgz"))
+
+
+Sample = dict[str, Any]
+Record = Sample | TarShardError
+"""A sample, or the error of a sample that cannot be made while those after it can."""
+
+_KEY, _URL = "__key__", "__url__"
+
+
+def read_members(shard: TarShard, begin: int) -> Iterator[tuple[int, Record]]:
+    """Yield the files, ``{"url": of the tar file, "name": path in it, "data": bytes}``, each with the offset behind it.
+
+    Args:
+        begin: an offset that this function yielded, or 0; in a compressed file, an offset in the decompressed data.
+
+    Raises:
+        TarShardError: the tar file is damaged or incomplete.
+        StoreError: it cannot be read.
+    """
+    archive = TarArchive(shard, begin)
+    for member, end in archive:
+        data = archive.data(member)
+        if isinstance(data, TarShardError):
+            yield end, data
+        elif data is not None:
+            yield end, {"url": shard.blob.url, "name": member.name, "data": data}
+
+
+def read_samples(shard: TarShard, begin: int) -> Iterator[tuple[int, Record]]:
+    """Yield one sample for consecutive members with the same path up to the name's first dot; see `read_members`."""
+    archive = TarArchive(shard, begin)
+    sample: Sample = {}
+    error: TarShardError | None = None
+    end = begin
+    for member, following in archive:
+        key, field = _split(member.name)
+        data = None if field is None else archive.data(member)
+        if field is not None and data is not None:
+            if sample and sample[_KEY] != key:
+                yield end, error or sample
+                sample, error = {}, None
+            sample = sample or {_KEY: key, _URL: shard.blob.url}
+            if isinstance(data, TarShardError):
+                error = error or data
+            elif field in sample:
+                why = (
+                    "which the sample's own entry has. Rename it"
+                    if field in (_KEY, _URL)
+                    else "regardless of case. Pack each extension once, and another sample under another name"
+                )
+                error = error or TarShardError(
+                    f"{shard.blob.url}: the sample {key!r} has a second member with the extension {field!r}, {why}"
+                )
+            else:
+                sample[field] = data
+        end = following
+    if sample:
+        yield end, error or sample
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """Return the key and the field of a member; None as the field of a member that WebDataset leaves out."""
+    folder, slash, name = name.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    meta = not slash and name.startswith("__") and name.endswith("__")
+    return folder + slash + stem, extension.lower() if stem and dot and not meta else None

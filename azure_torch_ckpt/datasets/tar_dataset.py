@@ -1,11 +1,12 @@
-"""`TarDataset`: samples in tar files, in the layout of WebDataset."""
+"""`TarDataset`: samples in tar files, in the layout of WebDataset; and `shuffled`, its shuffle buffer."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.datasets.base import StreamDataset, TarSettings
@@ -13,16 +14,14 @@ from azure_torch_ckpt.datasets.blob import BlobFetcher
 from azure_torch_ckpt.datasets.epoch_state import Cursor, StreamPosition
 from azure_torch_ckpt.datasets.listing import BlobListing, ListedBlob
 from azure_torch_ckpt.datasets.order import Permutation, split_settings
-from azure_torch_ckpt.datasets.shuffle_buffer import shuffled
-from azure_torch_ckpt.datasets.tar_archive import first_offset
-from azure_torch_ckpt.datasets.tar_samples import Record, Sample, read_members, read_samples
+from azure_torch_ckpt.datasets.tar_archive import Record, Sample, first_offset, read_members, read_samples
 from azure_torch_ckpt.datasets.tar_shards import open_shards
 from azure_torch_ckpt.errors import BlobChangedError, TarShardError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["TarDataset"]
+__all__ = ["TarDataset", "shuffled"]
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -146,3 +145,75 @@ def _name_of(sample: Record) -> str:
     if isinstance(sample, TarShardError):
         return "a sample"
     return "{__key__} in {__url__}".format_map(sample) if "__key__" in sample else "{name} in {url}".format_map(sample)
+
+
+_T = TypeVar("_T")
+_Begin = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _ShuffleBlock(Generic[_T]):
+    """Samples that follow each other from `begin` on. No more are added to a `closed` one."""
+
+    begin: _Begin
+    samples: list[_T | None] = field(default_factory=list)
+    closed: bool = False
+
+
+def shuffled(
+    source: Iterator[tuple[_T | None, _Begin]],
+    size: int,
+    place: StreamPosition,
+    order: Callable[[int, _Begin], Permutation | range],
+) -> Iterator[tuple[_T, StreamPosition]]:
+    """Shuffle a stream in blocks of `size` samples: for each sample drawn from a block, one is added to the next block.
+
+    So `size` samples are held at any time, the first one is yielded when so many have been read, and none moves by more
+    than that. In exchange, a pass is resumed exactly: from the beginning of its block, of which the first few samples
+    are drawn already. At most twice `size` samples are read again for that, and the state holds none.
+
+    Args:
+        source: samples from `place` on, each with the position and offset behind it; None in place of samples that are
+            left out. A None ends a block, so that a block that is read again has the same samples, even if the missing
+            ones can be read then.
+        place: where to continue.
+        order: returns a permutation of a number of samples, for a block that begins at a position.
+
+    Yields:
+        samples, each with the place at which to continue after it.
+    """
+    reached = place[:2]
+
+    def fill(block: _ShuffleBlock[_T], count: int) -> None:
+        nonlocal reached
+        while len(block.samples) < count and not block.closed:
+            item = next(source, None)
+            if item is None:
+                block.closed = True
+                return
+            sample, reached = item
+            if sample is not None:
+                block.samples.append(sample)
+            elif block.samples:
+                block.closed = True
+            else:
+                block.begin = reached
+
+    block = _ShuffleBlock[_T](reached)
+    drawn = place.drawn
+    fill(block, place.block if drawn else size)
+    while block.samples:
+        following = _ShuffleBlock[_T](reached)
+        count = len(block.samples)
+        numbers = order(count, block.begin)
+        for done in range(drawn + 1, count + 1):
+            number = numbers[done - 1]
+            sample, block.samples[number] = block.samples[number], None
+            assert sample is not None
+            yield (
+                sample,
+                StreamPosition(*block.begin, done, count) if done < count else StreamPosition(*following.begin),
+            )
+            fill(following, min(done, size))
+        block, drawn = following, 0
+        fill(block, size)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from azure_torch_ckpt.datasets.blob import BlobFetcher
+from azure_torch_ckpt.datasets.blob import BlobFetcher, prefetch
 from azure_torch_ckpt.datasets.listing import ListedBlob
-from azure_torch_ckpt.datasets.prefetch import prefetch
 
 __all__ = ["SMALLEST_RANGE", "TarShard", "open_shards"]
 

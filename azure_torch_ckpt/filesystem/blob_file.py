@@ -1,10 +1,11 @@
-"""`BlobFile`: a `BlobIO` with the interface of fsspec's files, its text form, and how each mode opens one."""
+"""`BlobFile`: a `BlobIO` with the interface of fsspec's files, as text and for appending; how each mode opens one."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import io
+import os
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
@@ -13,26 +14,76 @@ from azure_torch_ckpt.blobs.blob_info import APPEND_BLOB, BLOCK_BLOB
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
 from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, RequestRefusedError
-from azure_torch_ckpt.filesystem.append_writer import AppendWriter
-from azure_torch_ckpt.filesystem.stores import Stores
+from azure_torch_ckpt.filesystem.paths import Stores
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 
-__all__ = ["COPY_BUFFER", "BlobFile", "BlobText", "open_blob"]
+__all__ = ["COPY_BUFFER", "AppendWriter", "BlobFile", "BlobText", "open_blob"]
+
+_BLOCK: Final = 4 * 1024 * 1024  # every version of the service accepts this size
+
+
+class AppendWriter:
+    """Collects written data in memory, and appends it to an append blob on commit.
+
+    `BlobIO` uses it in place of a `BlockWriter`. Data of more than one block of 4 MiB is appended block by block, each
+    on the condition that no other writer has appended since `blob` was read
+    (https://learn.microsoft.com/rest/api/storageservices/append-block).
+    """
+
+    def __init__(self, store: BlobStore, blob: BlobInfo) -> None:
+        self._store = store
+        self._blob = blob
+        self._buffer = bytearray()
+        self._pid = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this object is a forked child's copy of its parent's writer."""
+        return self._pid != os.getpid()
+
+    def write(self, view: memoryview) -> None:
+        self._buffer += view
+
+    def flush(self) -> None:
+        """Do nothing: appended data is visible at once, and an exception may still discard the buffer."""
+
+    def commit(self) -> str:
+        """Append the data and return the ETag; raise `BlobChangedError` if another writer has appended meanwhile."""
+        position, etag = self._blob.size, self._blob.etag
+        data, self._buffer = self._buffer, bytearray()
+        for start in range(0, len(data), _BLOCK):
+            block = bytes(data[start : start + _BLOCK])
+            etag = self._append(block, position)
+            position += len(block)
+        return etag
+
+    def abort(self, *, wait: bool = True) -> None:
+        self._buffer = bytearray()
+
+    def _append(self, block: bytes, position: int) -> str:
+        path = self._blob.path
+        try:
+            return self._store.append(path, block, position)
+        except BlobChangedError as error:
+            # The service may have carried out the first attempt although its answer was lost.
+            stored, info = self._store.read_some(path, position, len(block))
+            if error.may_be_done and stored == block:
+                return info.etag
+            raise BlobChangedError(
+                f"Another writer has changed {self._store.location}/{path} since it was opened for appending. Nothing "
+                f"was appended from byte {position} on. Open the blob again and append the rest"
+            ) from error
+
 
 COPY_BUFFER: Final = 32 * 1024 * 1024
 """Bytes that are read at a time where the content of one file is written to another."""
 
 
 class BlobFile(BlobIO):
-    """A blob that the filesystem has opened.
+    """A blob that the filesystem has opened, with the modes and settings of `BlobIO`.
 
-    Args:
-        path: the blob's path in the filesystem.
-        location: the same blob as a location.
-        autocommit: whether `close` commits the written data. If False, `close` only uploads it, and a transaction calls
-            `commit` or `discard` later.
-        mode, settings: those of `BlobIO`.
+    Without `autocommit`, `close` only uploads the written data, and a transaction calls `commit` or `discard` later.
 
     Raises:
         BlobNotFoundError: mode is ``"rb"``, and there is no such blob.
@@ -124,13 +175,8 @@ class BlobText(io.TextIOWrapper):
 def open_blob(stores: Stores, path: str, mode: str, *, autocommit: bool, **settings: Any) -> BlobFile:
     """Open a blob in a binary mode: those of `BlobIO`, and ``"ab"``.
 
-    Args:
-        path: a stripped path.
-        settings: ``if_etag``, ``content_type``, ``metadata`` and ``tags`` of `BlobIO`.
-
-    Raises:
-        ValueError: another mode, or settings that this mode cannot apply.
-        StoreError: the service cannot be reached or refuses.
+    `settings` are ``if_etag``, ``content_type``, ``metadata`` and ``tags`` of `BlobIO`. Those that the mode cannot
+    apply, and other modes, raise `ValueError`.
     """
     location, access = stores.locate(path), stores.access
     open_as = functools.partial(

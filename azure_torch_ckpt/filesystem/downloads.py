@@ -53,9 +53,7 @@ class _FirstAnswer:
 class FileCallbacks:
     """Reports to callbacks of fsspec how much of several files has arrived. Threads may call it at the same time.
 
-    Args:
-        files: one callback for each file; it is told the number of bytes, and closed at the file's end.
-        total: told the number of files.
+    A file's callback gets the number of bytes, and is closed at the file's end; `total` gets the number of files.
     """
 
     def __init__(self, files: Sequence[Callback], total: Callback | None = None) -> None:
@@ -82,12 +80,7 @@ class FileCallbacks:
 
 
 def read_slice(store: BlobStore, wanted: BlobSlice) -> bytes:
-    """Return the bytes of a slice.
-
-    Raises:
-        BlobNotFoundError: there is no such blob.
-        BlobChangedError: the blob was replaced between two requests.
-    """
+    """Return the bytes of a slice; raise `BlobChangedError` if the blob was replaced between two requests."""
     return _rest_to_memory(store, _request_first(store, wanted))
 
 
@@ -123,8 +116,7 @@ def save_to_disk(
         progress: called by several threads with the number, the bytes that have arrived, and the blob's size.
 
     Raises:
-        BlobNotFoundError: there is no such blob.
-        BlobChangedError: a blob was replaced between two requests.
+        BlobNotFoundError, BlobChangedError: there is no such blob, or it was replaced between two requests.
         OSError: a local file cannot be written.
     """
     large: list[tuple[int, _FirstAnswer, AtomicFile]] = []

@@ -49,11 +49,7 @@ def look_up(store: BlobStore, parts: PathParts) -> Entry:
 
 
 def own_blob(store: BlobStore, parts: PathParts, *, only_folder: bool) -> list[BlobInfo]:
-    """Return the blob that has exactly the name of a path, if there is one.
-
-    Args:
-        only_folder: return it only if it represents a folder.
-    """
+    """Return the blob that has exactly the name of a path, if there is one; with `only_folder`, if it is a folder."""
     blob = _blob(store, parts.name)
     return [] if blob is None or (only_folder and not blob.is_folder) else [blob]
 
@@ -77,11 +73,7 @@ def folder_entries(store: BlobStore, parts: PathParts) -> list[Entry]:
 
 
 def tree_entries(store: BlobStore, parts: PathParts, prefix: str = "") -> tuple[list[Entry], list[Entry]]:
-    """Return all blobs below a folder, at any depth, and all folders that contain them.
-
-    Args:
-        prefix: only those whose path below the folder starts with it.
-    """
+    """Return all blobs below a folder whose path there starts with `prefix`, and all folders that contain them."""
     blobs: list[BlobInfo] = []
     folders: dict[str, Entry] = {}
     for blob in store.list(parts.folder + prefix):

@@ -59,14 +59,9 @@ def without_ignored(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(what: str, options: Iterable[str]) -> None:
-    """Refuse all options but the ignored ones, because they would have no effect.
+    """Raise `UnknownOptionError` for all options but the ignored ones, because they would have no effect.
 
-    Args:
-        what: the name of the method or class that got the options.
-        options: the names of the options.
-
-    Raises:
-        UnknownOptionError: an option is not an ignored one.
+    `what` is the name of the method or class that got the options.
     """
     unknown = sorted(set(options) - _IGNORED)
     if unknown:

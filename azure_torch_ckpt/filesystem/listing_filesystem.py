@@ -12,16 +12,10 @@ from fsspec.spec import AbstractFileSystem
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
-from azure_torch_ckpt.errors import (
-    AccessDeniedError,
-    BlobNotFoundError,
-    ContainerNotFoundError,
-    RequestRefusedError,
-)
+from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, ContainerNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.entries import Entry, folder_entries, look_up, tree_entries
 from azure_torch_ckpt.filesystem.fsspec_options import MEANT_ELSEWHERE, refuse_unknown
-from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, strip, unstrip
-from azure_torch_ckpt.filesystem.stores import Stores, one_credential
+from azure_torch_ckpt.filesystem.paths import PROTOCOL, PathParts, Stores, one_credential, strip, unstrip
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 

@@ -1,4 +1,4 @@
-"""The paths of the filesystem, ``ACCOUNT/CONTAINER/NAME``, and how they become URLs and the reverse."""
+"""The paths of the filesystem, ``ACCOUNT/CONTAINER/NAME``, the URLs that they mean, and the `BlobStore` for a path."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import functools
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
-from azure_torch_ckpt.errors import LocationError
+from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Credential, environment_values, named_endpoint
+from azure_torch_ckpt.errors import CredentialError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 
-__all__ = ["PROTOCOL", "PathParts", "locate", "parents", "refuse_folder", "strip", "unstrip"]
+__all__ = ["PROTOCOL", "PathParts", "Stores", "one_credential", "parents", "refuse_folder", "strip", "unstrip"]
 
 PROTOCOL: Final = "azblob"
 
@@ -25,12 +28,9 @@ _PUBLIC_CLOUD: Final = re.compile(r"([a-z0-9]{3,24})\.blob\.core\.windows\.net(?
 
 @dataclass(frozen=True, slots=True)
 class PathParts:
-    """The parts of a stripped path.
+    """The parts of a stripped path: account (or full host name), container and name of a blob or folder.
 
-    Attributes:
-        account: the storage account, or a full host name.
-        container: the container's name; empty if the path is the account.
-        name: the name of a blob or a folder; empty if the path is the container.
+    `container` and `name` are empty where the path has none.
     """
 
     account: str
@@ -86,11 +86,7 @@ def strip(path: str | os.PathLike[str]) -> str:
 
 
 def refuse_folder(*paths: Any) -> None:
-    """Refuse paths that name a folder where a blob is expected: ``m/`` is not the blob ``m``.
-
-    Raises:
-        LocationError: a path ends with a slash.
-    """
+    """Raise `LocationError` for a path that names a folder where a blob is expected: ``m/`` is not the blob ``m``."""
     for path in paths:
         if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith("/"):
             raise LocationError(
@@ -107,26 +103,6 @@ def parents(paths: Iterable[str]) -> set[str]:
 def unstrip(path: str) -> str:
     """Return the path with its protocol: the inverse of `strip`."""
     return path if path.startswith(f"{PROTOCOL}://") else f"{PROTOCOL}://{path}"
-
-
-def locate(path: str, endpoint: str | None) -> BlobLocation:
-    """Return the location of the blob or folder that a path names.
-
-    Args:
-        path: a stripped path.
-        endpoint: the service's endpoint, if it does not follow from the account.
-
-    Raises:
-        LocationError: the path has no container, breaks the service's rules for names, or belongs to another account
-            than the endpoint.
-    """
-    parts = PathParts.of(path)
-    if not parts.container:
-        raise LocationError(
-            f"The path {path[:200]!r} has no container. A path looks like {PROTOCOL}://ACCOUNT/CONTAINER/NAME"
-        )
-    root = _container(parts.account, parts.container, endpoint)
-    return dataclasses.replace(root, path=parts.name)
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,3 +123,79 @@ def _has_account_in_path(host: str) -> bool:
         return BlobLocation.parse(f"https://{host}/account/container").is_path_style
     except LocationError:
         return False
+
+
+def one_credential(
+    credential: Credential,
+    account_key: str | None,
+    sas_token: str | None,
+    connection_string: str | None,
+    anon: bool | None,
+) -> Credential:
+    """Return the credential that was passed under one of these names, or None. More are a `CredentialError`."""
+    given: dict[str, Credential] = {
+        name: value
+        for name, value in (
+            ("credential", credential),
+            ("account_key", account_key),
+            ("sas_token", sas_token),
+            ("connection_string", connection_string),
+            ("anon", False if anon else None),
+        )
+        if value is not None
+    }
+    if len(given) > 1:
+        raise CredentialError(f"{', '.join(given)} were passed together, and each is a credential. Pass one of them")
+    return next(iter(given.values()), None)
+
+
+@dataclass(slots=True)
+class Stores:
+    """Finds the location and the store for a path, without a request.
+
+    Attributes:
+        endpoint: the service's endpoint, if it does not follow from a path's account or from a connection string.
+        access: with the credential that the user passed. None means the environment's, which is read for every path.
+    """
+
+    endpoint: str | None
+    access: Access
+    _stores: dict[BlobLocation, BlobStore] = field(default_factory=dict, repr=False)
+    _environment: tuple[str | None, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.endpoint is not None:
+            try:
+                BlobLocation.parse(self.endpoint.rstrip("/") + "/container")
+            except LocationError as error:
+                raise LocationError(
+                    "endpoint= is not a URL of Blob Storage. It looks like https://ACCOUNT.blob.core.windows.net or "
+                    "http://127.0.0.1:10000/devstoreaccount1, without a container"
+                ) from error
+            if "?" in self.endpoint:
+                raise LocationError("endpoint= has a query. Pass a SAS as sas_token=")
+
+    def locate(self, path: str) -> BlobLocation:
+        """Return the location of the blob or folder that a stripped path names.
+
+        `LocationError`: the path has no container, breaks the service's rules for names, or belongs to another account
+        than the endpoint.
+        """
+        parts = PathParts.of(path)
+        endpoint = self.endpoint or named_endpoint(self.access.credential, parts.account)
+        if not parts.container:
+            raise LocationError(
+                f"The path {path[:200]!r} has no container. A path looks like {PROTOCOL}://ACCOUNT/CONTAINER/NAME"
+            )
+        return dataclasses.replace(_container(parts.account, parts.container, endpoint), path=parts.name)
+
+    def store(self, location: BlobLocation) -> BlobStore:
+        """Return the store for a location's container: always the same one, because it keeps connections."""
+        environment = environment_values() if self.access.credential is None else ()
+        if environment != self._environment:  # may be a new SAS
+            self._environment, self._stores = environment, {}
+        root = location.container_root()
+        store = self._stores.get(root)
+        if store is None:
+            store = self._stores[root] = BlobStore(root, self.access)
+        return store

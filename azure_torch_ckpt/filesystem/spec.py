@@ -24,10 +24,18 @@ from azure_torch_ckpt.errors import (
 )
 from azure_torch_ckpt.filesystem.blob_file import COPY_BUFFER, BlobFile, BlobText, open_blob
 from azure_torch_ckpt.filesystem.commit_order import commit_last, delete_all, removal_order
-from azure_torch_ckpt.filesystem.copy_pairs import copy_pairs, get_pairs, put_pairs, refuse_mixed, refuse_one_file
 from azure_torch_ckpt.filesystem.downloads import BlobSlice, FileCallbacks, read_slice, read_slices, save_to_disk
 from azure_torch_ckpt.filesystem.entries import own_blob
-from azure_torch_ckpt.filesystem.expansion import expand, roots_of_trees, without_folders
+from azure_torch_ckpt.filesystem.expansion import (
+    copy_pairs,
+    expand,
+    get_pairs,
+    put_pairs,
+    refuse_mixed,
+    refuse_one_file,
+    roots_of_trees,
+    without_folders,
+)
 from azure_torch_ckpt.filesystem.fsspec_options import check_choice, refuse_unknown, without_ignored
 from azure_torch_ckpt.filesystem.listing_filesystem import ListingFileSystem
 from azure_torch_ckpt.filesystem.paths import refuse_folder
@@ -280,11 +288,7 @@ class AzureBlobFileSystem(ListingFileSystem):
     def put_file(
         self, lpath: str, rpath: str, callback: Callback = DEFAULT_CALLBACK, mode: str = "overwrite", **settings: Any
     ) -> None:
-        """Copy a local file to a blob, which appears when it is complete. A folder is not copied.
-
-        Args:
-            mode, settings: as for `pipe_file`.
-        """
+        """Copy a local file, but no folder, to a blob, which appears when it is complete; see `pipe_file`."""
         check_choice("mode", mode, "overwrite", "create")
         if os.path.isdir(lpath):
             return

@@ -9,7 +9,7 @@ import pytest
 
 from azure_torch_ckpt import BlobIO
 from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
-from azure_torch_ckpt.catalog.copying.local_file import LocalFile
+from azure_torch_ckpt.catalog.copying.trees import LocalFile
 from tests.filesystem.emulated_filesystem import azblob, filesystem
 
 

@@ -10,12 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from azure_torch_ckpt import (
-    AzureBlobWriter,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    TransferOptions,
-)
+from azure_torch_ckpt import AzureBlobWriter, CheckpointNotFoundError, CorruptCheckpointError, TransferOptions
 from azure_torch_ckpt.catalog import Change, copy, diff
 from azure_torch_ckpt.progress import Progress
 from tests.support.mixed_checkpoint import KEY, SMALL, flip_in_storage, item_of, save

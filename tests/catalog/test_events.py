@@ -10,11 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from azure_torch_ckpt import (
-    AccessDeniedError,
-    AzureBlobWriter,
-    CheckpointNotFoundError,
-)
+from azure_torch_ckpt import AccessDeniedError, AzureBlobWriter, CheckpointNotFoundError
 from azure_torch_ckpt.catalog import consolidate, copy
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, listening

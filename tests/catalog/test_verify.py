@@ -12,13 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from azure_torch_ckpt import (
-    AzureBlobReader,
-    AzureBlobWriter,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    verify,
-)
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, CheckpointNotFoundError, CorruptCheckpointError, verify
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.progress import Progress
 from tests.faults.tally import Tally

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from azure_torch_ckpt.cli.app import NAME, app
-from azure_torch_ckpt.cli.exit_codes import EXIT_CODES
+from azure_torch_ckpt.cli.errors import EXIT_CODES
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cli"
 _WIDTH = 100

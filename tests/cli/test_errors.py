@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.cli import app, exit_codes
+from azure_torch_ckpt import AzureBlobWriter, errors
+from azure_torch_ckpt.cli import app
+from azure_torch_ckpt.cli.errors import BUG, EXIT_CODES, exit_code
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import Done, cli, cli_on_terminal, running
 from tests.support.containers import container_sas, put
@@ -102,9 +103,8 @@ def test_no_error_shows_a_signature(container: str) -> None:
     sas = container_sas(container, "rl")
     secret = sas.partition("sig=")[2].partition("&")[0]
     url = f"{container}?{sas}"
-    refused = cli("rm", "--yes", url)
     for done in (
-        refused,
+        cli("rm", "--yes", url),
         cli("ls", url, url),
         cli(url),
         cli("ls", f"{container}/x?{sas}#"),
@@ -128,8 +128,7 @@ def test_an_untrusted_certificate_is_code_5(azurite_tls: Azurite) -> None:
     assert cli("latest", container, "--ca-file", str(azurite_tls.certificate)).out == f"{container}/step-1\n"
 
 
-def test_a_damaged_metadata_is_code_1(container: str, azurite: Azurite) -> None:
-
+def test_a_damaged_metadata_is_code_1(container: str) -> None:
     put(container, "step-1/.metadata", b"no pickle")
     check_error(cli("show", f"{container}/step-1"), 1, "")
 
@@ -192,13 +191,11 @@ def test_a_bug_is_a_traceback_without_secrets_and_code_70(
 
 
 def test_every_error_of_the_package_has_a_code() -> None:
-    from azure_torch_ckpt import errors
-
-    codes = {name: exit_codes.exit_code(getattr(errors, name)("x")) for name in errors.__all__}
-    assert exit_codes.BUG not in codes.values()
-    assert set(codes.values()) <= exit_codes.EXIT_CODES.keys()
+    codes = {name: exit_code(getattr(errors, name)("x")) for name in errors.__all__}
+    assert BUG not in codes.values()
+    assert set(codes.values()) <= EXIT_CODES.keys()
     assert (codes["CredentialError"], codes["AccessDeniedError"], codes["ServiceUnavailableError"]) == (2, 4, 5)
-    assert exit_codes.exit_code(ValueError("x")) == exit_codes.BUG
+    assert exit_code(ValueError("x")) == BUG
 
 
 def test_the_emulator_serves_until_ctrl_c(tmp_path: Path) -> None:

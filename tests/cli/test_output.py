@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 from rich.text import Text
 
 from azure_torch_ckpt import AzureBlobWriter
-from azure_torch_ckpt.cli.messages import message_for_people
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.errors import message_for_people
+from azure_torch_ckpt.cli.output import Table
 from azure_torch_ckpt.emulator import Azurite
 from tests.cli.command_process import cli, cli_on_terminal
 

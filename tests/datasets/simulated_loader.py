@@ -14,33 +14,20 @@ from typing import Any
 
 import pytest
 
-from azure_torch_ckpt.datasets import BlobListing, epoch_state
-from azure_torch_ckpt.datasets.base import StreamDataset
-from azure_torch_ckpt.datasets.blob import Blob
-from azure_torch_ckpt.datasets.epoch_state import Cursor, StreamPosition
+from azure_torch_ckpt.datasets import BlobListing, BlobSampler, epoch_state
+from azure_torch_ckpt.datasets.base import Resumable
 
 __all__ = ["Loader", "Numbers", "Worker"]
 
 
-class Numbers(StreamDataset[Blob, int]):
-    """An `IterableBlobDataset` that yields the blobs' numbers instead of reading them."""
+class Numbers(BlobSampler):
+    """A `BlobSampler` of as many blobs, with all settings of an order."""
 
     def __init__(self, count: int, **order: Any) -> None:
         listing = BlobListing.from_blob_urls(
             f"https://account.blob.core.windows.net/data/{number}" for number in range(count)
         )
-        super().__init__(listing, seed=3, **order)
-
-    def _read(self, cursor: Cursor) -> Iterator[int]:
-        for position in range(cursor.place.position, len(cursor.share)):
-            cursor.place = StreamPosition(position + 1)
-            yield cursor.index(position)
-
-    def __len__(self) -> int:
-        return len(self._epochs.order.share(0))
-
-    def state_at(self, samples: int) -> dict[str, Any]:
-        return self._epochs.state_at(samples)
+        Resumable.__init__(self, listing, seed=3, **order)
 
 
 class Worker:

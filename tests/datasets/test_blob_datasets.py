@@ -15,12 +15,7 @@ from azure.storage.blob import BlobClient
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from azure_torch_ckpt import (
-    BlobIO,
-    BlobLocation,
-    BlobNotFoundError,
-    LocationError,
-)
+from azure_torch_ckpt import BlobIO, BlobLocation, BlobNotFoundError, LocationError
 from azure_torch_ckpt.datasets import Blob, BlobDataset, BlobListing, BlobSampler, IterableBlobDataset
 from azure_torch_ckpt.emulator import Azurite
 from tests.datasets.sample_blobs import (

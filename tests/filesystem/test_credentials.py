@@ -22,7 +22,7 @@ from azure_torch_ckpt import AccessDeniedError, BlobLocation, CredentialError, T
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from azure_torch_ckpt.filesystem.stores import Stores
+from azure_torch_ckpt.filesystem.paths import Stores
 from tests.conftest import UnsignedToken
 from tests.filesystem.emulated_filesystem import VARIABLES, azblob, connection_string, filesystem
 from tests.test_project import pyproject

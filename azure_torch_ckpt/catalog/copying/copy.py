@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+from azure_torch_ckpt._internal.units import format_bytes, format_duration
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
 from azure_torch_ckpt.blobs.settings import CopiedSettings
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog.copying.file_copy import CopyRun, FileCopy
-from azure_torch_ckpt.catalog.copying.metrics import CopyMetrics
 from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, plan_copy
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, Tree, open_tree
 from azure_torch_ckpt.credentials import Credential
-from azure_torch_ckpt.dcp.report import job_rank
+from azure_torch_ckpt.dcp.report import job_rank, rate_and_requests, report_log
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
+from azure_torch_ckpt.events import TransferEvent, emit
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.progress import Meter, Progress, ProgressOption, check_progress
 
-__all__ = ["CopyReport", "copy"]
+__all__ = ["CopyMetrics", "CopyReport", "copy"]
 
 # Checkpoints that are copied at a time: enough to keep all connections busy.
 _BATCH_FILES = 256
@@ -168,7 +173,7 @@ def _copy_batch(run: CopyRun, plans: list[CheckpointPlan], files: list[FileCopy]
     finally:
         for file in to_copy:
             file.abandon()
-    _run_round(run, to_copy, FileCopy.read_backs, FileCopy.after_read_backs)
+    _run_round(run, to_copy, FileCopy.read_backs, FileCopy.raise_if_damaged)
     run.destination.sync([file.plan.source.path for file in files])
     uncommitted = [plan for plan in plans if not plan.is_committed]
     run.run_tasks(functools.partial(_commit, run.source, run.destination, plan) for plan in uncommitted)
@@ -229,3 +234,59 @@ def _is_refused_condition(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, BlobChangedError):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+_PAST = {"copy": "copied", "consolidate": "consolidated"}
+
+
+class CopyMetrics:
+    """A context manager around a `copy` or `consolidate`: counts what it does, and reports it when it is left.
+
+    The report is an event and, unless there was an error, a log line: the error has its own message. `remark` is the
+    end of the line. The requests are those of `stores`, which were made for this copy. Source and destination are URLs
+    without a SAS, or local paths.
+    """
+
+    def __init__(
+        self, operation: Literal["copy", "consolidate"], source: str, destination: str, stores: Iterable[BlobStore]
+    ) -> None:
+        self.items = 0
+        self.bytes = 0
+        self.remark = ""
+        self._operation = operation
+        self._source = source
+        self._destination = destination
+        self._stores = list(stores)
+        self._began = time.monotonic()
+        self._started = datetime.datetime.now(datetime.timezone.utc)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the copy began."""
+        return time.monotonic() - self._began
+
+    def __enter__(self) -> CopyMetrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        counts = [store.counts for store in self._stores]
+        event = TransferEvent(
+            operation=self._operation,
+            url=self._source,
+            rank=job_rank(),
+            items=self.items,
+            bytes=self.bytes,
+            seconds=self.seconds,
+            requests=sum(count.requests for count in counts),
+            retries=sum(count.retries for count in counts),
+            checkpoint_bytes=None,
+            error=error,
+            started=self._started,
+            finished=datetime.datetime.now(datetime.timezone.utc),
+            target=self._destination,
+        )
+        if error is None:
+            took = f"{format_duration(event.seconds)} ({rate_and_requests(event)})"
+            line = f"{_PAST[self._operation]} {format_bytes(event.bytes)} in {took} from {event.url} to {event.target}"
+            report_log.info("%s%s", line, self.remark)
+        emit(event)

@@ -126,15 +126,11 @@ class FileCopy:
         verified = self._bytes_checked == self.size or (
             self._bytes_with_crc == self.size and self._crc64() == self.plan.crc64
         )
-        if self.skipped or verified or not self._run.verify or self._checks.count == 0:
+        if self.skipped or verified or not self._run.verify or not self._checks.items:
             return
         self._reset()
         copied = BlobInfo(self.plan.source.path, self.size, "", self.plan.source.last_modified)
         yield from self._each_part(self._part_size, functools.partial(self._read_back, copied))
-
-    def after_read_backs(self) -> None:
-        """Raise `CorruptCheckpointError` if the copy is damaged."""
-        self._raise_if_damaged()
 
     # The tasks
 
@@ -170,7 +166,7 @@ class FileCopy:
             self._moves_left -= 1
             if self._moves_left:
                 return
-        self._raise_if_damaged()
+        self.raise_if_damaged()
         self._file.commit(self.plan.source, self._settings())
 
     def _move_through_here(self, offset: int, length: int) -> None:
@@ -244,7 +240,8 @@ class FileCopy:
             return settings  # without a mark, the next copy copies this blob again
         return dataclasses.replace(settings, metadata=marked)
 
-    def _raise_if_damaged(self) -> None:
+    def raise_if_damaged(self) -> None:
+        """Raise `CorruptCheckpointError` if an item of the copy is damaged. It ends the third round."""
         if self._checks.damaged:
             item = self._checks.damaged[0]
             raise CorruptCheckpointError(
@@ -259,21 +256,17 @@ class _ItemChecks:
 
     def __init__(self, items: list[StoredItem]) -> None:
         self.damaged: list[StoredItem] = []
-        self._items = [item for item in items if item.crc64 is not None and item.length]
-        self._starts = [item.offset for item in self._items]
-        self._checks = [self._item_check(item) for item in self._items]
+        self.items = [item for item in items if item.crc64 is not None and item.length]
+        self._starts = [item.offset for item in self.items]
+        self._checks = [self._item_check(item) for item in self.items]
         # Items do not overlap, unless the metadata was forged.
-        self._longest = max((item.length for item in self._items), default=0)
-
-    @property
-    def count(self) -> int:
-        return len(self._items)
+        self._longest = max((item.length for item in self.items), default=0)
 
     def add(self, offset: int, part: memoryview) -> None:
         end = offset + part.nbytes
         first = bisect.bisect_right(self._starts, offset - self._longest)
         for index in range(first, bisect.bisect_left(self._starts, end)):
-            item = self._items[index]
+            item = self.items[index]
             start, stop = max(item.offset, offset), min(item.offset + item.length, end)
             if start < stop:
                 self._checks[index].add(start, part[start - offset : stop - offset])

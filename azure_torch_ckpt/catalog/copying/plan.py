@@ -33,7 +33,6 @@ class FilePlan:
     """One blob or file to copy.
 
     Attributes:
-        source: name, size and ETag at the source. The copy has the same name.
         existing: blob or file of this name at the destination, or None.
         items: the checkpoint's items in this blob or file, in the order of their offsets.
     """
@@ -56,12 +55,10 @@ class FilePlan:
 
 @dataclass(slots=True)
 class CheckpointPlan:
-    """One checkpoint to copy.
+    """One checkpoint to copy, with its metadata by rank; None is the rank of metadata for all ranks.
 
     Attributes:
         name: its folder, relative to the source and to the destination.
-        metadata: its metadata by rank; None is the rank of metadata for all ranks.
-        metadata_infos: the blobs or files of `metadata`.
         files: all other blobs or files.
         replaced: metadata at the destination that this copy replaces, by rank.
         outdated: names of data that only the replaced metadata refers to.

@@ -1,4 +1,4 @@
-"""`Tree`: the source or the destination of a copy, as blobs below a URL or files below a folder."""
+"""`Tree`: source or destination of a copy, as blobs below a URL or files below a folder, each a `LocalFile`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import datetime
 import logging
 import os
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from azure_torch_ckpt._internal.atomic_file import is_part, remove_abandoned
+from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
 from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import MARK, BlobDestination, copied_settings
 from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
-from azure_torch_ckpt.catalog.copying.local_file import LocalFile, local_file_errors
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, delete_metadata, read_metadata_blob
 from azure_torch_ckpt.dcp.removal import remove_blobs
@@ -34,7 +34,7 @@ from azure_torch_ckpt.errors import (
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel
 
-__all__ = ["BlobTree", "FolderTree", "Tree", "join_name", "open_tree"]
+__all__ = ["BlobTree", "FolderTree", "LocalFile", "Tree", "join_name", "local_file_errors", "open_tree"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +45,7 @@ class Tree:
     """The source or the destination of a copy, for `open_tree`.
 
     Its string form is a URL without a SAS, or a local path. All names and folders are relative to its root, with "/"
-    between their parts.
-
-    Attributes:
-        readable: False once the service refused to let the credential list or read here.
+    between their parts. `readable` is False once the service refused to let the credential list or read here.
     """
 
     readable = True
@@ -88,10 +85,7 @@ class Tree:
     def commit_metadata(
         self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
-        """Write the metadata of the checkpoint in `folder`.
-
-        Args:
-            replaces: metadata that this replaces, or None if there must be none.
+        """Write the metadata of the checkpoint in `folder`, in place of `replaces`; None: there must be none.
 
         Raises:
             CommitConflictError: another save wrote metadata meanwhile.
@@ -99,11 +93,7 @@ class Tree:
         raise NotImplementedError
 
     def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
-        """Remove the metadata of the checkpoint in `folder`, and so hide the checkpoint.
-
-        Raises:
-            CommitConflictError: the metadata is not `stored` any more.
-        """
+        """Remove the metadata of the checkpoint in `folder`, or raise `CommitConflictError` if it is not `stored`."""
         raise NotImplementedError
 
     def remove(self, names: Iterable[str]) -> None:
@@ -114,19 +104,13 @@ class Tree:
         """Make visible files survive a power cut."""
 
     def check_free_space(self, needed: int) -> None:
-        """Check that `needed` more bytes fit.
-
-        Raises:
-            LocalFileError: the disk has less space.
-        """
+        """Raise `LocalFileError` if a disk has less than `needed` bytes of free space."""
 
 
 def open_tree(place: str | os.PathLike[str] | BlobLocation, access: Access) -> BlobTree | FolderTree:
     """Open the tree at a URL or a local path, without a request.
 
-    Raises:
-        LocationError: `place` is a URL of another service, or empty.
-        CredentialError: the credential cannot be used there.
+    `LocationError`: `place` is a URL of another service, or empty.
     """
     if isinstance(place, BlobLocation) or _URL.match(os.fspath(place)):
         location = BlobLocation.parse(place)
@@ -333,3 +317,72 @@ def _modified(status: os.stat_result) -> datetime.datetime:
 def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+class LocalFile:
+    """A file that is written under a temporary name, as `BlobDestination` writes a blob.
+
+    Any thread may write ranges of it. Its folder is created with the first write. All methods raise `LocalFileError`
+    for an error of the operating system.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._new: AtomicFile | None = None
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, part: memoryview, crc64: int = 0, cancel: Cancel | None = None) -> None:
+        """Write the range that starts at `offset`."""
+        with self._errors():
+            descriptor = self._open().file.fileno()
+            written = 0
+            while written < part.nbytes:
+                written += os.pwrite(descriptor, part[written:], offset + written)
+
+    def commit(self, source: BlobInfo, settings: CopiedSettings) -> None:
+        """Make the file visible as the copy of `source`, after all ranges were written."""
+        with self._errors():
+            descriptor = self._open().file.fileno()  # nothing was written of an empty file
+            # A later copy recognizes the file by its time and size, as rsync does.
+            os.utime(descriptor, (source.last_modified.timestamp(),) * 2)
+        self.publish()
+
+    def publish(self, *, only_new: bool = False) -> bool:
+        """Make the file visible, once its content is on the disk; with `only_new`, return False if there is one."""
+        with self._errors():
+            new = self._open()
+            try:
+                new.publish(only_new=only_new)
+            except FileExistsError:
+                if not only_new:
+                    raise
+                return False
+            return True
+
+    def abandon(self) -> None:
+        """Remove the temporary file, unless it was published."""
+        with self._lock:
+            new, self._new = self._new, None
+            if new is not None:
+                new.abandon()
+
+    def _open(self) -> AtomicFile:
+        with self._lock:
+            if self._new is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._new = AtomicFile(self._path)
+            return self._new
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return local_file_errors(f"could not write {self._path}")
+
+
+@contextlib.contextmanager
+def local_file_errors(failed: str) -> Iterator[None]:
+    """Raise errors of the operating system as `LocalFileError`, with `failed` as the start of the message."""
+    try:
+        yield
+    except (LocalFileError, ConnectionError):  # the second one is an error of the network
+        raise
+    except OSError as error:
+        raise LocalFileError(f"{failed}: {error.strerror or error}") from error

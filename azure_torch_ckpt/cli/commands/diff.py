@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from azure_torch_ckpt.cli.exit_codes import PROBLEM
+from azure_torch_ckpt.cli.errors import PROBLEM
 from azure_torch_ckpt.cli.options import Session, read_sas, session_options
-from azure_torch_ckpt.cli.output import Output, plural
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.output import Output, Table, plural
 
 if TYPE_CHECKING:
     from azure_torch_ckpt.catalog import CheckpointDiff

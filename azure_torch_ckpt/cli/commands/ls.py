@@ -9,8 +9,7 @@ from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import Output, local_time, plural, zone
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.output import Output, Table, local_time, plural, zone
 
 if TYPE_CHECKING:
     from azure_torch_ckpt.catalog import CheckpointEntry

@@ -10,10 +10,9 @@ import click
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.commands.ls import print_checkpoints
-from azure_torch_ckpt.cli.exit_codes import exit_code
+from azure_torch_ckpt.cli.errors import exit_code
 from azure_torch_ckpt.cli.options import Session, confirm_removal, duration, session_options
-from azure_torch_ckpt.cli.output import Output, local_time, plural, zone
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.output import Output, Table, local_time, plural, zone
 from azure_torch_ckpt.location import BlobLocation
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ import dataclasses
 import click
 
 from azure_torch_ckpt._internal.units import format_bytes
-from azure_torch_ckpt.cli.exit_codes import exit_code
+from azure_torch_ckpt.cli.errors import exit_code
 from azure_torch_ckpt.cli.options import Session, confirm_removal, session_options
-from azure_torch_ckpt.cli.output import age, local_time, plural, zone
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.output import Table, age, local_time, plural, zone
 from azure_torch_ckpt.errors import AzureCheckpointError
 from azure_torch_ckpt.location import BlobLocation
 

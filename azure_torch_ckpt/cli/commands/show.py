@@ -10,8 +10,7 @@ import click
 
 from azure_torch_ckpt._internal.units import format_bytes
 from azure_torch_ckpt.cli.options import Session, session_options
-from azure_torch_ckpt.cli.output import Output, age, local_time, plural, ranges, zone
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.output import Output, Table, age, local_time, plural, ranges, zone
 
 if TYPE_CHECKING:
     from azure_torch_ckpt.catalog import CheckpointContents

@@ -9,10 +9,9 @@ import click
 from rich.text import Text
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration, format_rate
-from azure_torch_ckpt.cli.exit_codes import PROBLEM
+from azure_torch_ckpt.cli.errors import PROBLEM
 from azure_torch_ckpt.cli.options import Session, session_options, share
-from azure_torch_ckpt.cli.output import Output, plural
-from azure_torch_ckpt.cli.tables import Table
+from azure_torch_ckpt.cli.output import Output, Table, plural
 from azure_torch_ckpt.progress import Progress
 
 if TYPE_CHECKING:
