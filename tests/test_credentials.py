@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from azure.core.credentials import (
-    AzureKeyCredential,
-    AzureNamedKeyCredential,
-    AzureSasCredential,
-)
+from azure.core.credentials import AzureKeyCredential, AzureNamedKeyCredential, AzureSasCredential
 from azure.identity import ClientSecretCredential, DefaultAzureCredential
 from azure.identity.aio import DefaultAzureCredential as AsyncDefaultAzureCredential
 from azure.storage.blob import BlobServiceClient
@@ -22,9 +18,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, PickledCredential, resolve
+from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, Access, PickledCredential, resolve
 from azure_torch_ckpt.datasets import BlobDataset
 from azure_torch_ckpt.errors import AccessDeniedError, CredentialError
 from azure_torch_ckpt.location import BlobLocation

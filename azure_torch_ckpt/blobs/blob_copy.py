@@ -9,10 +9,9 @@ import threading
 from dataclasses import dataclass
 
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.blobs.blob_info import BLOCK_BLOB
-from azure_torch_ckpt.blobs.settings import CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import BLOCK_BLOB, BlobInfo, CopiedSettings
 from azure_torch_ckpt.blobs.staging import Staging
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.errors import (
     AccessDeniedError,

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 
 from azure_torch_ckpt.blobs import outcome
+from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.outcome import Outcome
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError

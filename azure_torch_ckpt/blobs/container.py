@@ -9,10 +9,9 @@ from typing import Any
 from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobClient, ContainerClient
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.direct_requests import USER_AGENT, DirectRequests
 from azure_torch_ckpt.blobs.error_translation import translate
-from azure_torch_ckpt.credentials import environment_note, resolve
+from azure_torch_ckpt.credentials import Access, environment_note, resolve
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Doubt

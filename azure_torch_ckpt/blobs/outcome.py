@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from azure_torch_ckpt._internal.checksums import md5
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import (
     BlobChangedError,

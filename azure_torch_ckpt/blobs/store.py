@@ -16,15 +16,14 @@ from azure.storage.blob import BlobBlock, ContentSettings
 
 from azure_torch_ckpt._internal.checksums import header_value, md5
 from azure_torch_ckpt.blobs import blob_info
-from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.container_listing import ContainerListing
 from azure_torch_ckpt.blobs.service_copy import ServiceCopy
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.errors import BlobNotFoundError, CorruptCheckpointError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Doubt, Gather, Scatter
 
-__all__ = ["BlobInfo", "BlobStore"]
+__all__ = ["BlobStore"]
 
 _BLOCK_NAME = re.compile(rb"<Name>([A-Za-z0-9+/]+=*)</Name>")
 

@@ -6,8 +6,7 @@ import io
 import logging
 from typing import BinaryIO, Literal, TypedDict, get_args
 
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.datasets.cache import BlobCache
 from azure_torch_ckpt.datasets.epoch_state import SharedCounter
 from azure_torch_ckpt.datasets.listing import ListedBlob

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation

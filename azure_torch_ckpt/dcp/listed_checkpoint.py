@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobs.store import BlobInfo
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.dcp.blob_names import data_rank, is_metadata_name, is_save_id, metadata_rank
 from azure_torch_ckpt.location import has_empty_segment
 

@@ -9,10 +9,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
 from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_metadata

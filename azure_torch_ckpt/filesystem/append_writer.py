@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import BlobChangedError
 
 __all__ = ["AppendWriter"]

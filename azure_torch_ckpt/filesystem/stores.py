@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, environment_values, named_endpoint
+from azure_torch_ckpt.credentials import Access, Credential, environment_values, named_endpoint
 from azure_torch_ckpt.errors import CredentialError, LocationError
 from azure_torch_ckpt.filesystem.paths import PathParts, locate
 from azure_torch_ckpt.location import BlobLocation

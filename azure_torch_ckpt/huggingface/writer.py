@@ -20,11 +20,10 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs import outcome
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.outcome import Outcome
 from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import step
 from azure_torch_ckpt.dcp.base_writer import BaseWriter, SaveTicket
 from azure_torch_ckpt.dcp.commit import commit

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
-from azure_torch_ckpt.errors import (
-    AccessDeniedError,
-    BlobNotFoundError,
-)
+from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Gather
 from tests.blobs.stores import KEY, MIB, read, sas_for, texts_of

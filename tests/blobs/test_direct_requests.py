@@ -15,11 +15,10 @@ from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt._internal.shared_tokens import STORAGE_SCOPE
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.blob_info import BlobSettings
 from azure_torch_ckpt.blobs.direct_requests import USER_AGENT
-from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation

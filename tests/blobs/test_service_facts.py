@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from azure_torch_ckpt._internal.checksums import header_value
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import BlobDestination, ServiceFetch, copy_blob
-from azure_torch_ckpt.blobs.settings import CopiedSettings
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, CopiedSettings
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobChangedError,

@@ -14,13 +14,13 @@ from azure.core.credentials import AzureSasCredential
 from azure.storage.blob import BlobBlock, BlobClient, ContainerClient
 
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import BlobDestination
+from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.staging import BLOCK_ID_LENGTH, Staging, block_id
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.upload import Upload
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.errors import RequestRefusedError
 from azure_torch_ckpt.huggingface.block_stager import rank_block_id
 from azure_torch_ckpt.io import BlobIO

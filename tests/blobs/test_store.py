@@ -13,9 +13,9 @@ from azure.storage.blob import BlobServiceClient, ContainerClient
 
 from azure_torch_ckpt._internal import checksums
 from azure_torch_ckpt.blobs import store as store_module
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.settings import BlobSettings
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, BlobSettings
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
     BlobChangedError,

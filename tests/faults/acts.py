@@ -28,8 +28,8 @@ from azure_torch_ckpt import (
     prune,
     remove_checkpoint,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointReplacedError, CommitConflictError
 from azure_torch_ckpt.huggingface.index import parse_index
 

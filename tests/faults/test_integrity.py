@@ -26,16 +26,7 @@ from azure_torch_ckpt.dcp.metadata.schema import StoredItem
 from tests.faults.tally import Tally
 from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Answer, Exchange, Flip
-from tests.support.mixed_checkpoint import (
-    KEY,
-    assert_right,
-    failure,
-    flip_in_storage,
-    item_of,
-    load,
-    save,
-    state,
-)
+from tests.support.mixed_checkpoint import KEY, assert_right, failure, flip_in_storage, item_of, load, save, state
 from tests.support.proxy import FaultProxy
 from tests.support.states import assert_same, bits
 from tests.support.waits import without_waiting

@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from azure_torch_ckpt import (
-    BlobChangedError,
-    BlobIO,
-    BlobNotFoundError,
-    StoreError,
-    TransferOptions,
-)
+from azure_torch_ckpt import BlobChangedError, BlobIO, BlobNotFoundError, StoreError, TransferOptions
 from tests.io.blobs import LINES, MIB, client, content, opening, put
 from tests.support.faults import Call, Gate, Hold
 from tests.support.proxy import FaultProxy

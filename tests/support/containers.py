@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from azure.storage.blob import generate_container_sas
 
 from azure_torch_ckpt import AzureBlobReader, BlobLocation, CheckpointNotFoundError
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 
 KEY = Azurite.account_key

@@ -43,8 +43,8 @@ from azure_torch_ckpt import (
     TransferOptions,
     remove_checkpoint,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from tests.support.containers import KEY as KEY
 from tests.support.sharded import same_bits, sharded_tensor, values

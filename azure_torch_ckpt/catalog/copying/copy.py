@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
-from azure_torch_ckpt.blobs.settings import CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.catalog.copying.file_copy import CopyRun, FileCopy
 from azure_torch_ckpt.catalog.copying.metrics import CopyMetrics
 from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, plan_copy
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, Tree, open_tree
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
 from azure_torch_ckpt.location import BlobLocation

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from azure_torch_ckpt._internal.atomic_file import AtomicFile
-from azure_torch_ckpt.blobs.settings import CopiedSettings
-from azure_torch_ckpt.blobs.store import BlobInfo
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, CopiedSettings
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.transport.buffers import Cancel
 
