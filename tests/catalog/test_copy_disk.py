@@ -37,10 +37,10 @@ from tests.support.mixed_checkpoint import (
     item_of,
     load,
     save,
+    save_without_collectives,
     zeros,
 )
 from tests.support.proxy import FaultProxy, meet
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -18,12 +18,10 @@ from azure_torch_ckpt import (
     remove_checkpoint,
 )
 from tests.faults.tally import Tally
-from tests.support.containers import paths_below, put
+from tests.support.containers import paths_below, plant_leftovers, put
 from tests.support.faults import Answer, Call
-from tests.support.mixed_checkpoint import KEY, assert_right, data_path, load, save
-from tests.support.planted import plant_leftovers
+from tests.support.mixed_checkpoint import KEY, assert_right, data_path, load, save, save_without_collectives
 from tests.support.proxy import FaultProxy
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -26,7 +26,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
-from tests.support.shard_planner import ShardPlanner
+from tests.support.sharded import ShardPlanner
 from tests.support.states import COPIED, Place, assert_same, fill
 
 pytestmark = [

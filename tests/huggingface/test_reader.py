@@ -26,8 +26,7 @@ from tests.huggingface import small_llama as hf
 from tests.support.faults import Call
 from tests.support.mixed_checkpoint import error_of
 from tests.support.proxy import FaultProxy
-from tests.support.shard_planner import ShardPlanner
-from tests.support.sharded import assert_same
+from tests.support.sharded import ShardPlanner, assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
