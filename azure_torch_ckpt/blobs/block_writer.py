@@ -26,11 +26,6 @@ _SHORT_BLOCKS = 4_000
 class BlockWriter:
     """Stages blocks in parallel. The blob appears, or is replaced, with `commit`.
 
-    Args:
-        path: the blob's name in the container.
-        if_etag: replace only the blob with this ETag.
-        if_missing: write only if there is no such blob.
-
     Attributes:
         settings: what the commit stores with the blob.
 

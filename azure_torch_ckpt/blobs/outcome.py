@@ -98,8 +98,6 @@ def put(
 
     Args:
         data: with an id in it that no other write has, since the data identifies the blob.
-        if_etag: write only over the blob with this ETag.
-        if_missing: write only if there is no such blob.
 
     Raises:
         StoreError: it was not carried out.

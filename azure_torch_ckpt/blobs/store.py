@@ -17,7 +17,7 @@ from azure.storage.blob import BlobBlock, ContentSettings
 from azure_torch_ckpt._internal.checksums import header_value, md5
 from azure_torch_ckpt.blobs import blob_info
 from azure_torch_ckpt.blobs.blob_info import BlobInfo, BlobSettings, CopiedSettings
-from azure_torch_ckpt.blobs.container_listing import ContainerListing
+from azure_torch_ckpt.blobs.container import ContainerListing
 from azure_torch_ckpt.blobs.service_copy import ServiceCopy
 from azure_torch_ckpt.errors import BlobNotFoundError, CorruptCheckpointError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation

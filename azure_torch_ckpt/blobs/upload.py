@@ -49,7 +49,6 @@ class Upload:
     Use it as a context manager: an exception inside stops the workers, and nothing is committed.
 
     Args:
-        path: the blob's name in the container.
         total: the expected number of bytes, which determines the size of the blocks. None if unknown: the blocks grow
             with the blob.
         moved: called by a worker with the size of each block that has arrived.
