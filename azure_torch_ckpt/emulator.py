@@ -102,9 +102,8 @@ class Azurite:
         If Azurite is not installed yet, this installs it first, once, with a message on stderr.
 
         Raises:
-            EmulatorError: it runs already; Node.js or Azurite cannot be found or installed; it ended at once (the
-            message
-                has its last lines: the port is in use, the folder is a file, ...); it does not answer within 60 s.
+            EmulatorError: it runs already; Node.js or Azurite cannot be found or installed; it ended at once (the last
+                lines in the message say why: the port is in use, ...); it does not answer within 60 s.
         """
         if self._process is not None:
             raise EmulatorError(f"This Azurite runs already (process {self._process.pid}). Make another Azurite().")
@@ -286,19 +285,15 @@ def _end(process: subprocess.Popen[str], *, orderly: bool) -> None:
             process.stdin.flush()
             process.wait(_STOP_SECONDS)
     if process.poll() is None:
-        _kill(process)
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            # `node` on PATH may be a script that runs the real one. Both are in the session that was made for them.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     with contextlib.suppress(OSError):
         process.stdin.close()
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    if sys.platform == "win32":
-        process.kill()
-    else:
-        # `node` on PATH may be a script that runs the real one. Both are in the session that was made for them.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def write_self_signed_certificate(certificate_file: Path, key_file: Path) -> None:

@@ -62,9 +62,9 @@ class BlobDestination:
 
     def copy_from(self, source: CopySource, metadata: Mapping[str, str] | None, cancel: Cancel) -> int | None:
         """Have the service make the whole blob, visible at once; return its CRC64, if the service sends it."""
-        crc64 = self._store.copy(self._path, source, metadata, cancel=cancel)
+        checksum = self._store.copy(self._path, source, metadata, cancel=cancel)
         self._made = True
-        return crc64
+        return checksum
 
     def commit(self, source: BlobInfo, settings: CopiedSettings, *, strict: bool = False) -> None:
         """Make the blob visible. All blocks must be staged.
