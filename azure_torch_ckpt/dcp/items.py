@@ -46,6 +46,7 @@ class ItemReader:
         self.store = store
         self.run = run
         self._location = location
+        self._checksums = store.options.checksums
         self._paths: dict[str, str] = {}  # of data blobs in the container, by their names below the URL
         self._sizes: dict[str, int] = {}
 
@@ -79,7 +80,7 @@ class ItemReader:
 
     def check(self, item: StoredItem, index: MetadataIndex) -> Check | None:
         """The check of an item that is read whole; None if it has no checksum, or checksums are off."""
-        if item.crc64 is None or not self.store.options.checksums:
+        if item.crc64 is None or not self._checksums:
             return None
 
         def mismatch(found: int) -> None:
