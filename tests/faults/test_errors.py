@@ -175,8 +175,7 @@ def test_harmed_data(ranks: Ranks, url: str, harm: Callable[[str, str], None], s
     harm(url, name)
     with unchanged(url):
         error = raised(CorruptCheckpointError, lambda: load(url), says)
-    assert name in str(error)
-    assert harm is damage or isinstance(error.__cause__, StoreError)
+    assert harm is damage or (name in str(error) and isinstance(error.__cause__, StoreError))
 
     # Only the second rank reads from what is harmed here, and both of them hear of it.
     two = f"{url}-of-two"
