@@ -6,52 +6,12 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from azure_torch_ckpt.errors import (
-    AccessDeniedError,
-    AzureCheckpointError,
-    BlobChangedError,
-    BlobExistsError,
-    BlobNotFoundError,
-    CheckpointError,
-    CheckpointExistsError,
-    CheckpointNotFoundError,
-    CheckpointReplacedError,
-    CommitConflictError,
-    CommitUnknownError,
-    ConfigurationError,
-    ContainerNotFoundError,
-    CorruptCheckpointError,
-    CredentialError,
-    CredentialTypeError,
-    EmulatorError,
-    IncompleteSaveError,
-    LocalFileError,
-    LocationError,
-    MissingDependencyError,
-    RequestRefusedError,
-    ServiceUnavailableError,
-    StoreError,
-    TarShardError,
-    UnknownOptionError,
-    UnsafeMetadataError,
-    UnsupportedCheckpointError,
-)
-from azure_torch_ckpt.events import (
-    TransferEvent,
-    add_listener,
-    listening,
-    remove_listener,
-)
-from azure_torch_ckpt.location import (
-    BlobLocation,
-)
-from azure_torch_ckpt.options import (
-    TransferOptions,
-)
-from azure_torch_ckpt.progress import (
-    AllRanks,
-    Progress,
-)
+from azure_torch_ckpt import errors
+from azure_torch_ckpt.errors import *  # noqa: F403
+from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
+from azure_torch_ckpt.location import BlobLocation
+from azure_torch_ckpt.options import TransferOptions
+from azure_torch_ckpt.progress import AllRanks, Progress
 
 if TYPE_CHECKING:
     from azure_torch_ckpt.catalog import prune, verify
@@ -64,65 +24,30 @@ if TYPE_CHECKING:
         IterableBlobDataset,
         TarDataset,
     )
-    from azure_torch_ckpt.dcp import (
-        AzureBlobReader,
-        AzureBlobWriter,
-        remove_checkpoint,
-    )
+    from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, remove_checkpoint
     from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-    from azure_torch_ckpt.huggingface import (
-        AzureBlobHuggingFaceReader,
-        AzureBlobHuggingFaceWriter,
-    )
+    from azure_torch_ckpt.huggingface import AzureBlobHuggingFaceReader, AzureBlobHuggingFaceWriter
     from azure_torch_ckpt.io import BlobIO
 
 __all__ = [
-    "AccessDeniedError",
     "AllRanks",
     "AzureBlobFileSystem",
     "AzureBlobHuggingFaceReader",
     "AzureBlobHuggingFaceWriter",
     "AzureBlobReader",
     "AzureBlobWriter",
-    "AzureCheckpointError",
     "Blob",
     "BlobCache",
-    "BlobChangedError",
     "BlobDataset",
-    "BlobExistsError",
     "BlobIO",
     "BlobListing",
     "BlobLocation",
-    "BlobNotFoundError",
     "BlobSampler",
-    "CheckpointError",
-    "CheckpointExistsError",
-    "CheckpointNotFoundError",
-    "CheckpointReplacedError",
-    "CommitConflictError",
-    "CommitUnknownError",
-    "ConfigurationError",
-    "ContainerNotFoundError",
-    "CorruptCheckpointError",
-    "CredentialError",
-    "CredentialTypeError",
-    "EmulatorError",
-    "IncompleteSaveError",
     "IterableBlobDataset",
-    "LocalFileError",
-    "LocationError",
-    "MissingDependencyError",
     "Progress",
-    "RequestRefusedError",
-    "ServiceUnavailableError",
-    "StoreError",
     "TarDataset",
-    "TarShardError",
     "TransferEvent",
     "TransferOptions",
-    "UnknownOptionError",
-    "UnsafeMetadataError",
-    "UnsupportedCheckpointError",
     "__version__",
     "add_listener",
     "listening",
@@ -131,6 +56,7 @@ __all__ = [
     "remove_listener",
     "verify",
 ]
+__all__ += errors.__all__
 
 # Imported when it is used: torch takes seconds, for which the command's --help and its completion need not wait.
 _HOMES = {

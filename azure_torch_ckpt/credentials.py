@@ -1,4 +1,4 @@
-"""What ``credential=`` means in every function and class of this package."""
+"""What ``credential=`` means in every function and class, and `Access`: how a container is reached."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential, TokenCredential
 
 from azure_torch_ckpt._internal.shared_tokens import SharedTokens, default_tokens, shared_tokens
 from azure_torch_ckpt.errors import CredentialError, CredentialTypeError, LocationError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation, is_account_name, is_sas
+from azure_torch_ckpt.options import TransferOptions
 
 __all__ = [
     "EMULATOR_ACCOUNT_KEY",
+    "Access",
     "Credential",
     "PickledCredential",
     "SdkCredential",
@@ -196,6 +198,35 @@ class PickledCredential:
         if kind == "sas":
             return AzureSasCredential(*values)
         return cast(Credential, values[0])
+
+
+@dataclass(frozen=True, init=False)
+class Access:
+    """The arguments ``credential=``, ``options=`` and ``ca_file=`` of public functions.
+
+    A pickle holds the credential, because it would be useless without: treat it as a secret.
+
+    Attributes:
+        credential: see `resolve`.
+        options: limits of connections, memory and time.
+        ca_file: PEM file with certificates to trust besides the platform's (an endpoint with a private CA, the
+            emulator's TLS).
+    """
+
+    credential: Credential = field(repr=False)
+    options: TransferOptions
+    ca_file: str | None
+
+    def __init__(
+        self, credential: Credential = None, options: TransferOptions | None = None, ca_file: str | None = None
+    ) -> None:
+        self.__dict__.update(credential=credential, options=options or TransferOptions(), ca_file=ca_file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "credential": PickledCredential.of(self.credential)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, credential=state["credential"].restore())
 
 
 def _over_tls(location: BlobLocation, tokens: SharedTokens) -> SharedTokens:

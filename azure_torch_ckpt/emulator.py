@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import http.client
+import ipaddress
 import os
 import re
 import signal
@@ -26,15 +28,12 @@ from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from azure_torch_ckpt._internal.azurite_installation import AZURITE_VERSION, GET_NODE, find_azurite, tail_of
-from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY
-from azure_torch_ckpt.errors import EmulatorError
+from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, Access
+from azure_torch_ckpt.errors import EmulatorError, LocalFileError, MissingDependencyError
 from azure_torch_ckpt.location import EMULATOR_ACCOUNT, BlobLocation
 
 __all__ = ["AZURITE_VERSION", "Azurite"]
@@ -103,9 +102,8 @@ class Azurite:
         If Azurite is not installed yet, this installs it first, once, with a message on stderr.
 
         Raises:
-            EmulatorError: it runs already; Node.js or Azurite cannot be found or installed; it ended at once (the
-            message
-                has its last lines: the port is in use, the folder is a file, ...); it does not answer within 60 s.
+            EmulatorError: it runs already; Node.js or Azurite cannot be found or installed; it ended at once (the last
+                lines in the message say why: the port is in use, ...); it does not answer within 60 s.
         """
         if self._process is not None:
             raise EmulatorError(f"This Azurite runs already (process {self._process.pid}). Make another Azurite().")
@@ -139,9 +137,7 @@ class Azurite:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -289,16 +285,60 @@ def _end(process: subprocess.Popen[str], *, orderly: bool) -> None:
             process.stdin.flush()
             process.wait(_STOP_SECONDS)
     if process.poll() is None:
-        _kill(process)
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            # `node` on PATH may be a script that runs the real one. Both are in the session that was made for them.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     with contextlib.suppress(OSError):
         process.stdin.close()
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    if sys.platform == "win32":
-        process.kill()
-    else:
-        # `node` on PATH may be a script that runs the real one. Both are in the session that was made for them.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+def write_self_signed_certificate(certificate_file: Path, key_file: Path) -> None:
+    """Write a certificate for a server on 127.0.0.1 or localhost, good for 30 days, and its key: both as PEM.
+
+    The certificate is self-signed; a client trusts it by ``ca_file=``. It is not an authority (``ca=False``), because
+    rustls refuses one that is both authority and server; OpenSSL accepts either. The key is not encrypted, and only its
+    owner can read its file.
+
+    Raises:
+        MissingDependencyError: the package ``cryptography`` is not installed.
+        LocalFileError: a file could not be written.
+    """
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Making a certificate for TLS needs the package cryptography. Install it (pip install cryptography)"
+        ) from error
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "azure_torch_ckpt emulator")])
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    try:
+        certificate_file.write_bytes(certificate.public_bytes(pem))
+        key_file.touch(mode=0o600)
+        key_file.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    except OSError as error:
+        raise LocalFileError(f"could not write {error.filename}: {error.strerror}") from error

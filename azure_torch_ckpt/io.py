@@ -11,12 +11,11 @@ from collections.abc import Hashable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn, SupportsIndex, cast, get_args
 
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.blob_info import BlobSettings
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.range_reader import CACHED, RangeReader
-from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, environment_values
+from azure_torch_ckpt.credentials import Access, Credential, environment_values
 from azure_torch_ckpt.errors import AccessDeniedError, BlobExistsError, BlobNotFoundError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions

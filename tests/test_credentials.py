@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from azure.core.credentials import (
-    AzureKeyCredential,
-    AzureNamedKeyCredential,
-    AzureSasCredential,
-)
+from azure.core.credentials import AzureKeyCredential, AzureNamedKeyCredential, AzureSasCredential
 from azure.identity import ClientSecretCredential, DefaultAzureCredential
 from azure.identity.aio import DefaultAzureCredential as AsyncDefaultAzureCredential
 from azure.storage.blob import BlobServiceClient
@@ -22,13 +18,12 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, PickledCredential, resolve
+from azure_torch_ckpt.credentials import EMULATOR_ACCOUNT_KEY, Access, PickledCredential, resolve
 from azure_torch_ckpt.datasets import BlobDataset
 from azure_torch_ckpt.errors import AccessDeniedError, CredentialError
 from azure_torch_ckpt.location import BlobLocation
-from tests.blobs.stores import sas_for
+from tests.support.containers import container_sas
 from tests.support.fake_credentials import (
     AZURE,
     CUSTOM,
@@ -332,10 +327,10 @@ def test_every_entry_point_uses_the_environment(
 ) -> None:
     BlobStore(BlobLocation.parse(container)).put("data/blob", b"data")
     monkeypatch.setenv(ACCOUNT, "devstoreaccount1")
-    monkeypatch.setenv(SAS_VARIABLE, sas_for(container, "w"))
+    monkeypatch.setenv(SAS_VARIABLE, container_sas(container, "w"))
     with pytest.raises((AccessDeniedError, CheckpointException), match="403"):
         use(container)
-    monkeypatch.setenv(SAS_VARIABLE, sas_for(container))  # a new one is used from then on
+    monkeypatch.setenv(SAS_VARIABLE, container_sas(container))  # a new one is used from then on
     use(container)
 
 

@@ -26,8 +26,7 @@ from azure.storage.blob import BlobServiceClient
 
 from azure_torch_ckpt import emulator
 from azure_torch_ckpt._internal.azurite_installation import find_azurite
-from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
-from azure_torch_ckpt.emulator import AZURITE_VERSION, Azurite
+from azure_torch_ckpt.emulator import AZURITE_VERSION, Azurite, write_self_signed_certificate
 from azure_torch_ckpt.errors import EmulatorError, LocalFileError
 
 

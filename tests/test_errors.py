@@ -20,8 +20,8 @@ from azure_torch_ckpt import (
     StoreError,
     errors,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 
 CLASSES: list[type[AzureCheckpointError]] = [getattr(errors, name) for name in errors.__all__]

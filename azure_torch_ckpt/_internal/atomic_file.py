@@ -8,11 +8,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from typing import BinaryIO
 
 __all__ = ["AtomicFile", "is_part", "remove_abandoned"]
 
@@ -82,12 +78,10 @@ class AtomicFile:
             with contextlib.suppress(OSError):  # bytes that the disk did not take
                 self.file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> AtomicFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abandon()
 
 

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 __all__ = ["CollectorPause", "without_collector"]
@@ -56,9 +55,7 @@ class CollectorPause:
         self._until = time.monotonic() + _LONGEST_SECONDS
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def heed_time(self) -> None:

@@ -75,14 +75,9 @@ class SharedTokens:
         **_kwargs: Any,
     ) -> AccessToken:
         """azure-core's ``TokenCredential`` protocol. Raises whatever the credential raises."""
-        options = TokenRequestOptions()
-        if claims:
-            options["claims"] = claims
-        if tenant_id:
-            options["tenant_id"] = tenant_id
-        if enable_cae:
-            options["enable_cae"] = True
-        info = self.get_token_info(*scopes, options=options)
+        given = {"claims": claims, "tenant_id": tenant_id, "enable_cae": enable_cae}
+        options = {name: value for name, value in given.items() if value}
+        info = self.get_token_info(*scopes, options=cast(TokenRequestOptions, options))
         return AccessToken(info.token, info.expires_on)
 
     def get_token_info(self, *scopes: str, options: TokenRequestOptions | None = None) -> AccessTokenInfo:

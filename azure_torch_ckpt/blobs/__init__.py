@@ -2,5 +2,5 @@
 
 Only this folder calls azure-storage-blob. `BlobStore` has the verbs for one container; `Upload` and `Download` move
 memory views with many requests at a time; `outcome` commits with a condition. Other folders may use every module here
-except `direct_requests`, `signing`, `list_page` and `error_translation`, which serve `BlobStore`.
+except `direct_requests`, `signing` and `error_translation`, which serve `BlobStore`.
 """

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.blobs.blob_info import BLOCK_BLOB
-from azure_torch_ckpt.blobs.settings import CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import BLOCK_BLOB, BlobInfo, CopiedSettings
+from azure_torch_ckpt.blobs.service_copy import CopySource
 from azure_torch_ckpt.blobs.staging import Staging
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -55,30 +56,15 @@ class BlobDestination:
         self._made = False
         self._staging.stage(self._number(offset), Gather([block]), crc64, cancel)
 
-    def fetch(
-        self,
-        fetch: ServiceFetch,
-        source: BlobInfo,
-        offset: int,
-        length: int,
-        settings: CopiedSettings | None,
-        cancel: Cancel,
-    ) -> int | None:
-        """Have the service fetch a block, or the whole blob, which is visible at once; return the CRC64 if it sends
-        one.
+    def stage_from(self, source: CopySource, offset: int, length: int, cancel: Cancel) -> int | None:
+        """Have the service stage a block; return its CRC64, if the service sends it."""
+        return self._staging.stage_from(self._number(offset), source, offset, length, cancel)
 
-        Args:
-            source: a blob in the container of `fetch`.
-            settings: of the whole blob, which the service makes at once if it can; None stages a block.
-        """
-        access = fetch.store.copy_source(source.path, source.etag)
-        # Copy Blob From URL takes block blobs only. With tags, a refusal would not say what is refused.
-        if settings is None or settings.tags or source.kind != BLOCK_BLOB:
-            return self._staging.stage_from(self._number(offset), access, offset, length, cancel)
-        # Without any metadata, the service uses the source's, which is the same.
-        crc64 = self._store.copy(self._path, access, settings.metadata or None, cancel=cancel)
+    def copy_from(self, source: CopySource, metadata: Mapping[str, str] | None, cancel: Cancel) -> int | None:
+        """Have the service make the whole blob, visible at once; return its CRC64, if the service sends it."""
+        checksum = self._store.copy(self._path, source, metadata, cancel=cancel)
         self._made = True
-        return crc64
+        return checksum
 
     def commit(self, source: BlobInfo, settings: CopiedSettings, *, strict: bool = False) -> None:
         """Make the blob visible. All blocks must be staged.
@@ -134,7 +120,11 @@ class ServiceFetch:
         settings: CopiedSettings | None,
         cancel: Cancel,
     ) -> Fetched | None:
-        """`BlobDestination.fetch`, or None if the bytes have to go through this machine.
+        """Have the service fetch a block, or the whole blob; None if the bytes have to go through this machine.
+
+        Args:
+            source: a blob in `store`.
+            settings: of the whole blob, which the service makes at once if it can; None stages a block.
 
         Raises:
             BlobChangedError: the source has another ETag.
@@ -143,7 +133,12 @@ class ServiceFetch:
         if not self.possible or not length:  # an empty blob has no range
             return None
         try:
-            return Fetched(destination.fetch(self, source, offset, length, settings, cancel))
+            access = self.store.copy_source(source.path, source.etag)
+            # Copy Blob From URL takes block blobs only. With tags, a refusal would not say what is refused.
+            if settings is None or settings.tags or source.kind != BLOCK_BLOB:
+                return Fetched(destination.stage_from(access, offset, length, cancel))
+            # Without any metadata, the service uses the source's, which is the same.
+            return Fetched(destination.copy_from(access, settings.metadata or None, cancel))
         except (BlobChangedError, ServiceUnavailableError):
             raise
         except StoreError as error:

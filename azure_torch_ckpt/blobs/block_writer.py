@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 
 from azure_torch_ckpt.blobs import outcome
+from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.outcome import Outcome
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import BlobChangedError, BlobExistsError, StoreError
@@ -25,11 +25,6 @@ _SHORT_BLOCKS = 4_000
 
 class BlockWriter:
     """Stages blocks in parallel. The blob appears, or is replaced, with `commit`.
-
-    Args:
-        path: the blob's name in the container.
-        if_etag: replace only the blob with this ETag.
-        if_missing: write only if there is no such blob.
 
     Attributes:
         settings: what the commit stores with the blob.

@@ -67,7 +67,6 @@ class Read:
     """A range of one blob to be read, and its destination.
 
     Attributes:
-        path: the blob's name in the container.
         offset: of the first byte in the blob.
         length: bytes.
         dest: writable bytes for the range, or for its bytes from `skip` on; None for a buffer that lives as long as
@@ -94,8 +93,7 @@ class Download:
 
     Args:
         total: the expected number of bytes, which determines the size of the requests.
-        if_etag: read only from a blob with this ETag.
-        moment: if it names a snapshot or a version, that one is read.
+        if_etag, moment: as for `BlobStore`.
         moved: called by a worker with the number of bytes of each answered request, without unrequested bytes.
     """
 

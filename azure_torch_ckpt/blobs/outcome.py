@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from azure_torch_ckpt._internal.checksums import md5
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import (
     BlobChangedError,
@@ -98,8 +98,6 @@ def put(
 
     Args:
         data: with an id in it that no other write has, since the data identifies the blob.
-        if_etag: write only over the blob with this ETag.
-        if_missing: write only if there is no such blob.
 
     Raises:
         StoreError: it was not carried out.

@@ -12,8 +12,9 @@ import bisect
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.download import GAP, Download, Read
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import BlobChangedError
 from azure_torch_ckpt.location import BlobLocation
 

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from azure.core import MatchConditions
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
@@ -82,10 +81,6 @@ class ServiceCopy(ContainerConnection):
 
         Args:
             metadata: stored with the blob in place of the source's.
-            cancel: ends the request early.
-
-        Raises:
-            BlobChangedError: the source has another ETag.
         """
         answers: list[HttpResponse] = []
         with self._translated("copy another blob to", path):
@@ -95,9 +90,9 @@ class ServiceCopy(ContainerConnection):
                 requires_sync=True,
                 source_etag=source.etag,
                 source_match_condition=MatchConditions.IfNotModified,
+                source_authorization=source.authorization,
                 cancel=cancel,
                 answers=answers,
-                **_authorized(source),
             )
         return _answered_crc64(answers)
 
@@ -115,12 +110,6 @@ class ServiceCopy(ContainerConnection):
 
         https://learn.microsoft.com/rest/api/storageservices/put-block-from-url. Returns the CRC64-NVME of the block, if
         the service sends it.
-
-        Args:
-            cancel: ends the request early.
-
-        Raises:
-            BlobChangedError: the source has another ETag.
         """
         answers: list[HttpResponse] = []
         with self._translated("copy a part of another blob to", path):
@@ -130,15 +119,11 @@ class ServiceCopy(ContainerConnection):
                 offset,
                 length,
                 headers={"x-ms-source-if-match": source.etag},
+                source_authorization=source.authorization,
                 cancel=cancel,
                 answers=answers,
-                **_authorized(source),
             )
         return _answered_crc64(answers)
-
-
-def _authorized(source: CopySource) -> dict[str, Any]:
-    return {} if source.authorization is None else {"source_authorization": source.authorization}
 
 
 def _answered_crc64(answers: Sequence[HttpResponse]) -> int | None:

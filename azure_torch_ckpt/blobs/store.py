@@ -16,15 +16,14 @@ from azure.storage.blob import BlobBlock, ContentSettings
 
 from azure_torch_ckpt._internal.checksums import header_value, md5
 from azure_torch_ckpt.blobs import blob_info
-from azure_torch_ckpt.blobs.blob_info import BlobInfo
-from azure_torch_ckpt.blobs.container_listing import ContainerListing
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, BlobSettings, CopiedSettings
+from azure_torch_ckpt.blobs.container import ContainerListing
 from azure_torch_ckpt.blobs.service_copy import ServiceCopy
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.errors import BlobNotFoundError, CorruptCheckpointError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel, Doubt, Gather, Scatter
 
-__all__ = ["BlobInfo", "BlobStore"]
+__all__ = ["BlobStore"]
 
 _BLOCK_NAME = re.compile(rb"<Name>([A-Za-z0-9+/]+=*)</Name>")
 
@@ -39,8 +38,16 @@ class BlobStore(ServiceCopy, ContainerListing):
         location: names the account and the container; its path is ignored.
         access: credential, limits and certificates.
 
+    Args (of several methods):
+        path: the blob's name in the container.
+        if_etag: only for the blob with this ETag.
+        if_missing: write only if the blob does not exist.
+        moment: if it names a snapshot or a version of the blob, that one is read.
+        cancel: ends the request early.
+
     Raises (all methods): `ContainerNotFoundError`, `AccessDeniedError`, `ServiceUnavailableError`,
-        `RequestRefusedError`, and the errors that each method lists.
+        `RequestRefusedError`; `BlobNotFoundError` if a blob to be read does not exist; `BlobChangedError` if
+        `if_etag`, `if_missing` or the ETag of a source is not met; and the errors that a method lists.
     """
 
     def moved_to(self, location: BlobLocation) -> tuple[BlobLocation, BlobStore]:
@@ -67,7 +74,6 @@ class BlobStore(ServiceCopy, ContainerListing):
         Args:
             block_id: all ids of a blob must have the same length, 64 bytes at most.
             crc64: CRC64-NVME of the body. The service refuses a body with another one, and it is sent again.
-            cancel: ends the request early.
         """
         headers = {} if crc64 is None else {"x-ms-content-crc64": header_value(crc64)}
         with self._translated("write a block of", path):
@@ -97,22 +103,12 @@ class BlobStore(ServiceCopy, ContainerListing):
 
         Args:
             block_ids: an empty list makes an empty blob.
-            if_etag: write only over the blob with this ETag.
-            if_missing: write only if the blob does not exist.
-
-        Raises:
-            BlobChangedError: the condition is not met.
         """
-        settings = settings or BlobSettings()
-        options: dict[str, Any] = {}
+        options = _metadata_and_tags(settings)
         if isinstance(settings, CopiedSettings):
             options["content_settings"] = settings.content
-        elif settings.content_type is not None:
+        elif settings is not None and settings.content_type is not None:
             options["content_settings"] = ContentSettings(content_type=settings.content_type)
-        if settings.metadata:
-            options["metadata"] = dict(settings.metadata)
-        if settings.tags:
-            options["tags"] = dict(settings.tags)
         options |= {"match_condition": MatchConditions.IfMissing} if if_missing else _if(if_etag)
         doubt = Doubt()
         with self._translated("commit", path, doubt):
@@ -121,11 +117,7 @@ class BlobStore(ServiceCopy, ContainerListing):
             return str(result["etag"])
 
     def committed_blocks(self, path: str) -> list[str]:
-        """Get Block List: return the ids of the blocks of which the blob consists, in their order.
-
-        Raises:
-            BlobNotFoundError: the blob does not exist.
-        """
+        """Get Block List: return the ids of the blocks of which the blob consists, in their order."""
         with self._translated("look at the blocks of", path):
             return [str(block.id) for block in self._blob(path).get_block_list("committed")[0]]
 
@@ -160,20 +152,12 @@ class BlobStore(ServiceCopy, ContainerListing):
 
         Args:
             settings: of the blob that is copied.
-            if_etag: write only over the blob with this ETag.
-            if_missing: write only if the blob does not exist.
             doubt: records whether an attempt before the last one may have been carried out.
-
-        Raises:
-            BlobChangedError: the condition is not met.
         """
         content = ContentSettings(content_type="application/octet-stream")
-        options: dict[str, Any] = {}
-        if settings is not None:
-            content = copy.copy(settings.content or content)
+        if settings is not None and settings.content is not None:
+            content = copy.copy(settings.content)
             content.content_md5 = None  # the service computes it
-            options |= {"metadata": dict(settings.metadata)} if settings.metadata else {}
-            options |= {"tags": dict(settings.tags)} if settings.tags else {}
         doubt = doubt or Doubt()
         with self._translated("write", path, doubt):
             result = self._blob(path).upload_blob(
@@ -184,7 +168,7 @@ class BlobStore(ServiceCopy, ContainerListing):
                 headers={"Content-MD5": base64.b64encode(md5(data)).decode()},
                 overwrite=not if_missing,
                 doubt=doubt,
-                **options,
+                **_metadata_and_tags(settings),
                 **_if(if_etag),
             )
             return str(result["etag"])
@@ -212,15 +196,7 @@ class BlobStore(ServiceCopy, ContainerListing):
             return str(result["etag"])
 
     def delete(self, path: str, *, if_etag: str | None = None, cancel: Cancel | None = None) -> bool:
-        """Delete a blob, with its snapshots; return whether it existed. Use `delete_folder` for a folder's own blob.
-
-        Args:
-            if_etag: delete only the blob with this ETag.
-            cancel: ends the request early.
-
-        Raises:
-            BlobChangedError: the blob's ETag is not `if_etag`.
-        """
+        """Delete a blob, with its snapshots; return whether it existed. Use `delete_folder` for a folder's own blob."""
         doubt = Doubt()
         try:
             with self._translated("delete", path, doubt):
@@ -265,13 +241,8 @@ class BlobStore(ServiceCopy, ContainerListing):
 
         Args:
             views: writable one-dimensional byte views, at least one byte in all.
-            if_etag: read only the blob with this ETag.
-            moment: if it names a snapshot or a version of the blob, that one is read.
-            cancel: ends the request early.
 
         Raises:
-            BlobNotFoundError: the blob does not exist.
-            BlobChangedError: the blob's ETag is not `if_etag`.
             RequestRefusedError: the range goes beyond the blob's end (``status`` is 416).
         """
         dest = Scatter(views)
@@ -307,7 +278,6 @@ class BlobStore(ServiceCopy, ContainerListing):
         """Get Blob: return the content (the first `limit` bytes) of a small blob, and its ETag.
 
         Raises:
-            BlobNotFoundError: the blob does not exist.
             CorruptCheckpointError: the bytes do not have the MD5 that is stored with them.
         """
         data, info = self.read_some(path, 0, limit)
@@ -321,15 +291,7 @@ class BlobStore(ServiceCopy, ContainerListing):
     def read_some(
         self, path: str, offset: int, limit: int, *, if_etag: str | None = None, moment: BlobLocation | None = None
     ) -> tuple[bytes, BlobInfo]:
-        """Get Blob: return at most `limit` bytes from `offset` on, none at the blob's end, and the blob's properties.
-
-        Args:
-            if_etag, moment: as for `read_into`.
-
-        Raises:
-            BlobNotFoundError: the blob does not exist.
-            BlobChangedError: the blob's ETag is not `if_etag`.
-        """
+        """Get Blob: return at most `limit` bytes from `offset` on, none at the blob's end, and the properties."""
         try:
             with self._translated("read", path):
                 blob = self._blob(path, moment)
@@ -354,26 +316,14 @@ class BlobStore(ServiceCopy, ContainerListing):
         moment: BlobLocation | None = None,
         cancel: Cancel | None = None,
     ) -> BlobInfo:
-        """Get Blob Properties: return what the service knows of the blob.
-
-        Args:
-            if_etag, moment, cancel: as for `read_into`.
-
-        Raises:
-            BlobNotFoundError: the blob does not exist.
-            BlobChangedError: the blob's ETag is not `if_etag`.
-        """
+        """Get Blob Properties: return what the service knows of the blob."""
         answers: list[HttpResponse] = []
         with self._translated("look at", path):
             properties = self._blob(path, moment).get_blob_properties(cancel=cancel, answers=answers, **_if(if_etag))
         return blob_info.of_properties(path, properties, answers[-1].headers)
 
     def tags(self, path: str) -> dict[str, str]:
-        """Get Blob Tags: return the index tags. They need a permission of their own, beside that to read the blob.
-
-        Raises:
-            BlobNotFoundError: the blob does not exist.
-        """
+        """Get Blob Tags: return the index tags. They need a permission of their own, beside that to read the blob."""
         with self._translated("read the tags of", path):
             return dict(self._blob(path).get_blob_tags())
 
@@ -385,6 +335,11 @@ class BlobStore(ServiceCopy, ContainerListing):
         except RequestRefusedError as error:
             if error.error_code != "ContainerAlreadyExists":
                 raise
+
+
+def _metadata_and_tags(settings: BlobSettings | CopiedSettings | None) -> dict[str, Any]:
+    present = {} if settings is None else {"metadata": settings.metadata, "tags": settings.tags}
+    return {name: dict(values) for name, values in present.items() if values}
 
 
 def _if(etag: str | None) -> dict[str, Any]:

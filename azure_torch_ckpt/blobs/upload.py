@@ -49,10 +49,11 @@ class Upload:
     Use it as a context manager: an exception inside stops the workers, and nothing is committed.
 
     Args:
-        path: the blob's name in the container.
         total: the expected number of bytes, which determines the size of the blocks. None if unknown: the blocks grow
             with the blob.
         moved: called by a worker with the size of each block that has arrived.
+
+    Raises (all methods but `abort`): `StoreError` if a block could not be staged, or the blob could not be committed.
     """
 
     def __init__(
@@ -85,9 +86,6 @@ class Upload:
         Args:
             copies: whether only the upload holds the views' memory. Each view of up to a block is then put into one
                 block, not two, so that staging a block frees all memory of its views.
-
-        Raises:
-            StoreError: a block could not be staged.
         """
         item = Item(self._offset)
         if not copies:
@@ -124,31 +122,19 @@ class Upload:
         return item
 
     def finish(self) -> None:
-        """Wait for all blocks and commit the blob. Without any bytes, write nothing.
-
-        Raises:
-            StoreError: a block could not be staged, or the blob could not be committed.
-        """
+        """Wait for all blocks and commit the blob. Without any bytes, write nothing."""
         if block_ids := self.stage():
             self._store.commit_blocks(self._path, block_ids)
 
     def stage(self) -> list[str]:
-        """Send the unfinished block, wait for all blocks, and return their ids. More can be added afterwards.
-
-        Raises:
-            StoreError: a block could not be staged.
-        """
+        """Send the unfinished block, wait for all blocks, and return their ids. More can be added afterwards."""
         if self._room < self.block_size:
             self._flush()
         self._workers.finish()
         return self._staging.ids(range(self._blocks))
 
     def settle(self) -> None:
-        """Release the memory that was given to `add` so far: wait for the full blocks, copy the unfinished one.
-
-        Raises:
-            StoreError: a block could not be staged.
-        """
+        """Release the memory that was given to `add` so far: wait for the full blocks, copy the unfinished one."""
         for segment in self._block:
             segment.views = [memoryview(b"".join(segment.views))]
         self._workers.finish()

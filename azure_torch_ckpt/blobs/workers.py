@@ -11,8 +11,7 @@ __all__ = ["WAIT_SECONDS", "Workers", "run_all"]
 
 WAIT_SECONDS = 0.5
 """The longest wait of the main thread, so that SIGTERM ends a transfer whose requests hang: the handler of a signal
-that
-comes just before the thread begins to wait for a lock runs when that wait ends."""
+that comes just before the thread begins to wait for a lock runs when that wait ends."""
 
 
 class Workers:

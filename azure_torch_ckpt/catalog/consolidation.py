@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
-from azure_torch_ckpt.blobs.settings import BlobSettings
+from azure_torch_ckpt.blobs.blob_info import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog.copying.copy import CopyMetrics
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, LocalFile, open_tree

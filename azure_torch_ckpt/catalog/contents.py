@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.blob_names import data_rank
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import open_checkpoint

@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.catalog.contents import dtype_name
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint
 from azure_torch_ckpt.dcp.report import job_rank

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.verification import BlobReport, VerifyReport, verify_items
 from azure_torch_ckpt.dcp.verification import verify as verify_checkpoint
 from azure_torch_ckpt.errors import AccessDeniedError, CheckpointNotFoundError, RequestRefusedError

@@ -12,8 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from typing import BinaryIO, Literal, TypedDict, TypeVar, get_args
 
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.datasets.cache import BlobCache
 from azure_torch_ckpt.datasets.epoch_state import SharedCounter
 from azure_torch_ckpt.datasets.listing import ListedBlob

@@ -15,9 +15,8 @@ from typing import Any
 
 from azure_torch_ckpt._internal.atomic_file import AtomicFile
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.errors import LocationError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions

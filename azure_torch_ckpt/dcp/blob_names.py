@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobs.store import BlobInfo
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.location import has_empty_segment
 
 __all__ = [

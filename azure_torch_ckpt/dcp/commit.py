@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from azure_torch_ckpt._internal.checksums import md5
 from azure_torch_ckpt.blobs import outcome
+from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.outcome import Outcome, Result
-from azure_torch_ckpt.blobs.settings import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.metadata.schema import data_paths, load_metadata

@@ -14,9 +14,8 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.download import Download, Read
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseStorage, step
 from azure_torch_ckpt.dcp.blob_names import metadata_name, metadata_rank
 from azure_torch_ckpt.dcp.items import ItemReader, run_reads

@@ -20,7 +20,7 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step

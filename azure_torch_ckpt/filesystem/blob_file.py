@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from azure_torch_ckpt.blobs.blob_copy import copied_settings
-from azure_torch_ckpt.blobs.blob_info import APPEND_BLOB, BLOCK_BLOB
-from azure_torch_ckpt.blobs.settings import CopiedSettings
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.blob_info import APPEND_BLOB, BLOCK_BLOB, BlobInfo, CopiedSettings
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import BlobChangedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.paths import Stores
 from azure_torch_ckpt.io import BlobIO

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from fsspec.callbacks import Callback
 
 from azure_torch_ckpt._internal.atomic_file import AtomicFile
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.download import Download, Read
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobNotFoundError
 

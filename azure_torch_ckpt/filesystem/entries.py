@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.paths import PathParts
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from fsspec.spec import AbstractFileSystem
 
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Credential, PickledCredential
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, ContainerNotFoundError, RequestRefusedError

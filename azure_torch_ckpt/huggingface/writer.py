@@ -20,7 +20,7 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs import outcome
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.outcome import Outcome
 from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.blobs.workers import run_all

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, PickledCredential
+from azure_torch_ckpt.credentials import Access, Credential, PickledCredential
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
 from azure_torch_ckpt.dcp.removal import remove_checkpoint
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter

@@ -34,75 +34,48 @@ from azure_torch_ckpt.transport.buffers import SEND_SLICE, Cancel, Doubt, Gather
 
 __all__ = ["GatherTransport"]
 
+_UNSET: Any = None
+
 
 class _ReceivedResponse(HttpResponse):
     """A response whose body has arrived completely: in the caller's views, or here as `content`."""
 
+    is_closed = True
+    is_stream_consumed = True
+    encoding: str | None = None
+    # The SDK's own retry policy sets this to the endpoint that answered; the SDK's download reads it.
+    location_mode = "primary"
+    # Set for each response; as attributes of the class they replace the abstract properties of the base class.
+    request: HttpRequest = _UNSET
+    status_code: int = _UNSET
+    headers: MutableMapping[str, str] = _UNSET
+    reason: str = _UNSET
+    url: str = _UNSET
+    content: bytes = _UNSET
+
     def __init__(self, request: HttpRequest, response: http.client.HTTPResponse, body: bytes) -> None:
-        self._request = request
-        self._status = response.status
-        self._reason = response.reason
-        self._headers = case_insensitive_dict(response.headers.items())
-        self._body = body
-        self._encoding: str | None = None
-        # The SDK's own retry policy sets this to the endpoint that answered; the SDK's download reads it.
-        self.location_mode = "primary"
-
-    @property
-    def request(self) -> HttpRequest:
-        return self._request
-
-    @property
-    def status_code(self) -> int:
-        return self._status
-
-    @property
-    def headers(self) -> MutableMapping[str, str]:
-        return self._headers
-
-    @property
-    def reason(self) -> str:
-        return self._reason
+        self.request = request
+        self.status_code = response.status
+        self.reason = response.reason
+        self.headers = case_insensitive_dict(response.headers.items())
+        self.url = request.url
+        self.content = body
 
     @property
     def content_type(self) -> str | None:
-        return self._headers.get("content-type")
-
-    @property
-    def is_closed(self) -> bool:
-        return True
-
-    @property
-    def is_stream_consumed(self) -> bool:
-        return True
-
-    @property
-    def encoding(self) -> str | None:
-        return self._encoding
-
-    @encoding.setter
-    def encoding(self, value: str | None) -> None:
-        self._encoding = value
-
-    @property
-    def url(self) -> str:
-        return self._request.url
-
-    @property
-    def content(self) -> bytes:
-        return self._body
+        return self.headers.get("content-type")
 
     def text(self, encoding: str | None = None) -> str:
-        return self._body.decode(encoding or self._encoding or "utf-8-sig", errors="replace")
+        return self.content.decode(encoding or self.encoding or "utf-8-sig", errors="replace")
 
     def body(self) -> bytes:
-        return self._body
+        return self.content
 
     def json(self) -> Any:
-        return json.loads(self._body)
+        return json.loads(self.content)
 
     def raise_for_status(self) -> None:
-        if self._status >= 400:
+        if self.status_code >= 400:
             raise HttpResponseError(response=self)
 
     def __enter__(self) -> _ReceivedResponse:
@@ -115,7 +88,7 @@ class _ReceivedResponse(HttpResponse):
         pass
 
     def read(self) -> bytes:
-        return self._body
+        return self.content
 
     def iter_raw(self, **kwargs: Any) -> Iterator[bytes]:
         return _BodyStream(self)

@@ -157,7 +157,7 @@ def _receive_tls(sock: ssl.SSLSocket, views: deque[memoryview]) -> None:
                 wait.for_data(left - got)
             left -= size
     finally:
-        wait.reset()
+        wait.set_low_water(1)
 
 
 class _Arrivals:
@@ -174,18 +174,15 @@ class _Arrivals:
     def for_data(self, left: int) -> None:
         """Return when much data has arrived, or any after a while. `left` bytes are still missing."""
         # A mark beyond the bytes that are still missing would never be reached.
-        self._set_low_water(max(1, min(_READ_AHEAD, left - _TLS_RECORD)))
+        self.set_low_water(max(1, min(_READ_AHEAD, left - _TLS_RECORD)))
         if self._readable(min(_LOW_WATER_SECONDS, connections.IO_SECONDS)):
             return
         # Fewer bytes may be the last: a server that ends the connection with a TLS alert waits for our answer to it.
-        self._set_low_water(1)
+        self.set_low_water(1)
         if not self._readable(connections.IO_SECONDS):
             raise TimeoutError(f"no data for {connections.IO_SECONDS:.0f} s")
 
-    def reset(self) -> None:
-        self._set_low_water(1)
-
-    def _set_low_water(self, count: int) -> None:
+    def set_low_water(self, count: int) -> None:
         if count != self._low_water and _LOW_WATER is not None:
             self._sock.setsockopt(socket.SOL_SOCKET, _LOW_WATER, count)
             self._low_water = count

@@ -9,12 +9,7 @@ import re
 import ssl
 import time
 
-from azure.core.exceptions import (
-    AzureError,
-    IncompleteReadError,
-    ServiceRequestError,
-    ServiceResponseError,
-)
+from azure.core.exceptions import AzureError, IncompleteReadError, ServiceRequestError, ServiceResponseError
 from azure.core.pipeline import PipelineRequest, PipelineResponse
 from azure.core.pipeline.policies import HTTPPolicy
 from azure.core.rest import HttpRequest, HttpResponse
@@ -87,7 +82,7 @@ class RetryPolicy(HTTPPolicy[HttpRequest, HttpResponse]):
                 elif status not in PASSING_STATUS or code in (NOT_SUPPORTED, COPY_SOURCE):
                     return response
             except (ServiceRequestError, ServiceResponseError, IncompleteReadError) as error:
-                if _is_certificate_error(error):
+                if isinstance(error.inner_exception, ssl.SSLCertVerificationError):
                     raise
                 if isinstance(error, ServiceRequestError):
                     limit = min(limit, _SELDOM_RECOVERS_SECONDS)
@@ -117,10 +112,6 @@ def error_code(response: HttpResponse) -> str | None:
         return str(code)
     found = _CODE.search(response.content[:_CODE_WITHIN])
     return None if found is None else (found[1] or found[2]).decode()
-
-
-def _is_certificate_error(error: AzureError) -> bool:
-    return isinstance(error.inner_exception, ssl.SSLCertVerificationError)
 
 
 def _delay(attempt: int, response: PipelineResponse[HttpRequest, HttpResponse] | None) -> float:

@@ -38,7 +38,8 @@ class Throttle:
         self._changed = threading.Condition()
         self._in_flight = 0
         self._most = 0  # ever in flight while nothing held them back
-        self._limit: float | None = None
+        self.limit: float | None = None
+        """Requests that may be in flight now; None while nothing holds them back."""
         self._cuts = 0
         self._requests = 0
         self._retries = 0
@@ -47,11 +48,6 @@ class Throttle:
     def counts(self) -> RequestCounts:
         """Of this process, since the store was made."""
         return RequestCounts(self._requests, self._retries)
-
-    @property
-    def limit(self) -> float | None:
-        """Requests that may be in flight now; None while nothing holds them back."""
-        return self._limit
 
     def count_retry(self) -> None:
         """Count a request that is about to be sent once more."""
@@ -62,10 +58,10 @@ class Throttle:
     def permit(self) -> Iterator[Permit]:
         """Wait until one more request may be sent. The caller notes the result on the permit that this yields."""
         with self._changed:
-            while self._limit is not None and self._in_flight >= max(1, int(self._limit)):
+            while self.limit is not None and self._in_flight >= max(1, int(self.limit)):
                 self._changed.wait(_WAIT_SECONDS)
             self._in_flight += 1
-            if self._limit is None:
+            if self.limit is None:
                 self._most = max(self._most, self._in_flight)
             permit = Permit(self._cuts)
         try:
@@ -74,10 +70,10 @@ class Throttle:
             with self._changed:
                 if permit.busy:
                     self._cut(permit.cuts)
-                elif permit.good and self._limit is not None:
-                    self._limit += 1 / self._limit
-                    if self._limit > self._most:
-                        self._limit = None
+                elif permit.good and self.limit is not None:
+                    self.limit += 1 / self.limit
+                    if self.limit > self._most:
+                        self.limit = None
                 self._in_flight -= 1
                 self._requests += 1
                 self._changed.notify_all()
@@ -86,7 +82,7 @@ class Throttle:
         # Requests that were in flight together get the busy answer together. That is one reason to halve, not many.
         if cuts_at_start == self._cuts:
             self._cuts += 1
-            self._limit = max(1.0, self._in_flight / 2)
+            self.limit = max(1.0, self._in_flight / 2)
 
 
 _all: weakref.WeakSet[Throttle] = weakref.WeakSet()

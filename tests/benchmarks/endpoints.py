@@ -17,9 +17,8 @@ from typing import Literal
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import BlobLocation
-from azure_torch_ckpt._internal.certificate import write_self_signed_certificate
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.emulator import Azurite
+from azure_torch_ckpt.emulator import Azurite, write_self_signed_certificate
 from tests.benchmarks.measure import ask, control
 from tests.benchmarks.spec import Address, Regime
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests.benchmarks.spec import GIB, MIB, Step
-from tests.support.shard_planner import ShardPlanner
+from tests.support.sharded import ShardPlanner
 
 State = dict[str, torch.Tensor]
 

@@ -5,7 +5,6 @@ The fixtures come by ``pytest_plugins``.
 
 from __future__ import annotations
 
-import datetime
 import random
 import struct
 import traceback
@@ -15,10 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -69,18 +67,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests wait for an answer longer than any test, so a test that does not cancel them waits for ever."""
     monkeypatch.setattr(connections, "IO_SECONDS", 3600.0)
     monkeypatch.setattr(connections, "TIMEVAL", struct.pack("ll", 3600, 0))
-
-
-def sas_for(container: str, permission: str = "racwdl", hours: float = 1) -> str:
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return generate_container_sas(
-        Azurite.account_name,
-        container.rpartition("/")[2],
-        KEY,
-        permission=ContainerSasPermissions.from_string(permission),
-        start=now - datetime.timedelta(hours=48),
-        expiry=now + datetime.timedelta(hours=hours),
-    )
 
 
 def read(store: BlobStore, path: str = "blob") -> bytes:

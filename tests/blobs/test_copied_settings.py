@@ -9,7 +9,7 @@ from azure.storage.blob import BlobClient, ContentSettings
 
 from azure_torch_ckpt import AccessDeniedError, BlobLocation, TransferOptions
 from azure_torch_ckpt.blobs import blob_copy as blobcopy
-from azure_torch_ckpt.blobs.settings import METADATA_LIMIT
+from azure_torch_ckpt.blobs.blob_info import METADATA_LIMIT
 from azure_torch_ckpt.catalog import copy, verify
 from azure_torch_ckpt.catalog.copying import file_copy as filecopy
 from azure_torch_ckpt.emulator import Azurite

@@ -1,4 +1,4 @@
-"""`DirectRequests`: the service accepts them, and the client of azure-storage-blob sends the other requests."""
+"""`DirectRequests`: the service accepts or refuses their signatures; azure-storage-blob sends the other requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import logging
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +16,16 @@ from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt._internal.shared_tokens import STORAGE_SCOPE
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.blobs.blob_info import BlobSettings
 from azure_torch_ckpt.blobs.direct_requests import USER_AGENT
-from azure_torch_ckpt.blobs.settings import BlobSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError, BlobChangedError, BlobNotFoundError, RequestRefusedError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Gather
-from tests.blobs.stores import KEY, ODD_NAMES, sas_for
+from tests.blobs.stores import KEY, MIB, ODD_NAMES, read, texts_of
+from tests.support.containers import container_sas
 from tests.support.faults import Answer, Exchange, Kind
 from tests.support.proxy import FaultProxy
 
@@ -63,7 +64,7 @@ def assert_short(log: list[Exchange]) -> None:
 
 @pytest.fixture(params=["default", "key", "named key", "connection string", "SAS", "SAS credential", "SAS in the URL"])
 def url_and_credential(request: pytest.FixtureRequest, proxied_container: str) -> tuple[str, Credential]:
-    sas = sas_for(proxied_container)
+    sas = container_sas(proxied_container)
     if request.param == "SAS in the URL":
         return f"{proxied_container}?{sas}", None
     credentials: dict[str, Credential] = {
@@ -94,12 +95,13 @@ class CountedToken:
         return token
 
 
-def test_a_token_is_fetched_once_for_both_paths(azurite_tls: Azurite, token_credential: Any) -> None:
-    assert azurite_tls.certificate is not None
-    certificate = azurite_tls.certificate
+def test_a_token_is_fetched_once_for_both_paths(
+    azurite_tls: Azurite, tls_files: tuple[Path, Path], token_credential: Any
+) -> None:
+    certificate = tls_files[0]
     credential = CountedToken(token_credential)
     azurite_tls.create_container("direct")
-    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+    with FaultProxy(azurite_tls.endpoint, tls_files) as proxy:
         store = BlobStore(BlobLocation.parse(f"{proxy.endpoint}/direct"), Access(credential, ca_file=str(certificate)))
         assert write_and_read(store, "blob") == DATA
         assert_short(proxy.log)
@@ -124,15 +126,16 @@ class TenantToken(CountedToken):
         return AccessToken(f"{signed}.{base64.b64encode(tenant.encode()).decode().rstrip('=')}", token.expires_on)
 
 
-def test_the_tenant_that_a_challenge_names_is_remembered(azurite_tls: Azurite, token_credential: Any) -> None:
+def test_the_tenant_that_a_challenge_names_is_remembered(
+    azurite_tls: Azurite, tls_files: tuple[Path, Path], token_credential: Any
+) -> None:
     """The proxy answers a token of another tenant as the service does; Azurite knows no tenants."""
-    assert azurite_tls.certificate is not None
-    certificate = azurite_tls.certificate
+    certificate = tls_files[0]
     credential = TenantToken(token_credential)
     container = f"tenant-{uuid.uuid4().hex}"
     azurite_tls.create_container(container)
     home = base64.b64encode(b"home").decode().rstrip("=")
-    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+    with FaultProxy(azurite_tls.endpoint, tls_files) as proxy:
         proxy.when(lambda seen: seen.headers["authorization"].endswith(home), times=None).do(
             Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE})
         )
@@ -148,12 +151,13 @@ def test_the_tenant_that_a_challenge_names_is_remembered(azurite_tls: Azurite, t
     assert credential.scopes == [(STORAGE_SCOPE, "home"), (STORAGE_SCOPE, TENANT)]
 
 
-def test_a_tenant_that_does_not_help_is_not_remembered(azurite_tls: Azurite, token_credential: Any) -> None:
-    assert azurite_tls.certificate is not None
-    certificate = azurite_tls.certificate
+def test_a_tenant_that_does_not_help_is_not_remembered(
+    azurite_tls: Azurite, tls_files: tuple[Path, Path], token_credential: Any
+) -> None:
+    certificate = tls_files[0]
     container = f"tenant-{uuid.uuid4().hex}"
     azurite_tls.create_container(container)
-    with FaultProxy(azurite_tls.endpoint, (certificate, certificate.with_name("key.pem"))) as proxy:
+    with FaultProxy(azurite_tls.endpoint, tls_files) as proxy:
         proxy.when("Get Blob", times=4).do(Answer(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": CHALLENGE}))
         credential = TenantToken(token_credential)
         store = BlobStore(
@@ -231,10 +235,91 @@ def test_with_tracing_the_client_sends_everything(proxied: BlobStore, proxy: Fau
 def test_azure_cores_log_shows_the_requests_without_the_signature(
     proxied_container: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sas = sas_for(proxied_container)
+    sas = container_sas(proxied_container)
     with caplog.at_level(logging.INFO, "azure.core.pipeline.policies.http_logging_policy"):
         assert write_and_read(BlobStore(BlobLocation.parse(f"{proxied_container}?{sas}")), "blob") == DATA
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("azure.core")]
     assert any("comp=block&" in message or "comp=REDACTED" in message for message in messages)
     signature = sas.partition("sig=")[2].partition("&")[0]
     assert len(signature) > 20 and not any(signature in message for message in messages)
+
+
+# ---- Refused credentials, and secrets that no error shows ------------------------------------------------------------
+
+
+def test_a_sas_in_the_url_is_let_in_and_stays_out_of_sight(container: str) -> None:
+    sas = container_sas(container)
+    store = BlobStore(BlobLocation.parse(f"{container}?{sas}"), Access(KEY[::-1]))  # of the two, the SAS counts
+    store.put("blob", b"data")
+    assert read(store, "blob") == b"data"
+    assert repr(store) == f"BlobStore({container!r})"
+    with pytest.raises(BlobNotFoundError) as caught:
+        store.stat("missing")
+    assert f"{container}/missing" in str(caught.value)
+    assert "sig=" not in texts_of(caught.value)
+
+
+def test_a_token_for_another_audience_is_refused(azurite_tls: Azurite, token_credential: Any) -> None:
+    elsewhere = type(token_credential)("https://elsewhere.example")
+    location = BlobLocation.parse(azurite_tls.url("container"))
+    with pytest.raises(AccessDeniedError) as caught:
+        BlobStore(location, Access(elsewhere, ca_file=str(azurite_tls.certificate))).put("blob", b"data")
+    assert elsewhere.get_token().token.split(".")[1] not in texts_of(caught.value)
+
+
+def test_a_credential_that_gives_no_token_is_our_error(azurite_tls: Azurite) -> None:
+    class Broken:
+        def get_token(self, *scopes: str, **options: Any) -> Any:
+            from azure.core.exceptions import ClientAuthenticationError
+
+            raise ClientAuthenticationError("nobody is logged in\nsecond line")
+
+    store = BlobStore(
+        BlobLocation.parse(azurite_tls.url("container")), Access(Broken(), ca_file=str(azurite_tls.certificate))
+    )
+    with pytest.raises(AccessDeniedError, match=r"nobody is logged in.*az login"):
+        store.put("blob", b"data")
+
+
+def test_a_wrong_key_is_refused(container: str) -> None:
+    wrong = "A" * 40 + KEY[40:]
+    with pytest.raises(AccessDeniedError) as caught:
+        BlobStore(BlobLocation.parse(container), Access(wrong)).put("blob", b"data")
+    assert caught.value.status == 403 and "devstoreaccount1" in str(caught.value)
+    assert wrong not in texts_of(caught.value)
+
+
+def test_nobody_is_refused(container: str) -> None:
+    with pytest.raises(AccessDeniedError):
+        BlobStore(BlobLocation.parse(container), Access(False)).put("blob", b"data")
+
+
+def test_a_sas_allows_what_it_says(container: str) -> None:
+    BlobStore(BlobLocation.parse(container), Access(KEY)).put("blob", b"data")
+    sas = container_sas(container, "r")
+    store = BlobStore(BlobLocation.parse(f"{container}?{sas}"))
+    assert read(store, "blob") == b"data"
+    for refused in (
+        lambda: store.put("blob", b"other"),
+        lambda: store.stage_block("blob", "0001", Gather([memoryview(b"other")])),
+        lambda: store.commit_blocks("blob", []),
+        lambda: store.delete("blob"),
+        lambda: list(store.list("")),
+        lambda: list(store.list_folder("")),
+    ):
+        with pytest.raises(AccessDeniedError) as caught:
+            refused()
+        assert caught.value.status == 403 and "sig=" not in texts_of(caught.value)
+    assert read(store, "blob") == b"data"
+
+
+def test_an_expired_sas_is_refused(container: str) -> None:
+    sas = container_sas(container, hours=-24)
+    with pytest.raises(AccessDeniedError, match="expired"):
+        BlobStore(BlobLocation.parse(container), Access(sas)).put("blob", b"data")
+
+
+def test_a_large_block_that_is_refused_is_refused_for_the_right_reason(container: str) -> None:
+    store = BlobStore(BlobLocation.parse(container), Access(container_sas(container, "r")))
+    with pytest.raises(AccessDeniedError):
+        store.stage_block("blob", "0001", Gather([memoryview(bytes(32 * MIB))]))

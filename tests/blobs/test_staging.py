@@ -14,20 +14,21 @@ from azure.core.credentials import AzureSasCredential
 from azure.storage.blob import BlobBlock, BlobClient, ContainerClient
 
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.blob_copy import BlobDestination
+from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.block_writer import BlockWriter
-from azure_torch_ckpt.blobs.settings import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.staging import BLOCK_ID_LENGTH, Staging, block_id
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.upload import Upload
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.errors import RequestRefusedError
 from azure_torch_ckpt.huggingface.block_stager import rank_block_id
 from azure_torch_ckpt.io import BlobIO
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Cancel, Gather
-from tests.blobs.stores import KEY, read, sas_for
+from tests.blobs.stores import KEY, read
+from tests.support.containers import container_sas
 from tests.support.faults import Call
 from tests.support.proxy import FaultProxy
 
@@ -50,7 +51,7 @@ def stage_foreign(blob: BlobClient, *ids: bytes) -> None:
     container = blob.url.rpartition("/")[0]
     for each in ids:
         query = urllib.parse.urlencode({"comp": "block", "blockid": base64.b64encode(each).decode()})
-        request = urllib.request.Request(f"{blob.url}?{query}&{sas_for(container)}", b"foreign", method="PUT")
+        request = urllib.request.Request(f"{blob.url}?{query}&{container_sas(container)}", b"foreign", method="PUT")
         with urllib.request.urlopen(request) as response:
             assert response.status == 201
 
@@ -166,7 +167,7 @@ def test_ids_too_short_to_tell_uploads_apart_are_refused(store: BlobStore, blob:
 
 def test_a_credential_that_may_not_look_is_told_what_is_in_the_way(container: str, blob: BlobClient) -> None:
     stage_foreign(blob, b"0001")
-    writing = BlobStore(BlobLocation.parse(container), Access(AzureSasCredential(sas_for(container, "wc"))))
+    writing = BlobStore(BlobLocation.parse(container), Access(AzureSasCredential(container_sas(container, "wc"))))
     with pytest.raises(RequestRefusedError, match=r"400 InvalidBlobOrBlock.*another name"):
         Staging(writing, "blob").stage(0, Gather([memoryview(DATA)]), None, Cancel())
 

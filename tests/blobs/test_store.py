@@ -13,9 +13,9 @@ from azure.storage.blob import BlobServiceClient, ContainerClient
 
 from azure_torch_ckpt._internal import checksums
 from azure_torch_ckpt.blobs import store as store_module
-from azure_torch_ckpt.blobs.access import Access
-from azure_torch_ckpt.blobs.settings import BlobSettings
-from azure_torch_ckpt.blobs.store import BlobInfo, BlobStore
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, BlobSettings
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
     BlobChangedError,
@@ -29,7 +29,8 @@ from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 from azure_torch_ckpt.transport.buffers import Gather, Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
-from tests.blobs.stores import KEY, MIB, ODD_NAMES, read, sas_for
+from tests.blobs.stores import KEY, MIB, ODD_NAMES, read
+from tests.support.containers import container_sas
 from tests.support.faults import Answer, Reframe
 from tests.support.proxy import FaultProxy
 
@@ -407,10 +408,10 @@ def test_a_store_travels_to_another_process(container: str, form: str) -> None:
     credential: Any = {
         "key": KEY,
         "named key": AzureNamedKeyCredential(Azurite.account_name, KEY),
-        "sas credential": AzureSasCredential(sas_for(container)),
+        "sas credential": AzureSasCredential(container_sas(container)),
         "url": None,
     }[form]
-    location = BlobLocation.parse(f"{container}?{sas_for(container)}" if form == "url" else container)
+    location = BlobLocation.parse(f"{container}?{container_sas(container)}" if form == "url" else container)
     store = BlobStore(location, Access(credential, options=TransferOptions(concurrency=3)))
     store.put("blob", b"data")
     again = pickle.loads(pickle.dumps(store))
@@ -419,7 +420,7 @@ def test_a_store_travels_to_another_process(container: str, form: str) -> None:
 
 
 def test_moving_within_a_container_keeps_the_connections_and_the_sas(azurite: Azurite, container: str) -> None:
-    sas = sas_for(container)
+    sas = container_sas(container)
     store = BlobStore(BlobLocation.parse(f"{container}?{sas}"))
     location, same = store.moved_to(BlobLocation.parse(f"{container}/run/step"))
     assert same is store and location.sas == sas and location.path == "run/step"

@@ -13,9 +13,7 @@ from azure_torch_ckpt import options as options_module
 from azure_torch_ckpt._internal.checksums import crc64, header_value
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.upload import Upload
-from azure_torch_ckpt.errors import (
-    AccessDeniedError,
-)
+from azure_torch_ckpt.errors import AccessDeniedError
 from tests.blobs.stores import read, some_bytes, views_of
 from tests.support.faults import Answer, Call, Cut, Gate, Hold
 from tests.support.proxy import FaultProxy, meet

@@ -36,12 +36,11 @@ from azure_torch_ckpt.progress import Progress
 from tests.dcp.memory_growth import ENVIRONMENT
 from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call
-from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, state
+from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, save_without_collectives, state
 from tests.support.proxy import FaultProxy
 from tests.support.ranks import Ranks
 from tests.support.sharded import GLOBAL, expected, rows, writer
 from tests.support.states import COPIED, DTYPES, assert_same, fill
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),

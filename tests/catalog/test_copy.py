@@ -32,13 +32,19 @@ from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
-from tests.support.containers import container_sas, content, paths_below, put, store_of
+from tests.support.containers import container_sas, content, paths_below, plant, put, store_of
 from tests.support.faults import Answer, Call, Kill
-from tests.support.mixed_checkpoint import KEY, assert_right, flip_in_storage, item_of, load, save
-from tests.support.planted import plant
+from tests.support.mixed_checkpoint import (
+    KEY,
+    assert_right,
+    flip_in_storage,
+    item_of,
+    load,
+    save,
+    save_without_collectives,
+)
 from tests.support.proxy import FaultProxy, meet
 from tests.support.put_block_from_url import FromUrlServer
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -31,7 +31,7 @@ from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Call, Flip, Gate, Hold, Kill
 from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, flip_in_storage, item_of, load, save, zeros
 from tests.support.proxy import FaultProxy, meet
-from tests.support.without_collectives import save_without_collectives
+from tests.support.mixed_checkpoint import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -25,11 +25,9 @@ from azure_torch_ckpt.catalog import inspect, latest, list_checkpoints
 from azure_torch_ckpt.catalog.listing import step_of
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.dcp.metadata.schema import stored_item
-from tests.support.containers import content, put, store_of
-from tests.support.mixed_checkpoint import KEY, save, state
-from tests.support.planted import plant
+from tests.support.containers import content, plant, put, store_of
+from tests.support.mixed_checkpoint import KEY, save, save_without_collectives, state
 from tests.support.proxy import FaultProxy
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

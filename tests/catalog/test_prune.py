@@ -20,12 +20,10 @@ from azure_torch_ckpt.catalog import PruneReport, inspect, list_checkpoints, pru
 from azure_torch_ckpt.dcp.blob_names import new_save_id
 from tests.catalog.catalog_process import start
 from tests.faults.tally import Tally
-from tests.support.containers import paths_below, put, store_of
+from tests.support.containers import paths_below, plant, plant_leftovers, put, store_of
 from tests.support.faults import Answer, Call, Kill, Kind
-from tests.support.mixed_checkpoint import KEY, assert_right, load, save
-from tests.support.planted import plant, plant_leftovers
+from tests.support.mixed_checkpoint import KEY, assert_right, load, save, save_without_collectives
 from tests.support.proxy import FaultProxy, meet
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -31,9 +31,9 @@ from tests.faults.tally import Tally
 from tests.support.containers import paths_below, put
 from tests.support.faults import Answer, Call
 from tests.support.mixed_checkpoint import KEY, assert_right, data_path, load, save
-from tests.support.planted import plant_leftovers
+from tests.support.containers import plant_leftovers
 from tests.support.proxy import FaultProxy
-from tests.support.without_collectives import save_without_collectives
+from tests.support.mixed_checkpoint import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -18,9 +18,17 @@ from azure_torch_ckpt.progress import Progress
 from tests.faults.tally import Tally
 from tests.support.containers import content, put, store_of
 from tests.support.faults import Answer
-from tests.support.mixed_checkpoint import KEY, SMALL, data_path, flip_in_storage, item_of, save, state
+from tests.support.mixed_checkpoint import (
+    KEY,
+    SMALL,
+    data_path,
+    flip_in_storage,
+    item_of,
+    save,
+    save_without_collectives,
+    state,
+)
 from tests.support.proxy import FaultProxy
-from tests.support.without_collectives import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

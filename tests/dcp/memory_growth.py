@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from azure_torch_ckpt import TransferOptions
-from tests.support.shard_planner import ShardPlanner
+from tests.support.sharded import ShardPlanner
 from tests.support.states import Place
 
 # Of such a process: glibc gives memory back at once, and sets no address space aside for each thread.

@@ -15,7 +15,7 @@ from azure_torch_ckpt import TransferOptions
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
 from tests.dcp.memory_growth import child_result
-from tests.support.shard_planner import ShardPlanner
+from tests.support.sharded import ShardPlanner
 from tests.support.states import Place, assert_same, fill
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")

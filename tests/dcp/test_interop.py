@@ -25,7 +25,7 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.emulator import Azurite
 from tests.support.containers import blob_names, download, upload
-from tests.support.shard_planner import ShardPlanner
+from tests.support.sharded import ShardPlanner
 from tests.support.states import COPIED, Place, assert_same, fill
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from azure_torch_ckpt import AzureBlobWriter, CheckpointReplacedError, CorruptCheckpointError
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint
 from azure_torch_ckpt.dcp.tensor_stream import object_bytes, stored_tensors, stream_chunks
 from tests.support.containers import KEY, data_blobs, store_of

@@ -17,25 +17,15 @@ from azure_torch_ckpt import (
     AzureBlobReader,
     AzureCheckpointError,
     BlobLocation,
-    CheckpointNotFoundError,
     CorruptCheckpointError,
     RequestRefusedError,
     TransferOptions,
 )
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem
 from tests.faults.tally import Tally
-from tests.support.containers import content, paths_below, put, store_of
+from tests.support.containers import paths_below, store_of
 from tests.support.faults import Answer, Exchange, Flip
-from tests.support.mixed_checkpoint import (
-    KEY,
-    assert_right,
-    failure,
-    flip_in_storage,
-    item_of,
-    load,
-    save,
-    state,
-)
+from tests.support.mixed_checkpoint import KEY, assert_right, failure, flip_in_storage, item_of, load, save, state
 from tests.support.proxy import FaultProxy
 from tests.support.states import assert_same, bits
 from tests.support.waits import without_waiting
@@ -204,20 +194,6 @@ def test_a_part_of_an_item_is_read_without_its_checksum(container: str) -> None:
     expected = bytearray(bits(state()["large"][20:25]))
     expected[0] ^= 0x01
     assert bits(target) == bytes(expected)
-
-
-def test_a_missing_and_a_short_blob_are_named(container: str) -> None:
-    url = f"{container}/a"
-    save(url)
-    [path] = paths_below(url, ".distcp")
-    put(url, path, content(url, path)[:-1])
-    error = failure(CorruptCheckpointError, load, url)
-    assert "shorter" in str(error) and path in str(error)
-    store_of(url).delete(path)
-    error = failure(CorruptCheckpointError, load, url)
-    assert "missing" in str(error) and path in str(error)
-    store_of(url).delete("a/.metadata")
-    failure(CheckpointNotFoundError, load, url)
 
 
 # ---- On the way down -------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from azure_torch_ckpt import (
     TransferOptions,
     prune,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport.throttle import RequestCounts
 from tests.conftest import UnsignedToken

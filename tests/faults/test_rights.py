@@ -31,8 +31,8 @@ from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_ch
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import AccessDeniedError
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
-from tests.blobs.stores import KEY, sas_for
-from tests.support.containers import put
+from tests.blobs.stores import KEY
+from tests.support.containers import container_sas, put
 from tests.support.hierarchical import HierarchicalAccount
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -187,7 +187,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[Place], Any]]] = {
 
 @pytest.fixture
 def filled(container: str) -> str:
-    whole = Place(container, sas_for(container), None, "", Path())
+    whole = Place(container, container_sas(container), None, "", Path())
     for step in (1, 2):
         save(whole, f"run/step-{step}")
     save_model(whole, "model")
@@ -197,7 +197,7 @@ def filled(container: str) -> str:
 
 
 def place(azurite: Azurite, container: str, rights: str, folder: Path) -> Place:
-    sas = sas_for(container, rights)
+    sas = container_sas(container, rights)
     fs = AzureBlobFileSystem(endpoint=azurite.endpoint, sas_token=sas)
     folder.mkdir()
     return Place(container, sas, fs, f"{azurite.account_name}/{container.rpartition('/')[2]}", folder)
@@ -264,6 +264,6 @@ def test_everything_else_stays_below_its_url_too(directories: str, hierarchical:
 
 def test_where_no_listing_is_allowed_the_error_says_what_is_not_known(azurite: Azurite, filled: str) -> None:
     with pytest.raises(FileNotFoundError, match="listing"):
-        verify(f"{filled}/run/step-9", credential=sas_for(filled, "r"))
+        verify(f"{filled}/run/step-9", credential=container_sas(filled, "r"))
     with pytest.raises(AccessDeniedError):  # it may have metadata of single ranks
-        remove_checkpoint(f"{filled}/run/step-9", credential=sas_for(filled, "rd"))
+        remove_checkpoint(f"{filled}/run/step-9", credential=container_sas(filled, "rd"))

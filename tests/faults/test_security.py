@@ -39,8 +39,8 @@ from azure_torch_ckpt import (
     remove_checkpoint,
     verify,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from tests.conftest import UnsignedToken
 from tests.faults.tally import Tally

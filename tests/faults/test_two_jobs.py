@@ -17,12 +17,7 @@ from typing import Literal, TypeVar
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from azure_torch_ckpt import (
-    BlobLocation,
-    CheckpointNotFoundError,
-    CheckpointReplacedError,
-    CommitConflictError,
-)
+from azure_torch_ckpt import BlobLocation, CheckpointNotFoundError, CheckpointReplacedError, CommitConflictError
 from azure_torch_ckpt.emulator import Azurite
 from tests.faults.tally import Tally
 from tests.support import jobs

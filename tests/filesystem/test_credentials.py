@@ -19,7 +19,7 @@ from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt import AccessDeniedError, BlobLocation, CredentialError, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.filesystem.paths import Stores

@@ -25,8 +25,8 @@ from azure_torch_ckpt import (
     ServiceUnavailableError,
     TransferOptions,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.filesystem import AzureBlobFileSystem
 from azure_torch_ckpt.filesystem.paths import strip, unstrip

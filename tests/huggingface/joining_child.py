@@ -9,8 +9,8 @@ import json
 import sys
 
 from azure_torch_ckpt import BlobLocation, TransferOptions
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.huggingface.joining import JoinResult, join, joined_block_size
 from tests.dcp.memory_growth import measured, settle
 from tests.huggingface.plans import columns, laid_out

@@ -15,9 +15,9 @@ from azure_torch_ckpt import (
     CommitConflictError,
     CorruptCheckpointError,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import PruneReport, list_checkpoints, prune, verify
+from azure_torch_ckpt.credentials import Access
 from tests.huggingface import small_llama as hf
 from tests.support import jobs
 from tests.support.faults import Call, Flip, Kill

@@ -27,8 +27,7 @@ from tests.support.containers import upload
 from tests.support.faults import Call
 from tests.support.mixed_checkpoint import error_of
 from tests.support.proxy import FaultProxy
-from tests.support.shard_planner import ShardPlanner
-from tests.support.sharded import assert_same
+from tests.support.sharded import ShardPlanner, assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

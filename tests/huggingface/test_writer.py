@@ -22,8 +22,8 @@ from azure_torch_ckpt import (
     CheckpointError,
     CheckpointExistsError,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from tests.huggingface import small_llama as hf
 from tests.support import jobs
 from tests.support.faults import Answer, Cut, Kill

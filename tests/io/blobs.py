@@ -10,9 +10,7 @@ from collections.abc import Iterator
 import pytest
 from azure.storage.blob import BlobClient
 
-from azure_torch_ckpt import (
-    BlobLocation,
-)
+from azure_torch_ckpt import BlobLocation
 from azure_torch_ckpt.emulator import Azurite
 from tests.support.faults import Gate
 

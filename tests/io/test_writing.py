@@ -14,14 +14,7 @@ import pytest
 
 import azure_torch_ckpt.blobs.block_writer
 import azure_torch_ckpt.options
-from azure_torch_ckpt import (
-    AccessDeniedError,
-    BlobChangedError,
-    BlobExistsError,
-    BlobIO,
-    StoreError,
-    TransferOptions,
-)
+from azure_torch_ckpt import AccessDeniedError, BlobChangedError, BlobExistsError, BlobIO, StoreError, TransferOptions
 from tests.io.blobs import LINES, MIB, client, content, put
 from tests.support.faults import Answer, Cut, Gate, Hold
 from tests.support.proxy import FaultProxy

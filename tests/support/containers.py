@@ -5,12 +5,17 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
-from azure.storage.blob import generate_container_sas
+import torch
+import torch.distributed.checkpoint as dcp
+from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
-from azure_torch_ckpt import AzureBlobReader, BlobLocation, CheckpointNotFoundError
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, BlobLocation, CheckpointNotFoundError
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
+from azure_torch_ckpt.dcp.blob_names import new_save_id
 from azure_torch_ckpt.emulator import Azurite
 
 KEY = Azurite.account_key
@@ -23,11 +28,16 @@ def store_of(url: str) -> BlobStore:
     return BlobStore(BlobLocation.parse(url), Access(KEY))
 
 
-def container_sas(url: str, permission: str) -> str:
-    """A SAS for the container of a URL, valid for an hour, with the service's letters for `permission` (``"rl"``)."""
+def container_sas(url: str, permission: str = "racwdl", hours: float = 1) -> str:
+    """A SAS for the container of a URL, with the service's letters for `permission`; expired if `hours` is negative."""
     place = BlobLocation.parse(url)
-    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
-    return generate_container_sas(place.account, place.container, account_key=KEY, permission=permission, expiry=end)
+    return generate_container_sas(
+        place.account,
+        place.container,
+        account_key=KEY,
+        permission=ContainerSasPermissions.from_string(permission),
+        expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours),
+    )
 
 
 def paths_below(url: str, suffix: str = "") -> list[str]:
@@ -96,3 +106,28 @@ def snapshot(url: str) -> dict[str, tuple[str, bytes]]:
     """ETag and bytes of every blob in the container of `url`, by path: equal only if nothing was written between."""
     store = store_of(url)
     return {blob.path: (blob.etag, store.read(blob.path, limit=_LIMIT)[0]) for blob in store.list("")}
+
+
+def plant(container: str, names: Iterable[str]) -> None:
+    """Many complete checkpoints of one small tensor in little time: one is saved, and its blobs are put at `names`."""
+    dcp.save({"x": torch.arange(3)}, storage_writer=AzureBlobWriter(f"{container}/seed", credential=KEY))
+    blobs = dict(sorted(contents(f"{container}/seed").items(), key=lambda blob: blob[0] == ".metadata"))
+    store = store_of(container)
+
+    def at(name: str) -> None:
+        for path, data in blobs.items():
+            store.put(f"{name}/{path}", data)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(at, names))
+    for path in blobs:
+        store.delete(f"seed/{path}")
+
+
+def plant_leftovers(container: str, checkpoint: str, ranks: int = 2) -> list[str]:
+    """Put data blobs of 10 bytes as a save that was killed before its commit; return their paths."""
+    save_id = new_save_id()
+    paths = [f"{checkpoint}/{save_id}/__{rank}_0.distcp".lstrip("/") for rank in range(ranks)]
+    for path in paths:
+        put(container, path, b"1234567890")
+    return paths

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from unittest import mock
 
@@ -43,8 +42,8 @@ from azure_torch_ckpt import (
     TransferOptions,
     remove_checkpoint,
 )
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from tests.support.containers import KEY as KEY
 from tests.support.sharded import same_bits, sharded_tensor, values
@@ -104,9 +103,7 @@ class Job:
             assert connection.recv() == "ready"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process, connection in self._ranks:
             process.kill()
             process.join()

@@ -28,7 +28,6 @@ import threading
 import xml.sax.saxutils
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -140,9 +139,7 @@ class MemoryService:
         self._patch.setattr(pool, "connect", self._connect)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._patch.undo()
         self.calm()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
@@ -151,3 +154,28 @@ def failures(save: Callable[[], Any]) -> dict[int, BaseException]:
     except CheckpointException as caught:
         return {rank: error for rank, (error, _) in caught.failures.items()}
     raise AssertionError("the save did not fail")
+
+
+class ShardPlanner(DefaultLoadPlanner):
+    """A load planner without a process group: takes the state dict's tensors for shards of the saved ones.
+
+    Args:
+        offsets: where in the saved tensor a shard starts, by the tensor's name.
+    """
+
+    def __init__(self, offsets: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self._offsets = offsets
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for name, offset in self._offsets.items():
+            assert self.metadata is not None
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            shard = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=self.state_dict[name].size())
+            items += create_read_items_for_chunk_list(name, stored, [shard])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn]

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
 import random
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from azure.core.rest import HttpRequest, HttpResponse
-from azure.storage.blob import ContainerSasPermissions, generate_container_sas
 
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.transport import connections
 from azure_torch_ckpt.transport.buffers import Scatter
 from azure_torch_ckpt.transport.gather_transport import GatherTransport
+from tests.support.containers import container_sas
 from tests.support.proxy import FaultProxy
 
 KIB, MIB = 1024, 1024 * 1024
@@ -29,13 +29,7 @@ class Blobs:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.sas = generate_container_sas(
-            Azurite.account_name,
-            url.rpartition("/")[2],
-            Azurite.account_key,
-            permission=ContainerSasPermissions(read=True, write=True, create=True, list=True),
-            expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1),
-        )
+        self.sas = container_sas(url, "rcwl")
 
     @property
     def secret(self) -> str:
@@ -72,11 +66,9 @@ def blobs(proxied_container: str) -> Blobs:
 
 
 @pytest.fixture
-def tls_proxy(azurite: Azurite, azurite_tls: Azurite) -> Iterator[FaultProxy]:
+def tls_proxy(azurite: Azurite, tls_files: tuple[Path, Path]) -> Iterator[FaultProxy]:
     """A proxy that serves TLS, with the certificate of `azurite_tls`, in front of the plain emulator."""
-    assert azurite_tls.certificate is not None
-    files = azurite_tls.certificate, azurite_tls.certificate.with_name("key.pem")
-    with FaultProxy(azurite.endpoint, tls=files) as between:
+    with FaultProxy(azurite.endpoint, tls=tls_files) as between:
         yield between
 
 

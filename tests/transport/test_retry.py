@@ -11,8 +11,8 @@ import pytest
 from azure.core.credentials import AzureSasCredential
 
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.blobs.access import Access
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import (
     AccessDeniedError,

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration
-from azure_torch_ckpt.blobs.access import Access
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
-from azure_torch_ckpt.blobs.settings import CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog.copying.file_copy import CopyRun, FileCopy
 from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, plan_copy

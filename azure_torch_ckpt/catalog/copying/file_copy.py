@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 from azure_torch_ckpt._internal.checksums import combine, crc64, md5
 from azure_torch_ckpt.blobs.blob_copy import MARK, SERVICE_PART, BlobDestination, ServiceFetch
+from azure_torch_ckpt.blobs.blob_info import METADATA_LIMIT, BlobInfo, CopiedSettings
 from azure_torch_ckpt.blobs.download import Check
-from azure_torch_ckpt.blobs.settings import METADATA_LIMIT, CopiedSettings
-from azure_torch_ckpt.blobs.store import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.plan import FilePlan
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, Tree

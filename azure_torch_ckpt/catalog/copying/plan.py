@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt._internal.checksums import combine
-from azure_torch_ckpt.blobs.store import BlobInfo
+from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint, metadata_name

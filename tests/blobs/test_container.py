@@ -12,8 +12,8 @@ from azure.core.settings import settings
 from azure.core.tracing.ext.opentelemetry_span import OpenTelemetrySpan
 
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.blobs.container import ListPage
 from azure_torch_ckpt.blobs.direct_requests import DirectRequests
-from azure_torch_ckpt.blobs.list_page import ListPage
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.errors import RequestRefusedError
 from tests.blobs.stores import ODD_NAMES
