@@ -13,13 +13,12 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from azure_torch_ckpt.credentials import Access
-from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.blob_info import BlobSettings
+from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog.copying.copy import CopyMetrics
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, LocalFile, open_tree
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, open_checkpoint_in
 from azure_torch_ckpt.dcp.report import job_rank
 from azure_torch_ckpt.dcp.tensor_stream import ahead, object_bytes, stored_objects, stored_tensors, stream_chunks

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from azure_torch_ckpt.credentials import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint
 from azure_torch_ckpt.errors import CheckpointNotFoundError, LocationError
 from azure_torch_ckpt.huggingface.leftovers import folders_of_mixed_saves

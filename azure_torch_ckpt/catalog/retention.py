@@ -9,11 +9,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.listing import CheckpointEntry, age_key, entries_of
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, empty_save_folders, metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
 from azure_torch_ckpt.dcp.open_checkpoint import read_metadata

@@ -13,9 +13,9 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.blob_names import group_by_checkpoint, metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob, read_metadata_blob
 from azure_torch_ckpt.dcp.metadata.schema import check_metadata, data_paths, load_metadata

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.download import Download, Read
-from azure_torch_ckpt.dcp.items import ItemReader, batches, open_item
+from azure_torch_ckpt.dcp.item_reader import ItemReader, batches, open_item
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.dcp.planners import takes_any_order
 from azure_torch_ckpt.dcp.tensors.copies import converts, copy_region, no_conversion

@@ -18,7 +18,7 @@ from azure_torch_ckpt.blobs.download import Download, Read
 from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseStorage, step
 from azure_torch_ckpt.dcp.blob_names import metadata_name, metadata_rank
-from azure_torch_ckpt.dcp.items import ItemReader, run_reads
+from azure_torch_ckpt.dcp.item_reader import ItemReader, run_reads
 from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata, replaced_error
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.report import TransferReport

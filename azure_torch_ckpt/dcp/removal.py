@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from azure_torch_ckpt.credentials import Access
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, metadata_name
 from azure_torch_ckpt.dcp.commit import delete_metadata
 from azure_torch_ckpt.dcp.open_checkpoint import metadata_ranks, read_metadata

@@ -15,7 +15,7 @@ from azure_torch_ckpt.blobs.download import Check, Download, Read
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Access, Credential
-from azure_torch_ckpt.dcp.items import crc64_mismatch, item_name
+from azure_torch_ckpt.dcp.item_reader import crc64_mismatch, item_name
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.dcp.open_checkpoint import open_checkpoint
 from azure_torch_ckpt.dcp.report import job_rank

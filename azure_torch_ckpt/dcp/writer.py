@@ -20,13 +20,12 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.upload import Item, Upload
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.blob_names import data_name, metadata_name, new_save_id
 from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, read_metadata_blob
-from azure_torch_ckpt.dcp.items import item_name
+from azure_torch_ckpt.dcp.item_reader import item_name
 from azure_torch_ckpt.dcp.metadata.schema import (
     check_metadata,
     data_paths,

@@ -9,9 +9,8 @@ from typing import Any, cast
 
 from fsspec.spec import AbstractFileSystem
 
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, PickledCredential
+from azure_torch_ckpt.credentials import Access, Credential, PickledCredential
 from azure_torch_ckpt.errors import AccessDeniedError, BlobNotFoundError, ContainerNotFoundError, RequestRefusedError
 from azure_torch_ckpt.filesystem.entries import Entry, folder_entries, look_up, tree_entries
 from azure_torch_ckpt.filesystem.fsspec_options import MEANT_ELSEWHERE, refuse_unknown

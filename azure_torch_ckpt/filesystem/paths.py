@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.credentials import Credential, environment_values, named_endpoint
+from azure_torch_ckpt.credentials import Access, Credential, environment_values, named_endpoint
 from azure_torch_ckpt.errors import CredentialError, LocationError
 from azure_torch_ckpt.location import BlobLocation
 

@@ -24,7 +24,7 @@ from azure_torch_ckpt.dcp.tensor_stream import ahead, stream_chunks
 from azure_torch_ckpt.dcp.tensors.memory import readable
 from azure_torch_ckpt.errors import CorruptCheckpointError, IncompleteSaveError
 from azure_torch_ckpt.huggingface.block_stager import BlockStager, StagedBlock
-from azure_torch_ckpt.huggingface.layout import JoinedTensor
+from azure_torch_ckpt.huggingface.model_layout import JoinedTensor
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
 

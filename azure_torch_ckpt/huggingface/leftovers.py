@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.removal import Remains, leftovers_in, newest
 from azure_torch_ckpt.errors import BlobNotFoundError
 from azure_torch_ckpt.huggingface.blob_names import INDEX, INDEX_LIMIT, INDEX_SUFFIX, parse_index, save_id_of

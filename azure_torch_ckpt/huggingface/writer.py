@@ -20,11 +20,10 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs import outcome
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.outcome import Outcome
 from azure_torch_ckpt.blobs.upload import Item
 from azure_torch_ckpt.blobs.workers import run_all
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.commit import commit
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
@@ -49,7 +48,8 @@ from azure_torch_ckpt.huggingface.blob_names import (
 )
 from azure_torch_ckpt.huggingface.block_stager import BlockStager, StagedBlock, rank_block_id
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
-from azure_torch_ckpt.huggingface.layout import (
+from azure_torch_ckpt.huggingface.leftovers import other_files_at, saved_files_at
+from azure_torch_ckpt.huggingface.model_layout import (
     LARGEST_IN_BLOCKS,
     ItemRuns,
     ModelLayout,
@@ -59,7 +59,6 @@ from azure_torch_ckpt.huggingface.layout import (
     checksums_of,
     lay_out,
 )
-from azure_torch_ckpt.huggingface.leftovers import other_files_at, saved_files_at
 from azure_torch_ckpt.huggingface.safetensors_header import dump_header
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions

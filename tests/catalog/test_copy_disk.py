@@ -29,9 +29,18 @@ from azure_torch_ckpt.progress import Progress
 from tests.catalog.catalog_process import start
 from tests.support.containers import content, paths_below, put, store_of
 from tests.support.faults import Call, Flip, Gate, Hold, Kill
-from tests.support.mixed_checkpoint import KEY, SMALL, assert_right, flip_in_storage, item_of, load, save, zeros
+from tests.support.mixed_checkpoint import (
+    KEY,
+    SMALL,
+    assert_right,
+    flip_in_storage,
+    item_of,
+    load,
+    save,
+    save_without_collectives,
+    zeros,
+)
 from tests.support.proxy import FaultProxy, meet
-from tests.support.mixed_checkpoint import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

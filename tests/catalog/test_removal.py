@@ -28,12 +28,10 @@ from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog import list_checkpoints, prune
 from tests.cli.command_process import cli
 from tests.faults.tally import Tally
-from tests.support.containers import paths_below, put
+from tests.support.containers import paths_below, plant_leftovers, put
 from tests.support.faults import Answer, Call
-from tests.support.mixed_checkpoint import KEY, assert_right, data_path, load, save
-from tests.support.containers import plant_leftovers
+from tests.support.mixed_checkpoint import KEY, assert_right, data_path, load, save, save_without_collectives
 from tests.support.proxy import FaultProxy
-from tests.support.mixed_checkpoint import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -33,8 +33,8 @@ from azure_torch_ckpt import (
     remove_checkpoint,
 )
 from tests.support import sharded
-from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, save
 from tests.support.containers import KEY, content, paths_below, put, snapshot
+from tests.support.failing_attempts import IMPATIENT, load, raised, raised_everywhere, save
 from tests.support.faults import Action, Answer, Cut, Flip
 from tests.support.proxy import FaultProxy
 

@@ -32,8 +32,8 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.transport import connections
 from tests.support import sharded
-from tests.support.attempts import IMPATIENT, load, raised, raised_everywhere, raised_on_ranks, save, unchanged
 from tests.support.containers import container_sas, content, paths_below, put, snapshot, store_of
+from tests.support.failing_attempts import IMPATIENT, load, raised, raised_everywhere, raised_on_ranks, save, unchanged
 from tests.support.faults import Answer, Hold
 from tests.support.proxy import FaultProxy
 from tests.support.waits import without_waiting

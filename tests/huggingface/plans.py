@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from azure_torch_ckpt.huggingface.layout import ModelLayout, lay_out
+from azure_torch_ckpt.huggingface.model_layout import ModelLayout, lay_out
 
 Cut = tuple[int, int]
 

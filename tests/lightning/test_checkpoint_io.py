@@ -33,8 +33,8 @@ from azure_torch_ckpt import (
     UnsupportedCheckpointError,
 )
 from tests.support import jobs, trainers
-from tests.support.alike import assert_alike, through_torch
 from tests.support.containers import KEY, blob_names, live_blobs, store_of
+from tests.support.deep_equality import assert_alike, through_torch
 from tests.support.faults import Call, Exchange, Kill
 from tests.support.proxy import FaultProxy
 from tests.support.states import DTYPES, fill

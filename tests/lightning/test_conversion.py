@@ -11,8 +11,8 @@ import torch
 
 from azure_torch_ckpt import CheckpointExistsError, CheckpointNotFoundError, UnsupportedCheckpointError
 from tests.support import trainers
-from tests.support.alike import assert_alike, through_torch
 from tests.support.containers import KEY
+from tests.support.deep_equality import assert_alike, through_torch
 from tests.support.trainers import Namespace
 
 

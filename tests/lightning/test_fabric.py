@@ -19,8 +19,8 @@ from azure_torch_ckpt.lightning import AzureBlobCheckpointIO
 from azure_torch_ckpt.objects import load_object, save_object
 from azure_torch_ckpt.objects.states import FsdpStates, States, gathered
 from tests.lightning.strategy_jobs import STRATEGIES, adam, cloned, fsdp_on_the_cpu, network, samples, shard
-from tests.support.alike import assert_alike
 from tests.support.containers import KEY
+from tests.support.deep_equality import assert_alike
 from tests.support.ranks import Ranks
 from tests.support.trainers import Namespace
 

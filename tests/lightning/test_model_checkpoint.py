@@ -19,8 +19,8 @@ from azure_torch_ckpt.dcp.verification import verify
 from azure_torch_ckpt.errors import ConfigurationError
 from azure_torch_ckpt.location import BlobLocation
 from tests.support import containers
-from tests.support.alike import assert_alike
 from tests.support.containers import store_of
+from tests.support.deep_equality import assert_alike
 from tests.support.trainers import NAMESPACES, Namespace, etags, names
 
 pytestmark = pytest.mark.usefixtures("folder")

@@ -16,7 +16,7 @@ import torch
 from azure_torch_ckpt import AccessDeniedError
 from azure_torch_ckpt.location import BlobLocation
 from tests.lightning import killed_run
-from tests.support.alike import assert_alike
+from tests.support.deep_equality import assert_alike
 from tests.support.ranks import Ranks
 from tests.support.trainers import Namespace, etags, names
 

@@ -24,8 +24,8 @@ from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning import strategy_jobs
 from tests.lightning.strategy_jobs import cloned, writers
-from tests.support.alike import assert_alike
 from tests.support.containers import KEY
+from tests.support.deep_equality import assert_alike
 from tests.support.ranks import Ranks
 
 

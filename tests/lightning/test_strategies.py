@@ -17,8 +17,8 @@ from azure_torch_ckpt.lightning.stock import AsyncCheckpointIO, TorchCheckpointI
 from azure_torch_ckpt.lightning.strategy_check import check_strategy
 from tests.lightning import strategy_jobs
 from tests.lightning.strategy_jobs import Run, writers
-from tests.support.alike import assert_alike
 from tests.support.containers import KEY
+from tests.support.deep_equality import assert_alike
 from tests.support.ranks import Ranks
 
 WHOLE_ON_RANK_0 = {"fsdp2": ("save_distributed_checkpoint", False), "fsdp": ("state_dict_type", "full")}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.alike import assert_alike
+from tests.support.deep_equality import assert_alike
 from tests.support.trainers import Namespace, names, trained_state
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from azure_torch_ckpt import CorruptCheckpointError, UnsupportedCheckpointError
 from azure_torch_ckpt.objects import SKELETON, pack, unpack
-from tests.support.alike import assert_alike, through_codec, through_torch
+from tests.support.deep_equality import assert_alike, through_codec, through_torch
 from tests.support.states import DTYPES, fill
 
 pytestmark = [

@@ -19,8 +19,8 @@ from azure_torch_ckpt.errors import CorruptCheckpointError, UnsupportedCheckpoin
 from azure_torch_ckpt.objects import load_object, pack, save_object, unpack
 from azure_torch_ckpt.objects.sharded import load_sharded, save_sharded
 from azure_torch_ckpt.objects.single_process import save_state_dict
-from tests.support.alike import assert_alike, through_codec, through_torch
 from tests.support.containers import KEY
+from tests.support.deep_equality import assert_alike, through_codec, through_torch
 from tests.support.ranks import Ranks
 
 # What the objects below saw of their tensors while they were rebuilt.

@@ -26,8 +26,8 @@ from azure_torch_ckpt.objects.sharded import DTensorEntry, dedup_save_plans, loa
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs
-from tests.support.alike import assert_alike
 from tests.support.containers import KEY, data_blobs, live_blobs, paths_below, store_of
+from tests.support.deep_equality import assert_alike
 from tests.support.faults import Exchange, Kill
 from tests.support.jobs import Job
 from tests.support.proxy import FaultProxy

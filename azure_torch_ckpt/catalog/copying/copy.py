@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from azure_torch_ckpt._internal.units import format_bytes, format_duration
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.blob_copy import ServiceFetch
 from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.catalog.copying.file_copy import CopyRun, FileCopy
 from azure_torch_ckpt.catalog.copying.plan import CheckpointPlan, plan_copy
 from azure_torch_ckpt.catalog.copying.trees import BlobTree, FolderTree, Tree, open_tree
-from azure_torch_ckpt.credentials import Credential
+from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.report import job_rank, rate_and_requests, report_log
 from azure_torch_ckpt.errors import AzureCheckpointError, BlobChangedError, CheckpointExistsError, LocationError
 from azure_torch_ckpt.events import TransferEvent, emit

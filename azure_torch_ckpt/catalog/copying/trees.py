@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from azure_torch_ckpt._internal.atomic_file import AtomicFile, is_part, remove_abandoned
-from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.blobs.blob_copy import MARK, BlobDestination, copied_settings
-from azure_torch_ckpt.blobs.blob_info import CopiedSettings
+from azure_torch_ckpt.blobs.blob_info import BlobInfo, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
-from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, delete_metadata, read_metadata_blob
 from azure_torch_ckpt.dcp.removal import remove_blobs

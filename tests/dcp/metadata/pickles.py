@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from azure_torch_ckpt.dcp.metadata.schema import load_metadata, storage_info
 from azure_torch_ckpt.dcp.metadata.unpickler import HANDLERS, MetadataUnpickler
 from azure_torch_ckpt.errors import AzureCheckpointError
-from tests.support.alike import assert_alike
+from tests.support.deep_equality import assert_alike
 
 WHERE = "container/run/.metadata"
 CHECKPOINT = "torch.distributed.checkpoint"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from azure_torch_ckpt import BlobLocation, CheckpointError, IncompleteSaveError, TransferOptions
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.credentials import Access
-from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.blob_info import BlobSettings
+from azure_torch_ckpt.blobs.block_writer import BlockWriter
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.huggingface.joining import join, joined_block_size
 from tests.dcp.memory_growth import child_result
 from tests.huggingface import joining_child
