@@ -8,6 +8,7 @@ catalog.copy(source, destination, progress=True)     # the catalog's functions t
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -66,12 +67,22 @@ def check_progress(option: ProgressOption) -> None:
 
     Raises:
         MissingDependencyError: `option` is True, and tqdm is not installed.
-        TypeError: `option` is not a `ProgressOption`.
+        TypeError: `option` is not a `ProgressOption`, or a callback that cannot be called with one `Progress`.
     """
+    if option is None or option is False:
+        return
     if option is True:
         _tqdm()
-    elif option is not None and option is not False and not callable(option) and not isinstance(option, AllRanks):
+        return
+    callback = option.callback if isinstance(option, AllRanks) else option
+    if not callable(callback):
         raise TypeError(f"progress= is None, True (a tqdm bar), a callback or AllRanks(callback), not {option!r}")
+    try:
+        inspect.signature(callback).bind(None)
+    except ValueError:
+        pass  # some built-in functions have no signature
+    except TypeError as error:
+        raise TypeError(f"The callback of progress= must take one argument, a Progress: {error}") from None
 
 
 class Meter:

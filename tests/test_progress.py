@@ -215,6 +215,19 @@ def test_an_invalid_option_is_refused(container: str) -> None:
         AzureBlobWriter(container, credential=KEY, progress="yes")  # type: ignore[arg-type]
 
 
+def takes_two_numbers(done: int, total: int) -> None:
+    """A callback of the catalog in earlier versions."""
+
+
+@pytest.mark.parametrize("option", [takes_two_numbers, AllRanks(takes_two_numbers), AllRanks(True)])  # type: ignore[arg-type]
+def test_a_callback_that_does_not_take_a_progress_is_refused(container: str, option: Any) -> None:
+    with pytest.raises(TypeError, match=r"Progress|callback"):
+        catalog.copy(f"{container}/a", f"{container}/b", credential=KEY, progress=option)
+    accepts: list[Callable[..., object]] = [print, [].append, lambda *reports: None]
+    for accepted in accepts:
+        AzureBlobWriter(container, credential=KEY, progress=accepted)
+
+
 def note(path: Path, progress: Progress) -> None:
     """A callback that goes to other processes: a line for each report."""
     with path.with_suffix(f".{progress.rank}").open("a") as file:
