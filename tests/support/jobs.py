@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -103,12 +104,25 @@ class Job:
             assert connection.recv() == "ready"
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._print_stacks()
         for process, connection in self._ranks:
             process.kill()
             process.join()
             connection.close()
         self._folder.cleanup()
+
+    def _print_stacks(self) -> None:
+        """Print where the ranks are, for a test that failed because one of them hangs."""
+        for rank, (process, _) in enumerate(self._ranks):
+            stacks = Path(self._folder.name) / f"stacks-{rank}"
+            if process.is_alive() and process.pid is not None and stacks.exists():
+                os.kill(process.pid, signal.SIGUSR1)
+                deadline = time.monotonic() + 5
+                while not stacks.stat().st_size and process.is_alive() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                print(f"rank {rank}:\n{stacks.read_text()}")
 
     def pid(self, rank: int = 0) -> int:
         pid = self._ranks[rank][0].pid
@@ -179,6 +193,7 @@ def _work(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    faulthandler.register(signal.SIGUSR1, (Path(folder) / f"stacks-{rank}").open("w"))
     if world_size > 1:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         dist.init_process_group(
