@@ -65,8 +65,11 @@ class Gate:
                 loop.call_soon_threadsafe(event.set)
             self._waiting = []
 
-    def wait_for(self, count: int, seconds: float = 60) -> None:
-        """Wait until `count` exchanges wait here."""
+    def wait_for(self, count: int, seconds: float = 150) -> None:
+        """Wait until `count` exchanges wait here.
+
+        By default for longer than the 60 s after which a client sends a request again that got no answer.
+        """
         with self._changed:
             came = self._changed.wait_for(lambda: len(self._waiting) >= count, seconds)
             assert came, f"{len(self._waiting)} of {count} requests came within {seconds} s"
