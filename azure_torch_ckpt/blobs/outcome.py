@@ -51,7 +51,7 @@ class Result:
 
     Attributes:
         etag: of the blob that was written, if the outcome is `DONE`.
-        removed: whether there is no blob now, if the outcome is `LOST`.
+        removed: whether the blob is gone, if the outcome is `LOST`.
         again: whether an earlier attempt may have written the blob as well, if the outcome is `DONE` and the blob was
             to be new. Then another client has removed that blob, and perhaps the data that it names.
         error: that made it necessary to look at the blob; None if an answer decided the outcome.
@@ -154,7 +154,7 @@ def commit_blocks(
 
 
 def delete(store: BlobStore, path: str, *, if_etag: str, cancel: Cancel | None = None) -> Result:
-    """`BlobStore.delete` of the blob with this ETag. `DONE`: there is no blob now, whichever client deleted it.
+    """`BlobStore.delete` of the blob with this ETag. `DONE`: the blob is gone, whichever client deleted it.
 
     Raises:
         StoreError: it was not carried out.

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of one letter is a Windows drive
 
 
-class Tree:
+class Tree(ABC):
     """The source or the destination of a copy, for `open_tree`.
 
     Its string form is a URL without a SAS, or a local path. All names and folders are relative to its root, with "/"
@@ -50,17 +51,18 @@ class Tree:
 
     readable = True
 
+    @abstractmethod
     def infos(self) -> list[BlobInfo]:
         """List all blobs or files."""
-        raise NotImplementedError
 
-    def remove_abandoned(self) -> None:
+    def remove_abandoned(self) -> None:  # noqa: B027  (blobs need nothing of the kind)
         """Remove the temporary files that killed copies left in a folder, as far as `infos` found them."""
 
     def copy_mark(self, info: BlobInfo) -> str | None:
         """Return the mark that a copy left on a blob; None for a file, and for a blob that is not a copy."""
         return None
 
+    @abstractmethod
     def read_into(self, info: BlobInfo, offset: int, target: memoryview, cancel: Cancel) -> None:
         """Fill `target` with the bytes of a blob or file from `offset` on.
 
@@ -68,20 +70,20 @@ class Tree:
             CheckpointReplacedError: the blob is not the one that `info` describes any more.
             CorruptCheckpointError: the file is shorter than `info` says.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
         """Read the metadata of the checkpoint in `folder`; None if it does not exist."""
-        raise NotImplementedError
 
+    @abstractmethod
     def create(self, name: str) -> BlobDestination | LocalFile:
         """Begin to write a blob or file."""
-        raise NotImplementedError
 
     def settings(self, info: BlobInfo) -> CopiedSettings:
         """Return what a copy of the blob carries besides its bytes. A file carries nothing."""
         return CopiedSettings()
 
+    @abstractmethod
     def commit_metadata(
         self, folder: str, rank: int | None, data: bytes, replaces: MetadataBlob | None, settings: CopiedSettings
     ) -> None:
@@ -90,20 +92,19 @@ class Tree:
         Raises:
             CommitConflictError: another save wrote metadata meanwhile.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def remove_metadata(self, folder: str, rank: int | None, stored: MetadataBlob) -> None:
         """Remove the metadata of the checkpoint in `folder`, or raise `CommitConflictError` if it is not `stored`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, names: Iterable[str]) -> None:
         """Remove blobs or files, and the folders that become empty."""
-        raise NotImplementedError
 
-    def sync(self, names: Iterable[str]) -> None:
+    def sync(self, names: Iterable[str]) -> None:  # noqa: B027  (blobs need nothing of the kind)
         """Make visible files survive a power cut."""
 
-    def check_free_space(self, needed: int) -> None:
+    def check_free_space(self, needed: int) -> None:  # noqa: B027  (blobs need nothing of the kind)
         """Raise `LocalFileError` if a disk has less than `needed` bytes of free space."""
 
 
