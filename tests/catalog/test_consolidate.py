@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from azure_torch_ckpt.dcp.metadata.schema import stored_item
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.errors import LocalFileError
 from azure_torch_ckpt.progress import Progress
-from tests.dcp.memory_growth import ENVIRONMENT
+from tests.dcp.memory_growth import child_result
 from tests.support.containers import content, paths_below, put
 from tests.support.faults import Answer, Call
 from tests.support.mixed_checkpoint import KEY, flip_in_storage, item_of, save, save_without_collectives, state
@@ -364,16 +361,7 @@ def test_a_checkpoint_of_300_mib_takes_a_budget_of_32(
     azurite: Azurite, tmp_path: Path, large: str, target: str
 ) -> None:
     dst = f"{large.rpartition('/')[0]}/whole.pt" if target == "blob" else str(tmp_path / target)
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.catalog.consolidate_memory", large, dst, KEY, str(BUDGET)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    grown, size = json.loads(child.stdout)
+    grown, size = child_result("tests.catalog.consolidate_memory", large, dst, KEY, BUDGET)
     assert size > 300 * MIB
     assert grown < BUDGET + 16 * MIB  # threads' stacks, and what torch keeps
     if target == "x.pt":
