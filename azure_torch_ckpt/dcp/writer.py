@@ -36,7 +36,7 @@ from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
-from azure_torch_ckpt.dcp.written_items import WrittenItem, WrittenItems, join_results
+from azure_torch_ckpt.dcp.written_items import UploadedItem, WrittenItems, join_results
 from azure_torch_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -176,7 +176,7 @@ class AzureBlobWriter(BaseWriter):
                 written.append((write_item, upload.add(views, copies=copies), payload_offset))
             upload.finish()
         items = [
-            WrittenItem(write_item, item.offset, item.length, payload_offset, item.crc64() if checksums else None)
+            UploadedItem(write_item, item.offset, item.length, payload_offset, item.crc64() if checksums else None)
             for write_item, item, payload_offset in without_collector(written)
         ]
         # torch hands them to `finish` and to nobody else.

@@ -17,11 +17,11 @@ from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 from azure_torch_ckpt.dcp.metadata.schema import storage_info
 from azure_torch_ckpt.dcp.metadata.sections import Section, decode_section, encode_section, section_items
 
-__all__ = ["WrittenItem", "WrittenItems", "join_results"]
+__all__ = ["UploadedItem", "WrittenItems", "join_results"]
 
 
 @dataclass(slots=True)
-class WrittenItem:
+class UploadedItem:
     """An item that was written, and where it lies in the rank's blob; see `schema.StoredItem`."""
 
     planned: WriteItem
@@ -53,7 +53,7 @@ class WrittenItems:
     section: bytes
 
     @classmethod
-    def of(cls, blob: str, items: Sequence[WrittenItem]) -> WrittenItems:
+    def of(cls, blob: str, items: Sequence[UploadedItem]) -> WrittenItems:
         hints, places, dims = [], [], []
         offsets: list[int] = []
         for item in items:
