@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -26,11 +26,11 @@ from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.blob_names import data_name, new_save_id
 from azure_torch_ckpt.dcp.commit import commit_metadata
 from azure_torch_ckpt.dcp.item_reader import item_name
-from azure_torch_ckpt.dcp.metadata.columns import Chunks, entries_of
+from azure_torch_ckpt.dcp.metadata.columns import entries_of
 from azure_torch_ckpt.dcp.metadata.front import dump_with_index
 from azure_torch_ckpt.dcp.metadata.index import StoredColumns
 from azure_torch_ckpt.dcp.metadata.schema import dump_metadata, storage_meta
-from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, StoredItems, data_paths, in_memory
+from azure_torch_ckpt.dcp.metadata.views import StoredItems, data_paths, in_memory, plain_metadata, show_columns
 from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, open_metadata_blob, read_metadata_blob
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
@@ -227,21 +227,15 @@ class AzureBlobWriter(BaseWriter):
         """Make the content of ``.metadata`` with an index, and let `metadata` be small: torch sends it to all ranks."""
         where = f"The metadata of {self.checkpoint_id}"
         data = dump_with_index(metadata, columns, where)
-        items = StoredItems(columns.index, in_memory(b"".join(columns.encoded)), where)
-        metadata.storage_data = items
-        for entry in columns.index.entries:
-            tensor = metadata.state_dict_metadata[entry.name]
-            if entry.layout is not None and isinstance(tensor, TensorStorageMetadata):
-                tensor.chunks = cast("list[ChunkStorageMetadata]", Chunks(entry.layout))
-        if type(metadata) is Metadata:
-            metadata.__class__ = ColumnMetadata
+        metadata.storage_data = StoredItems(columns.index, in_memory(b"".join(columns.encoded)), where)
+        show_columns(metadata, columns.index.entries)
         return data
 
     def _dump(self, metadata: Metadata, written: list[WrittenItems | PackedItems]) -> bytes:
         """Make it as torch's own writer does: of few items, and of a plan that columns cannot hold or that failed."""
         metadata.storage_data = {index: info for rank in written for index, info in rank.storage_data().items()}
         try:
-            return dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+            return dump_metadata(plain_metadata(metadata), f"The metadata of {self.checkpoint_id}")
         except UnsafeMetadataError as error:
             if isinstance(error.__cause__, CorruptCheckpointError):
                 _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
