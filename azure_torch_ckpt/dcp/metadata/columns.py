@@ -96,6 +96,7 @@ class Layout:
     sizes: torch.Tensor
     _whole: dict[tuple[int, ...], bool] = field(default_factory=dict)
     _rows: tuple[list[torch.Size], list[torch.Size]] | None = None
+    _numbers: dict[torch.Size, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -116,6 +117,13 @@ class Layout:
             )
             self._rows = offsets, sizes
         return self._rows
+
+    def number_of(self, offsets: torch.Size) -> int | None:
+        """The number of the chunk that begins there."""
+        if not self._numbers:
+            starts = self.rows[0]
+            self._numbers = {starts[number]: number for number in reversed(range(len(starts)))}
+        return self._numbers.get(offsets)
 
     def volumes(self) -> torch.Tensor:
         """Elements of each chunk."""

@@ -8,7 +8,7 @@ them: ``state_dict_metadata`` is a dict whose tensors have a `Chunks` for a list
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, cast
 
 import torch
@@ -141,14 +141,8 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
             return None
         if entry.layout is None:
             return entry.first
-        offsets, _ = entry.layout.rows
-        hint = key.index
-        if hint is not None and 0 <= hint < len(offsets) and offsets[hint] == key.offset:
-            return entry.first + hint
-        try:
-            return entry.first + offsets.index(cast(torch.Size, key.offset))
-        except ValueError:
-            return None
+        chunk = entry.layout.number_of(cast(torch.Size, key.offset))
+        return None if chunk is None else entry.first + chunk
 
     # What a dict has
 
@@ -156,7 +150,24 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         number = self.number_of(key)
         if number is None:
             raise KeyError(key)
-        return _info(self.fetch([number])[0])
+        blob = int(self.index.blob_of[number])
+        if blob not in self._items:
+            self.fetch([number])
+        return _info(self._items[blob][int(self.index.in_blob[number])])
+
+    def items(self) -> ItemsView[MetadataIndex, StorageInfo]:
+        return _AllItems(self)
+
+    def values(self) -> ValuesView[StorageInfo]:
+        return _AllValues(self)
+
+    def all_items(self) -> Iterator[StoredItem]:
+        """Every item, in the order of their numbers."""
+        self.fetch(range(len(self)))
+        yield from (
+            self._items[blob][at]
+            for blob, at in zip(self.index.blob_of.tolist(), self.index.in_blob.tolist(), strict=True)
+        )
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, MetadataIndex) and self.number_of(key) is not None
@@ -187,6 +198,24 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         """Read all sections, as they are stored."""
         places = self.index.places
         return self._read([(0, _end(places[-1]))])[0] if places else b""
+
+
+class _AllItems(ItemsView[MetadataIndex, StorageInfo]):
+    """One after the other, without a lookup for each."""
+
+    _mapping: StoredItems
+
+    def __iter__(self) -> Iterator[tuple[MetadataIndex, StorageInfo]]:
+        yield from zip(self._mapping, map(_info, self._mapping.all_items()), strict=True)
+
+
+class _AllValues(ValuesView[StorageInfo]):
+    """The same, of values."""
+
+    _mapping: StoredItems
+
+    def __iter__(self) -> Iterator[StorageInfo]:
+        yield from map(_info, self._mapping.all_items())
 
 
 def _end(place: SectionPlace) -> int:
