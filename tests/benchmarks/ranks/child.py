@@ -75,14 +75,19 @@ def _small(order: dict[str, Any], side: Side, steps: Steps) -> None:
         state = {f"layer.{number}.weight": torch.ones(_SMALL // 4) for number in range(count)}
         for number in range(1 + order["repeats"]):
             path = f"{order['path']}-{count}-{number}"
-            seconds = [time.monotonic()]
+            clocks = [_clocks()]
             dcp.save(state, storage_writer=side.writer(path), planner=side.planner())
-            seconds.append(time.monotonic())
+            clocks.append(_clocks())
             dcp.load(state, storage_reader=side.reader(path))
-            seconds.append(time.monotonic())
+            clocks.append(_clocks())
             if number:  # the first one imports and sets up what the others find
-                steps.note(f"small.{count}.save", seconds=seconds[1] - seconds[0])
-                steps.note(f"small.{count}.load", seconds=seconds[2] - seconds[1])
+                for step, begin, end in zip(("save", "load"), clocks[:-1], clocks[1:], strict=True):
+                    values = {name: end[name] - begin[name] for name in begin}
+                    steps.note(f"small.{count}.{step}", **values)
+
+
+def _clocks() -> dict[str, float]:
+    return {"seconds": time.monotonic(), "cpu": time.process_time()}
 
 
 def _stored(side: Side, path: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from tests.benchmarks.charts import write_chart
 from tests.benchmarks.ranks import costs
 from tests.benchmarks.ranks.costs import Figure, simulated, total
 from tests.benchmarks.ranks.models import Sharding
-from tests.benchmarks.ranks.results import Results
+from tests.benchmarks.ranks.results import Results, in_cpu_seconds
 from tests.benchmarks.ranks.run import REAL, SHARDINGS, Values
 from tests.benchmarks.ranks.sides import BEFORE, OURS, PLANNER, STOCK
 from tests.benchmarks.spec import KIB, MIB
@@ -61,7 +61,7 @@ def tables(results: Results, baseline: Results) -> dict[str, str]:
     """The texts for the places of the page, by their names."""
     busy = max(results.waited, baseline.waited) > _QUIET
     if busy:
-        results, baseline = results.in_cpu_seconds(), baseline.in_cpu_seconds()
+        results, baseline = results.on_the_cpu(), baseline.on_the_cpu()
     found = {"targets": _targets(results, baseline, busy), "growth": _growth(results)}
     for title, under, steps in (
         ("first save", "first", _SAVE),
@@ -151,31 +151,38 @@ def _processes(results: Results) -> str:
     """CPU seconds of each step in real processes, and in the simulation of as many ranks."""
     text = ""
     for side in _sides(results):
+        shardings = [sharding for sharding in REAL if results.steps("real", side, sharding)]
+        measured = [(_simulated_once(results, side, one), results.steps("real", side, one)) for one in shardings]
         rows = []
         for under, steps in (("first", _SAVE), ("load", _LOAD)):
-            for name, (where, title) in steps.items():
-                cells = []
-                for sharding in REAL:
-                    simulation = results.steps("simulated", side, sharding)
-                    # The metadata that ranks receive is that of the second save, of the same size.
-                    found = simulation.get(
-                        f"{under}.{name}", simulation.get(f"second.{name}" if name == "receive" else "")
-                    )
-                    real = results.steps("real", side, sharding).get(f"{under}.{name}")
-                    cells += [_cpu(found, "cpu"), _cpu(real, "seconds")]
-                if all(cells):
-                    rows.append([where, title, *cells])
-        if rows:
-            columns = [f"{sharding.ranks} {what}" for sharding in REAL for what in ("simulated", "real")]
+            names = [name for name in steps if measured and all(f"{under}.{name}" in real for _, real in measured)]
+            for name in names:
+                cells = [_cpu(one.get(f"{under}.{name}")) for pair in measured for one in pair]
+                rows.append([*steps[name], *cells])
+            leaders = [name for name in names if steps[name][0] == _COORDINATOR]
+            sums = [total(one, under, leaders) for pair in measured for one in pair]
+            rows.append([_COORDINATOR, f"all of these, {'save' if under == 'first' else 'load'}", *map(_sum, sums)])
+        if measured:
+            columns = [f"{sharding.ranks} {what}" for sharding in shardings for what in ("simulated", "real")]
             text += f"**{_SIDES[side]}**\n\n" + markdown_table(["where", "step", *columns], rows) + "\n"
     return text
 
 
-def _cpu(values: Values | None, key: str) -> str:
+def _simulated_once(results: Results, side: str, sharding: Sharding) -> dict[str, Values]:
+    """The simulated steps in CPU seconds; the metadata that ranks receive is that of the second save, of the same size."""
+    steps = in_cpu_seconds(results.steps("simulated", side, sharding))
+    return {**{"first.receive": steps[name] for name in steps if name == "second.receive"}, **steps}
+
+
+def _sum(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f} s"
+
+
+def _cpu(values: Values | None) -> str:
     if values is None:
         return ""
     size = f", {_bytes(values['bytes'])}" if "bytes" in values else ""
-    return f"{values[key]:.3f} s{size}"
+    return f"{values['seconds']:.3f} s{size}"
 
 
 def _small(results: Results) -> str:
@@ -251,7 +258,7 @@ _COSTS: list[tuple[str, Callable[[dict[str, Values]], float | None]]] = [
 def chart(results: Results, path: Path) -> None:
     """Cost against ranks. A circle was measured, a line that goes on dotted follows from the slope."""
     if results.waited > _QUIET:
-        results = results.in_cpu_seconds()
+        results = results.on_the_cpu()
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for axis, (title, cost) in zip(axes.flat, _COSTS, strict=True):
         for side in _sides(results):

@@ -47,12 +47,13 @@ class Results:
         wall, cpu = (sum(values[key] for values in steps if "cpu" in values) for key in ("seconds", "cpu"))
         return 1 - cpu / wall if wall else 0.0
 
-    def in_cpu_seconds(self) -> Results:
+    def on_the_cpu(self) -> Results:
         """The same with the CPU seconds of every simulated step in the place of its seconds."""
-        return replace(self, measurements=[replace(one, steps=_in_cpu_seconds(one.steps)) for one in self.measurements])
+        return replace(self, measurements=[replace(one, steps=in_cpu_seconds(one.steps)) for one in self.measurements])
 
 
-def _in_cpu_seconds(steps: dict[str, Values]) -> dict[str, Values]:
+def in_cpu_seconds(steps: dict[str, Values]) -> dict[str, Values]:
+    """Steps with their CPU seconds in the place of their seconds, where both were measured."""
     return {name: {**values, "seconds": values["cpu"]} if "cpu" in values else values for name, values in steps.items()}
 
 

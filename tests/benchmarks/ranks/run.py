@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.endpoints import AzsinkEndpoint, Endpoint
-from tests.benchmarks.processes import ROOT
+from tests.benchmarks.processes import ROOT, median
 from tests.benchmarks.ranks.models import Sharding
 from tests.benchmarks.ranks.sides import BEFORE, OURS, PLANNER, STOCK, has_planner
 from tests.benchmarks.spec import GIB, PLAIN, TLS
@@ -155,16 +154,15 @@ class _Run:
 
     def small(self) -> None:
         """All sides in turn, several rounds."""
-        seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        seen: dict[str, dict[str, list[Values]]] = defaultdict(lambda: defaultdict(list))
         for _ in range(_SMALL_ROUNDS):
             for side in self._chosen("small", None):
                 order = {"job": "small", "path": self._fresh(), "counts": _SMALL_COUNTS, "repeats": _SMALL_REPEATS}
                 for name, values in self._reports(side, order):
-                    seen[side][name].append(values["seconds"])
+                    seen[side][name].append(values)
                 self._wipe()
         for side, steps in seen.items():
-            medians = {name: {"seconds": statistics.median(values)} for name, values in steps.items()}
-            self._keep(Measurement("small", side, {}, medians))
+            self._keep(Measurement("small", side, {}, {name: median(values) for name, values in steps.items()}))
 
     def _chosen(self, kind: str, sharding: Sharding | None) -> list[str]:
         return [side for side in self._sides if self._wanted(_name(kind, sharding, side))]
