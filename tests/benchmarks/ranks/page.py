@@ -159,9 +159,10 @@ def _processes(results: Results) -> str:
             for name in names:
                 cells = [_cpu(one.get(f"{under}.{name}")) for pair in measured for one in pair]
                 rows.append([*steps[name], *cells])
-            leaders = [name for name in names if steps[name][0] == _COORDINATOR]
-            sums = [total(one, under, leaders) for pair in measured for one in pair]
-            rows.append([_COORDINATOR, f"all of these, {'save' if under == 'first' else 'load'}", *map(_sum, sums)])
+            where = _COORDINATOR if under == "first" else _RANK
+            added = [name for name in names if steps[name][0] == where]
+            sums = [total(one, under, added) for pair in measured for one in pair]
+            rows.append([where, f"all its steps of the {'save' if under == 'first' else 'load'}", *map(_sum, sums)])
         if measured:
             columns = [f"{sharding.ranks} {what}" for sharding in shardings for what in ("simulated", "real")]
             text += f"**{_SIDES[side]}**\n\n" + markdown_table(["where", "step", *columns], rows) + "\n"
@@ -169,9 +170,13 @@ def _processes(results: Results) -> str:
 
 
 def _simulated_once(results: Results, side: str, sharding: Sharding) -> dict[str, Values]:
-    """The simulated steps in CPU seconds; the metadata that ranks receive is that of the second save, of the same size."""
+    """The simulated steps in CPU seconds.
+
+    The metadata that a simulated rank receives is that of the second save, which has the same size.
+    """
     steps = in_cpu_seconds(results.steps("simulated", side, sharding))
-    return {**{"first.receive": steps[name] for name in steps if name == "second.receive"}, **steps}
+    received = steps.get("second.receive")
+    return steps if received is None else {"first.receive": received, **steps}
 
 
 def _sum(seconds: float | None) -> str:
