@@ -12,18 +12,16 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.blob_names import group_by_checkpoint, metadata_name
-from azure_torch_ckpt.dcp.commit import MetadataBlob, read_metadata_blob
-from azure_torch_ckpt.dcp.metadata.schema import check_metadata, data_paths, load_metadata
+from azure_torch_ckpt.dcp.metadata.views import data_paths
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, open_metadata_blob, read_metadata_blob
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobNotFoundError,
     CheckpointNotFoundError,
-    CheckpointReplacedError,
     RequestRefusedError,
     UnsupportedCheckpointError,
 )
@@ -38,7 +36,6 @@ __all__ = [
     "open_checkpoint",
     "open_checkpoint_in",
     "read_metadata",
-    "replaced_error",
 ]
 
 
@@ -120,11 +117,7 @@ def read_metadata(store: BlobStore, location: BlobLocation, ranks: Iterable[int 
     def read(rank: int | None) -> None:
         stored = read_metadata_blob(store, location, rank)
         if stored is not None:
-            where = f"{location}/{metadata_name(rank)}"
-            with CollectorPause():
-                metadata = load_metadata(stored.data, where)
-                check_metadata(metadata, where)
-            parts[rank] = OpenMetadata(rank, stored, metadata)
+            parts[rank] = OpenMetadata(rank, stored, open_metadata_blob(store, location, rank, stored))
 
     wanted = list(ranks)
     if len(wanted) == 1:
@@ -143,13 +136,6 @@ def is_replaced(store: BlobStore, location: BlobLocation, etags: Mapping[str, st
         except BlobNotFoundError:
             return True
     return False
-
-
-def replaced_error(location: BlobLocation) -> CheckpointReplacedError:
-    """Make the error of a load that found out that the checkpoint was replaced meanwhile."""
-    return CheckpointReplacedError(
-        f"The checkpoint at {location} was replaced or removed while it was being read. Load again"
-    )
 
 
 def _merged(parts: list[OpenMetadata]) -> Metadata:

@@ -19,7 +19,9 @@ from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseStorage, step
 from azure_torch_ckpt.dcp.blob_names import metadata_name, metadata_rank
 from azure_torch_ckpt.dcp.item_reader import ItemReader, run_reads
-from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata, replaced_error
+from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, whole_tensors
+from azure_torch_ckpt.dcp.metadata_blob import replaced_error
+from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.dcp.tensors.chunks import find_uncovered
@@ -201,6 +203,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
         if not opened:
             raise not_found_error(self._store, self._location, name)
         metadata = opened[0].metadata
+        if isinstance(metadata, ColumnMetadata):
+            metadata = whole_tensors(metadata)
         meta = metadata.storage_meta or StorageMeta()
         meta.load_id = str(uuid.uuid4())
         metadata.storage_meta = meta

@@ -11,8 +11,9 @@ from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint, metadata_name
-from azure_torch_ckpt.dcp.commit import MetadataBlob
-from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
+from azure_torch_ckpt.dcp.metadata.front import open_metadata
+from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -175,8 +176,7 @@ def _plan(
 
 def _items_by_name(label: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:
     """Return the items that metadata describes, by the name in the tree of the blob or file that holds them."""
-    metadata = load_metadata(stored.data, label)
-    check_metadata(metadata, label)
+    metadata = open_metadata(stored.data, label)
     items: dict[str, list[StoredItem]] = {}
     for info in metadata.storage_data.values():
         item = stored_item(info)
