@@ -95,7 +95,8 @@ def test_a_save_and_loads_without_data_report_every_step(
     wanted = {"first": of_save, "second": of_save, "load": of_rank | of_leader, "reshard": of_rank}
     assert found.keys() == {f"{under}.{step}" for under, names in wanted.items() for step in names}
     assert found["load.pickle_load_plan"]["items"] == SHARDING.tensors
-    assert found["reshard.pickle_load_plan"]["items"] >= 2 * SHARDING.tensors
+    # torch's planner finds two stored chunks of each tensor at least. Our reader looks for them itself.
+    assert found["reshard.pickle_load_plan"]["items"] >= (2 if name == STOCK else 1) * SHARDING.tensors
 
 
 @pytest.mark.parametrize(
