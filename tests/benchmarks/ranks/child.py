@@ -49,13 +49,13 @@ def _save(order: dict[str, Any], side: Side, steps: Steps) -> None:
         steps.under(number)
         data = job.save(f"{path}-{number}")
         steps.note("stored", **_stored(side, f"{path}-{number}"))
-        Path(order["broadcast"]).write_bytes(data)
+        Path(f"{order['broadcast']}-{number}").write_bytes(data)
         del data
 
 
 def _receive(order: dict[str, Any], side: Side, steps: Steps) -> None:
     steps.under(order["under"])
-    receive(Path(order["broadcast"]).read_bytes(), steps)
+    receive(Path(f"{order['broadcast']}-{order['under']}").read_bytes(), steps)
 
 
 def _load(order: dict[str, Any], side: Side, steps: Steps) -> None:

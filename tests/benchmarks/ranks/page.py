@@ -68,7 +68,8 @@ def tables(results: Results, baseline: Results) -> dict[str, str]:
         ("load", "load", _LOAD),
         ("resharded", "reshard", _LOAD),
     ):
-        found[title] = "\n".join(_steps(results, sharding, under, steps) for sharding in _SHOWN)
+        of_shardings = (_steps(results, sharding, under, steps) for sharding in _SHOWN)
+        found[title] = "\n".join(filter(None, of_shardings))
     return found | {"second save": _second(results), "processes": _processes(results), "small": _small(results)}
 
 
@@ -103,6 +104,8 @@ def _growth(results: Results) -> str:
 
 def _steps(results: Results, sharding: Sharding, under: str, steps: dict[str, tuple[str, str]]) -> str:
     sides = [side for side in _sides(results) if results.steps("simulated", side, sharding)]
+    if not sides:
+        return ""
     rows = []
     for name, (where, title) in steps.items():
         cells = [_step(results.steps("simulated", side, sharding), f"{under}.{name}") for side in sides]
@@ -152,7 +155,10 @@ def _processes(results: Results) -> str:
     text = ""
     for side in _sides(results):
         shardings = [sharding for sharding in REAL if results.steps("real", side, sharding)]
-        measured = [(_simulated_once(results, side, one), results.steps("real", side, one)) for one in shardings]
+        measured = [
+            (in_cpu_seconds(results.steps("simulated", side, one)), results.steps("real", side, one))
+            for one in shardings
+        ]
         rows = []
         for under, steps in (("first", _SAVE), ("load", _LOAD)):
             names = [name for name in steps if measured and all(f"{under}.{name}" in real for _, real in measured)]
@@ -167,16 +173,6 @@ def _processes(results: Results) -> str:
             columns = [f"{sharding.ranks} {what}" for sharding in shardings for what in ("simulated", "real")]
             text += f"**{_SIDES[side]}**\n\n" + markdown_table(["where", "step", *columns], rows) + "\n"
     return text
-
-
-def _simulated_once(results: Results, side: str, sharding: Sharding) -> dict[str, Values]:
-    """The simulated steps in CPU seconds.
-
-    The metadata that a simulated rank receives is that of the second save, which has the same size.
-    """
-    steps = in_cpu_seconds(results.steps("simulated", side, sharding))
-    received = steps.get("second.receive")
-    return steps if received is None else {"first.receive": received, **steps}
 
 
 def _sum(seconds: float | None) -> str:
@@ -255,7 +251,7 @@ def _figure(figure: Figure | None, unit: str) -> str:
 _COSTS: list[tuple[str, Callable[[dict[str, Values]], float | None]]] = [
     ("first save, coordinator", lambda steps: total(steps, "first", costs.COORDINATOR)),
     ("second save, coordinator", lambda steps: total(steps, "second", costs.COORDINATOR)),
-    ("save, every other rank", lambda steps: costs.rank_total(steps, "first")),
+    ("save, every other rank", lambda steps: total(steps, "first", costs.RANK)),
     ("load, a rank", lambda steps: total(steps, "load", costs.LOAD)),
 ]
 

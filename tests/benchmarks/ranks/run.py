@@ -127,7 +127,7 @@ class _Run:
             broadcast = str(self._folder / "broadcast")
             jobs: list[dict[str, Any]] = [
                 {"job": "save", "path": path, "saves": saves, "broadcast": broadcast},
-                {"job": "receive", "under": ("first", "second")[saves - 1], "broadcast": broadcast},
+                *({"job": "receive", "under": under, "broadcast": broadcast} for under in ("first", "second")[:saves]),
                 {"job": "load", "under": "load", "path": f"{path}-first"},
                 {"job": "load", "under": "reshard", "path": f"{path}-first", "ranks": 2},
             ]

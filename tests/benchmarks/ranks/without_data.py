@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -23,8 +24,7 @@ from azure_torch_ckpt.blobs.upload import Item, Segment, Upload
 
 # Bytes around the payload of a tensor in what torch.save writes, as it is for most.
 _ENVELOPE = 1152
-# Odd, so that the products have all 64 bits: checksums take 9 bytes in a pickle, as real ones do.
-_SPREAD = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
 
 
 @contextlib.contextmanager
@@ -51,9 +51,17 @@ def without_download() -> Iterator[None]:
 
 def _add(upload: Upload, views: Iterable[memoryview], *, copies: bool = False) -> Item:
     size = sum(view.nbytes for view in views)
-    item = Item(upload._offset, size, [Segment([], size, (upload._offset + 1) * _SPREAD % (1 << 64))])
+    item = Item(upload._offset, size, [Segment([], size, _checksum(upload._path, upload._offset))])
     upload._offset += size
     return item
+
+
+def _checksum(path: str, offset: int) -> int:
+    """A number of each item's own that nothing compresses, as checksums are (the finalizer of SplitMix64)."""
+    mixed = (zlib.crc32(path.encode()) << 32 ^ offset) & _MASK
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _MASK
+    return mixed ^ mixed >> 31
 
 
 def _write_item(
