@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import StorageReader
 from azure_torch_ckpt.emulator import Azurite
 from tests.benchmarks.ranks.models import Parameter, Sharding, State, check_virtual
 from tests.benchmarks.ranks.sides import OURS, PLANNER, STOCK, Side, has_planner, make_side
-from tests.benchmarks.ranks.simulation import SimulatedJob, load, receive
+from tests.benchmarks.ranks.simulation import Coordinator, OtherRanks, load, receive
 from tests.benchmarks.ranks.steps import Report, Steps
 from tests.benchmarks.spec import Address
 from tests.support.containers import download
@@ -28,6 +28,11 @@ SIDES = [STOCK, OURS, *([PLANNER] if has_planner() else [])]
 def side_of(name: str, azurite: Azurite, container: str, folder: Path) -> Side:
     endpoint, _, bucket = container.rpartition("/")
     return make_side(name, Address(endpoint, bucket, azurite.account_key, "", None, counts=False), folder)
+
+
+def make_job(side: Side, steps: Steps, with_data: bool) -> Coordinator:
+    others = OtherRanks(side, SHARDING, "run/0", steps, with_data)
+    return Coordinator(side, SHARDING, "run/0", steps, others, with_data)
 
 
 def state(value: float) -> State:
@@ -57,9 +62,9 @@ def test_saves_of_virtual_ranks_load_with_torchs_reader_and_ours(
     name: str, azurite: Azurite, container: str, tmp_path: Path
 ) -> None:
     side = side_of(name, azurite, container, tmp_path / "stock")
-    job = SimulatedJob(side, SHARDING, "run/0", Steps(lambda report: None, counts=False), with_data=True)
+    coordinator = make_job(side, Steps(lambda report: None, counts=False), with_data=True)
     for path in ("run/1", "run/2"):
-        job.save(path)
+        coordinator.save(path, "save")
         readers: list[StorageReader] = [side.reader(path)]
         if name != STOCK:
             readers.append(dcp.FileSystemReader(download(side.url(path), tmp_path / name / path)))
@@ -76,10 +81,9 @@ def test_a_save_and_loads_without_data_report_every_step(
     reports: list[Report] = []
     steps = Steps(reports.append, counts=False)
     side = side_of(name, azurite, container, tmp_path)
-    job = SimulatedJob(side, SHARDING, "run/0", steps)
+    coordinator = make_job(side, steps, with_data=False)
     for number in ("first", "second"):
-        steps.under(number)
-        receive(job.save(f"run/{number}"), steps)
+        receive(coordinator.save(f"run/{number}", number), steps)
     for under, ranks in (("load", 4), ("reshard", 2)):
         steps.under(under)
         load(side, Sharding("tiny", fsdp=ranks), "run/first", steps, coordinator=under == "load")

@@ -20,7 +20,7 @@ from azure.storage.blob import ContainerClient
 from tests.benchmarks.ranks import processes
 from tests.benchmarks.ranks.models import Sharding, check_virtual
 from tests.benchmarks.ranks.sides import Side, make_side
-from tests.benchmarks.ranks.simulation import SimulatedJob, load, receive
+from tests.benchmarks.ranks.simulation import Coordinator, OtherRanks, RanksProcess, load, receive
 from tests.benchmarks.ranks.steps import Report, Steps
 from tests.benchmarks.spec import KIB, Address
 
@@ -44,10 +44,10 @@ def _save(order: dict[str, Any], side: Side, steps: Steps) -> None:
     sharding = Sharding(**order["sharding"])
     check_virtual(sharding, sharding.ranks // 2)
     path = order["path"]
-    job = SimulatedJob(side, sharding, path, steps)
+    others = RanksProcess(OtherRanks(side, sharding, path, steps, False))
+    coordinator = Coordinator(side, sharding, path, steps, others, False)
     for number in ("first", "second")[: order["saves"]]:
-        steps.under(number)
-        data = job.save(f"{path}-{number}")
+        data = coordinator.save(f"{path}-{number}", number)
         steps.note("stored", **_stored(side, f"{path}-{number}"))
         Path(f"{order['broadcast']}-{number}").write_bytes(data)
         del data

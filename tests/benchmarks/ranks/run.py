@@ -237,11 +237,15 @@ def _fewer(sharding: Sharding) -> Sharding:
 
 
 def _resident(pid: int) -> int:
+    """Of a process and its children."""
+    total = 0
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for one in (pid, *map(int, children)):
+            total += int(Path(f"/proc/{one}/statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError, IndexError):
-        return 0  # it has ended
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        pass  # it has ended
+    return total * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -1,9 +1,9 @@
-"""Saves and loads of virtual ranks in one process, without a process group: what each step costs.
+"""Saves and loads of virtual ranks without a process group: what each step costs.
 
 Every function of a planner, writer or reader is called as ``dcp.save`` and ``dcp.load`` call it (``_save_state_dict``
 in torch's state_dict_saver.py, ``_load_state_dict`` in state_dict_loader.py), and what their collectives carry is
-pickled and unpickled as they do (``gather_object``, ``scatter_object_list``, ``broadcast_object_list``). The bytes
-themselves stay in the process: the network's share is not in the figures.
+pickled and unpickled as they do (``gather_object``, ``scatter_object_list``, ``broadcast_object_list``). The network's
+share is not in the figures.
 
 One rank beside the coordinator is measured, with DTensors. The others take the same steps, so that the coordinator
 gets real plans and real results of all ranks; they have virtual shards, and their steps are not measured. Tensors
@@ -15,10 +15,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import multiprocessing
+import os
 import pickle
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, SavePlan, SavePlanner
@@ -30,87 +33,61 @@ from tests.benchmarks.ranks.steps import Steps
 from tests.benchmarks.ranks.without_data import without_download, without_upload
 
 
-class SimulatedJob:
-    """The ranks of one job, which save any number of times with the same writers and planners.
+class Coordinator:
+    """Rank 0 of a job, which saves any number of times with the same writer and planner.
 
     Args:
-        with_data: write the tensors too, each filled with its rank's number.
+        others: all other ranks of the job.
     """
 
-    def __init__(self, side: Side, sharding: Sharding, path: str, steps: Steps, *, with_data: bool = False) -> None:
+    def __init__(
+        self, side: Side, sharding: Sharding, path: str, steps: Steps, others: Others, with_data: bool
+    ) -> None:
         self._side = side
         self._steps = steps
-        self._with_data = with_data
-        self._ranks = [_Rank(side, sharding, rank, path, with_data) for rank in range(sharding.ranks)]
-        self._measured = sharding.ranks // 2
-        if not with_data:
-            for rank in (0, self._measured):
-                self._ranks[rank].state = sharding.dtensors(rank)
+        self._others = others
+        self._rank = _Rank(side, sharding, 0, path, with_data)
 
-    def save(self, path: str) -> bytes:
+    def save(self, path: str, under: str) -> bytes:
         """Do one save; return what ``dcp.save`` would broadcast at its end.
 
         Steps of a rank: ``plan``, ``pickle_plan``, ``finish_plan`` (with unpickling its plan), ``write_data``,
         ``pickle_results``. Of the coordinator: ``coordinator_plan``, ``gather_plans``, ``create_global_plan``,
         ``prepare_global_plan``, ``scatter_plans``, ``gather_results``, ``finish``, ``broadcast``; ``coordinator`` has
         the memory of all of them but the first.
-        """
-        for rank in self._ranks:
-            rank.writer.reset(self._side.url(path))
-        plans = self._local_plans()
-        gc.collect()
-        gc.freeze()  # the other ranks would be in other processes, whose objects no collection here looks at
-        try:
-            with self._steps.together("coordinator"):
-                results = self._results(self._scattered(plans))
-                return self._finish(results)
-        finally:
-            gc.unfreeze()
 
-    def _local_plans(self) -> list[bytes]:
-        plans = []
-        for number, rank in enumerate(self._ranks):
-            with self._turn_of(number):
-                with self._step("plan", "coordinator_plan", number):
-                    plan = rank.local_plan()
-                with self._step("pickle_plan", None, number) as record:
-                    plans.append(pickle.dumps(plan))
-                    record["bytes"] = len(plans[-1])
-        return plans
+        Args:
+            under: what the names of the steps begin with.
+        """
+        steps = self._steps
+        steps.under(under)
+        self._rank.writer.reset(self._side.url(path))
+        with steps.step("coordinator_plan", self._side.address):
+            plan = self._rank.local_plan()
+        plans = [pickle.dumps(plan), *self._others.plans(path, under)]
+        with steps.together("coordinator"):
+            scattered = self._scattered(plans)
+            own = pickle.dumps(self._rank.write(pickle.loads(scattered[0])))
+            return self._finish([own, *self._others.results(scattered[1:])])
 
     def _scattered(self, plans: list[bytes]) -> list[bytes]:
         """The coordinator's part of torch's ``reduce_scatter("plan", ...)``."""
-        steps, leader = self._steps, self._ranks[0]
+        steps, rank = self._steps, self._rank
         with steps.step("gather_plans") as record:
             record["bytes"] = sum(map(len, plans))
             all_plans = [pickle.loads(plan) for plan in plans]
         plans.clear()
         with steps.step("create_global_plan"):
-            global_plans, self._metadata = leader.planner.create_global_plan(all_plans)
+            global_plans, self._metadata = rank.planner.create_global_plan(all_plans)
         with steps.step("prepare_global_plan"):
-            global_plans = leader.writer.prepare_global_plan(global_plans)
+            global_plans = rank.writer.prepare_global_plan(global_plans)
         with steps.step("scatter_plans") as record:
             scattered = [pickle.dumps(plan) for plan in global_plans]
             record["bytes"] = sum(map(len, scattered))
         return scattered
 
-    def _results(self, plans: list[bytes]) -> list[bytes]:
-        """Every rank's part of torch's ``all_reduce("write", ...)``."""
-        results = []
-        for number, rank in enumerate(self._ranks):
-            with self._turn_of(number):
-                with self._step("finish_plan", None, number) as record:
-                    record["bytes"] = len(plans[number])
-                    plan = rank.finish_plan(pickle.loads(plans[number]))
-                with self._step("write_data", None, number):
-                    written = write_data(rank, plan, self._with_data)
-                with self._step("pickle_results", None, number) as record:
-                    results.append(pickle.dumps(written))
-                    record["bytes"] = len(results[-1])
-        return results
-
     def _finish(self, results: list[bytes]) -> bytes:
-        """The coordinator's part of it."""
+        """The coordinator's part of torch's ``all_reduce("write", ...)``."""
         steps = self._steps
         with steps.step("gather_results") as record:
             record["bytes"] = sum(map(len, results))
@@ -119,17 +96,76 @@ class SimulatedJob:
         metadata = self._metadata
         del self._metadata
         with steps.step("finish", self._side.address):
-            self._ranks[0].writer.finish(metadata=metadata, results=all_results)
+            self._rank.writer.finish(metadata=metadata, results=all_results)
         del all_results
         with steps.step("broadcast") as record:
             data = pickle.dumps(metadata)
             record["bytes"] = len(data)
         return data
 
+
+class Others(Protocol):
+    """All ranks but the coordinator."""
+
+    def plans(self, path: str, under: str) -> Iterator[bytes]:
+        """Begin a save; every rank's local plan, pickled."""
+        ...
+
+    def results(self, plans: Iterable[bytes]) -> Iterator[bytes]:
+        """Write what the coordinator has planned for every rank; every rank's results, pickled."""
+        ...
+
+
+class OtherRanks:
+    """All ranks but the coordinator, in this process.
+
+    Args:
+        with_data: write the tensors too, each filled with its rank's number.
+    """
+
+    def __init__(self, side: Side, sharding: Sharding, path: str, steps: Steps, with_data: bool) -> None:
+        self._side = side
+        self._steps = steps
+        self._measured = sharding.ranks // 2
+        self._ranks = [_Rank(side, sharding, rank, path, with_data) for rank in range(1, sharding.ranks)]
+        if not with_data:
+            self._ranks[self._measured - 1].state = sharding.dtensors(self._measured)
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def plans(self, path: str, under: str) -> Iterator[bytes]:
+        self._steps.under(under)
+        for number, rank in enumerate(self._ranks, 1):
+            rank.writer.reset(self._side.url(path))
+            with self._turn_of(number):
+                with self._step("plan", number):
+                    plan = rank.local_plan()
+                with self._step("pickle_plan", number) as record:
+                    data = pickle.dumps(plan)
+                    record["bytes"] = len(data)
+            yield data
+
+    def results(self, plans: Iterable[bytes]) -> Iterator[bytes]:
+        for number, (rank, plan) in enumerate(zip(self._ranks, plans, strict=True), 1):
+            with self._turn_of(number):
+                with self._step("finish_plan", number) as record:
+                    record["bytes"] = len(plan)
+                    final = rank.finish_plan(pickle.loads(plan))
+                with self._step("write_data", number):
+                    written = rank.write_data(final)
+                with self._step("pickle_results", number) as record:
+                    data = pickle.dumps(written)
+                    record["bytes"] = len(data)
+                del final, written
+            yield data
+
     @contextlib.contextmanager
     def _turn_of(self, rank: int) -> Iterator[None]:
         """Let a rank do something. One that is not measured costs as little time and memory as it can."""
-        if rank in (0, self._measured):
+        if rank == self._measured:
+            # The other ranks would be in other processes, whose objects no collection here looks at.
+            gc.freeze()
             yield
             return
         gc.disable()
@@ -137,33 +173,64 @@ class SimulatedJob:
             yield
         finally:
             gc.enable()
-            self._ranks[rank].rest()
+            self._ranks[rank - 1].rest()
 
-    def _step(self, name: str, of_coordinator: str | None, rank: int) -> AbstractContextManager[dict[str, Any]]:
-        """Measure a rank's step under its name; the coordinator's under another name or not at all, others' never."""
-        if rank == self._measured:
-            return self._steps.step(name)
-        if rank == 0 and of_coordinator is not None:
-            return self._steps.step(of_coordinator, self._side.address)
-        return contextlib.nullcontext({})
+    def _step(self, name: str, rank: int) -> AbstractContextManager[dict[str, Any]]:
+        return self._steps.step(name) if rank == self._measured else contextlib.nullcontext({})
+
+
+class RanksProcess:
+    """The same in a process of their own, so that the coordinator's memory has nothing of them.
+
+    It ends with the process that has made it.
+    """
+
+    def __init__(self, ranks: OtherRanks) -> None:
+        self._count = len(ranks)
+        self._connection, other = multiprocessing.Pipe()
+        if os.fork() == 0:
+            self._connection.close()
+            try:
+                while True:
+                    self._serve(ranks, other)
+            except EOFError:
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        other.close()
+
+    def plans(self, path: str, under: str) -> Iterator[bytes]:
+        self._connection.send((path, under))
+        return (self._connection.recv_bytes() for _ in range(self._count))
+
+    def results(self, plans: Iterable[bytes]) -> Iterator[bytes]:
+        for plan in plans:
+            self._connection.send_bytes(plan)
+            yield self._connection.recv_bytes()
+
+    def _serve(self, ranks: OtherRanks, connection: Any) -> None:
+        """One save."""
+        for plan in ranks.plans(*connection.recv()):
+            connection.send_bytes(plan)
+        for result in ranks.results(connection.recv_bytes() for _ in range(self._count)):
+            connection.send_bytes(result)
 
 
 class _Rank:
     """One rank's writer and planner."""
 
-    writer: StorageWriter
-    planner: SavePlanner
-
     def __init__(self, side: Side, sharding: Sharding, rank: int, path: str, with_data: bool) -> None:
         def filled(sizes: Sizes) -> torch.Tensor:
             return torch.full(sizes, float(rank))
 
-        self.writer = side.writer(path)
-        self.planner = side.planner()
-        self.state: State | None = None
+        self.writer: StorageWriter = side.writer(path)
+        self.planner: SavePlanner = side.planner()
+        self.state: State | None = sharding.dtensors(0) if rank == 0 and not with_data else None
         self._make_state = functools.partial(sharding.virtual, rank, filled if with_data else None)
         self._side = side
         self._rank = rank
+        self._with_data = with_data
         self._rests = False
 
     def local_plan(self) -> SavePlan:
@@ -175,6 +242,16 @@ class _Rank:
         if self._rests:
             self._set_up_planner()
         return self.planner.finish_plan(plan)
+
+    def write_data(self, plan: SavePlan) -> Any:
+        """What ``write_data`` hands to torch's ``gather_object``, whatever the writer makes of it."""
+        with contextlib.nullcontext() if self._with_data else without_upload():
+            future = self.writer.write_data(plan, self.planner)
+            future.wait()
+            return future.value()
+
+    def write(self, plan: SavePlan) -> Any:
+        return self.write_data(self.finish_plan(plan))
 
     def rest(self) -> None:
         """Give up the memory of a planner that would keep nothing for the next save."""
@@ -189,14 +266,6 @@ class _Rank:
             is_coordinator=self._rank == 0,
         )
         self._rests = False
-
-
-def write_data(rank: _Rank, plan: SavePlan, with_data: bool) -> Any:
-    """What a rank's ``write_data`` hands to torch's ``gather_object``, whatever the writer makes of it."""
-    with contextlib.nullcontext() if with_data else without_upload():
-        future = rank.writer.write_data(plan, rank.planner)
-        future.wait()
-        return future.value()
 
 
 def receive(data: bytes, steps: Steps) -> None:
