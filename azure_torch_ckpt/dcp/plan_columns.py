@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from azure_torch_ckpt.dcp.metadata.columns import are_plain, column
+from azure_torch_ckpt.dcp.metadata.columns import are_plain, column, from_bytes
 from azure_torch_ckpt.dcp.metadata.index import describe_properties, make_properties
 from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 from azure_torch_ckpt.dcp.metadata.sections import narrow, widen, width_of
@@ -23,6 +23,7 @@ from azure_torch_ckpt.dcp.metadata.sections import narrow, widen, width_of
 __all__ = ["ChosenItems", "LocalItems", "PlanStructure", "PlannedItems", "planned_items"]
 
 _TYPES = (WriteItemType.TENSOR, WriteItemType.SHARD, WriteItemType.BYTE_IO)
+_SHARD = _TYPES.index(WriteItemType.SHARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class PlanStructure:
         types: of the items.
         properties, sizes: of the tensors; None for an object.
         dims: of the offsets; 0 for an object.
+        is_shard: whether the item is a shard, not a plain tensor or an object.
         offsets_at, sizes_at: where offsets and sizes are in the numbers of `PlannedItems.cuts`.
     """
 
@@ -42,6 +44,7 @@ class PlanStructure:
     properties: tuple[TensorProperties | None, ...]
     sizes: tuple[torch.Size | None, ...]
     dims: torch.Tensor
+    is_shard: torch.Tensor
     offsets_at: torch.Tensor
     sizes_at: torch.Tensor
 
@@ -49,14 +52,19 @@ class PlanStructure:
 class LocalItems(list[WriteItem]):
     """A rank's items. They are pickled as `PlannedItems`."""
 
-    def __init__(self, items: list[WriteItem], structure: bytes, cuts: bytes) -> None:
+    def __init__(self, items: list[WriteItem], structure: bytes, cuts: bytes, contents: bytes | None) -> None:
         super().__init__(items)
         self.structure = structure
         self.cuts = cuts
+        self.contents = contents
 
     @classmethod
-    def of(cls, items: list[WriteItem]) -> list[WriteItem]:
-        """Encode items; the same list if there is anything in it that columns cannot hold."""
+    def of(cls, items: list[WriteItem], contents: Sequence[int | None] | None = None) -> list[WriteItem]:
+        """Encode items; the same list if there is anything in it that columns cannot hold.
+
+        Args:
+            contents: of each item a CRC64 of its bytes, or None; see `PlannedItems.contents`.
+        """
         names, types, described, sizes = [], [], [], []
         cuts = array("q")
         numbers: dict[Any, int] = {}
@@ -106,10 +114,14 @@ class LocalItems(list[WriteItem]):
         if len(flat) and int(flat.min()) < 0:
             return items
         width = width_of(flat)
-        return cls(items, structure, bytes((width,)) + zlib.compress(narrow(flat, width)))
+        packed_contents = None
+        if contents is not None:
+            known = bytes(crc is not None for crc in contents)
+            packed_contents = zlib.compress(known + array("Q", (crc or 0 for crc in contents)).tobytes())
+        return cls(items, structure, bytes((width,)) + zlib.compress(narrow(flat, width)), packed_contents)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PlannedItems, (self.structure, self.cuts)
+        return PlannedItems, (self.structure, self.cuts, self.contents)
 
 
 @lru_cache(maxsize=64)
@@ -121,7 +133,7 @@ def _structure(data: bytes) -> PlanStructure:
     values: list[Any] = json.loads(rest[8:split])
     made = [make_properties(value) if value and isinstance(value[0], str) else torch.Size(value) for value in values]
     kinds = widen(rest[split:], data[end], 3 * len(names)) - 1
-    types, described, sizes = (part.tolist() for part in torch.split(kinds, max(len(names), 1)))
+    types, described, sizes = kinds.reshape(3, len(names)).tolist()
     dims = column(0 if size < 0 else len(made[size]) for size in sizes)
     # In the cuts, the offsets of an item come first, then its sizes.
     owner = torch.repeat_interleave(torch.arange(2 * len(dims), device="cpu"), torch.repeat_interleave(dims, 2))
@@ -131,6 +143,7 @@ def _structure(data: bytes) -> PlanStructure:
         tuple(None if number < 0 else made[number] for number in described),
         tuple(None if size < 0 else made[size] for size in sizes),
         dims,
+        column(kind == _SHARD for kind in types) > 0,
         torch.nonzero(owner % 2 == 0).flatten(),
         torch.nonzero(owner % 2 == 1).flatten(),
     )
@@ -144,15 +157,18 @@ class PlannedItems(Sequence[WriteItem]):
             long as nothing is decided. Once it is, they are all that is sent back: a pickle becomes `ChosenItems`.
     """
 
-    def __init__(self, structure: bytes, cuts: bytes, hints: bytes | None = None) -> None:
+    def __init__(
+        self, structure: bytes, cuts: bytes, contents: bytes | None = None, hints: bytes | None = None
+    ) -> None:
         self._structure = structure
         self._cuts = cuts
+        self._contents = contents
         self._hints = hints
 
     @property
-    def key(self) -> tuple[bytes, bytes]:
-        """Equal for equal plans."""
-        return self._structure, self._cuts
+    def key(self) -> tuple[bytes, bytes, bytes | None]:
+        """Equal for equal plans. The first part is equal for equal structures."""
+        return self._structure, self._cuts, self._contents
 
     @property
     def structure(self) -> PlanStructure:
@@ -162,8 +178,19 @@ class PlannedItems(Sequence[WriteItem]):
         """Offsets and sizes of all chunks, int64; `PlanStructure` says which is where."""
         return widen(zlib.decompress(self._cuts[1:]), self._cuts[0], 2 * len(self.structure.offsets_at))
 
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of each item, whether its content is known, and its CRC64 as an int64 with the same bits.
+
+        None: ranks that have the same chunk have the same content.
+        """
+        if self._contents is None:
+            return None
+        raw = zlib.decompress(self._contents)
+        count = len(self.structure.names)
+        return from_bytes(raw[:count], torch.bool), from_bytes(raw[count:], torch.int64)
+
     def with_hints(self, hints: bytes) -> PlannedItems:
-        return PlannedItems(self._structure, self._cuts, hints)
+        return PlannedItems(self._structure, self._cuts, self._contents, hints)
 
     def __len__(self) -> int:
         if self._hints is None:
@@ -201,7 +228,7 @@ class PlannedItems(Sequence[WriteItem]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._hints is None:
-            return PlannedItems, (self._structure, self._cuts)
+            return PlannedItems, self.key
         return ChosenItems, (self._hints,)
 
 
@@ -237,5 +264,5 @@ def planned_items(items: Sequence[WriteItem]) -> PlannedItems | None:
     if isinstance(items, PlannedItems):
         return items
     if isinstance(items, LocalItems):
-        return PlannedItems(items.structure, items.cuts)
+        return PlannedItems(items.structure, items.cuts, items.contents)
     return None
