@@ -36,7 +36,7 @@ from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
-from azure_torch_ckpt.dcp.written_items import UploadedItem, WrittenItems, join_results
+from azure_torch_ckpt.dcp.written_items import PackedItems, UploadedItem, WrittenItems, join_results
 from azure_torch_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -55,6 +55,9 @@ _log = logging.getLogger(__name__)
 # Bytes around the payload of a tensor; a little more than most take. With too small an estimate, a save could need one
 # block more than planned.
 _ENVELOPE = 2048
+
+# Items from which on metadata has an index. Below, to make and read columns takes longer than to go without them.
+_INDEX_FROM = 4096
 
 
 class AzureBlobWriter(BaseWriter):
@@ -180,7 +183,7 @@ class AzureBlobWriter(BaseWriter):
             for write_item, item, payload_offset in without_collector(written)
         ]
         # torch hands them to `finish` and to nobody else.
-        return self._end_of_write(cast("list[WriteResult]", WrittenItems.of(name, items)))
+        return self._end_of_write(cast("list[WriteResult]", WrittenItems(name, items)))
 
     @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -192,15 +195,14 @@ class AzureBlobWriter(BaseWriter):
             CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
                 or this one, whole, and nothing was deleted.
         """
-        written = [rank for rank in cast("list[WrittenItems]", results) if len(rank)]
+        written = [rank for rank in cast("list[WrittenItems | PackedItems]", results) if len(rank)]
         names = {rank.blob for rank in written}
         try:
             with CollectorPause():
                 metadata.version = CURRENT_DCP_VERSION
                 save_id = self._unfinished[1] if self._unfinished else None
                 metadata.storage_meta = storage_meta(self.checkpoint_id, save_id)
-                entries = entries_of(metadata)
-                columns = None if entries is None else join_results(entries, written)
+                columns = self._columns(metadata, written) if sum(map(len, written)) >= _INDEX_FROM else None
                 data = self._dump(metadata, written) if columns is None else self._dump_columns(metadata, columns)
         except CheckpointError:
             self._unfinished = None
@@ -216,6 +218,11 @@ class AzureBlobWriter(BaseWriter):
         self._committed[self.checkpoint_id] = (etag, names)
         self._report.end(checkpoint_bytes=sum(rank.nbytes for rank in written))
 
+    @staticmethod
+    def _columns(metadata: Metadata, written: list[WrittenItems | PackedItems]) -> StoredColumns | None:
+        entries = entries_of(metadata)
+        return None if entries is None else join_results(entries, [rank.packed() for rank in written])
+
     def _dump_columns(self, metadata: Metadata, columns: StoredColumns) -> bytes:
         """Make the content of ``.metadata`` with an index, and let `metadata` be small: torch sends it to all ranks."""
         where = f"The metadata of {self.checkpoint_id}"
@@ -230,8 +237,8 @@ class AzureBlobWriter(BaseWriter):
             metadata.__class__ = ColumnMetadata
         return data
 
-    def _dump(self, metadata: Metadata, written: list[WrittenItems]) -> bytes:
-        """Make it as torch's own writer does, of a plan that columns cannot hold, or that was not carried out."""
+    def _dump(self, metadata: Metadata, written: list[WrittenItems | PackedItems]) -> bytes:
+        """Make it as torch's own writer does: of few items, and of a plan that columns cannot hold or that failed."""
         metadata.storage_data = {index: info for rank in written for index, info in rank.storage_data().items()}
         try:
             return dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")

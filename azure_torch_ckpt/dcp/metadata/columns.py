@@ -38,6 +38,7 @@ __all__ = [
     "entries_of",
     "from_bytes",
     "place",
+    "repeated",
     "to_bytes",
 ]
 
@@ -70,6 +71,17 @@ def to_bytes(numbers: torch.Tensor) -> bytes:
 def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `to_bytes`, as one dimension."""
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
+
+
+def repeated(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Each value as often as its count says.
+
+    ``torch.repeat_interleave`` wakes threads for a few numbers, which takes longer than a save of a small model.
+    """
+    ends = torch.cumsum(counts, dim=0)
+    steps = torch.zeros(int(ends[-1]) + 1 if len(ends) else 1, dtype=torch.int64, device="cpu")
+    steps.index_add_(0, ends, torch.ones(len(ends), dtype=torch.int64, device="cpu"))
+    return values[torch.cumsum(steps[:-1], dim=0)]
 
 
 @dataclass(slots=True, eq=False)
