@@ -121,7 +121,7 @@ def _structure(data: bytes) -> PlanStructure:
     values: list[Any] = json.loads(rest[8:split])
     made = [make_properties(value) if value and isinstance(value[0], str) else torch.Size(value) for value in values]
     kinds = widen(rest[split:], data[end], 3 * len(names)) - 1
-    types, described, sizes = (part.tolist() for part in torch.split(kinds, max(len(names), 1)))
+    types, described, sizes = kinds.reshape(3, len(names)).tolist()
     dims = column(0 if size < 0 else len(made[size]) for size in sizes)
     # In the cuts, the offsets of an item come first, then its sizes.
     owner = torch.repeat_interleave(torch.arange(2 * len(dims), device="cpu"), torch.repeat_interleave(dims, 2))

@@ -106,7 +106,8 @@ class AzureSavePlanner(DefaultSavePlanner):
 
 def _paths(plan: SavePlan) -> Any:
     columns = planned_items(plan.items)
-    return unpack_paths(plan.planner_data, () if columns is None else columns.structure.names)
+    names = tuple(item.index.fqn for item in plan.items) if columns is None else columns.structure.names
+    return unpack_paths(plan.planner_data, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ def _of_structure(
     for at, missing in ((structure.offsets_at, 0), (structure.sizes_at, 1)):
         part = torch.full((len(plans), len(owners) * most), missing, dtype=torch.int64, device="cpu")
         part[:, slots] = cuts[:, at]
-        made.append(part.reshape(-1, most))
+        made.append(part.reshape(len(plans) * len(owners), most))
     ranks = torch.repeat_interleave(column(rank for rank, _ in plans), len(owners))
     return ranks, owners.repeat(len(plans)), made[0], made[1]
 
