@@ -113,7 +113,8 @@ def _paths(plan: SavePlan) -> Any:
     if not isinstance(plan.planner_data, bytes):
         return plan.planner_data
     columns = planned_items(plan.items)
-    return unpack_paths(plan.planner_data, () if columns is None else columns.structure.names)
+    names = tuple(item.index.fqn for item in plan.items) if columns is None else columns.structure.names
+    return unpack_paths(plan.planner_data, names)
 
 
 def _metadata(entries: list[Entry]) -> ColumnMetadata:
