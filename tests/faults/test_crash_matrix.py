@@ -68,10 +68,11 @@ def anything(_: Exchange) -> bool:
     return True
 
 
-def carried_out(proxy: FaultProxy, kind: Literal["Put Blob", "Delete"]) -> bool:
+def carried_out(proxy: FaultProxy, *kinds: Literal["Put Blob", "Put Block List", "Delete"]) -> bool:
     """Whether the service has written (or deleted) the metadata."""
     return any(
         PurePosixPath(seen.path).name == ".metadata" and seen.status is not None and seen.status < 300
+        for kind in kinds
         for seen in proxy.requests(kind)
     )
 
@@ -124,7 +125,7 @@ def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point
             ends = job.ends()
         for proxy in between:
             proxy.wait_until(lambda proxy=proxy: proxy.in_flight == 0)  # type: ignore[misc]
-        committed = carried_out(between[0], "Put Blob")
+        committed = carried_out(between[0], "Put Blob", "Put Block List")
         killed = between[victim].count() >= k
     if killed:
         assert ends[victim].exitcode == -signal.SIGKILL
@@ -224,7 +225,7 @@ def test_a_save_ends_promptly_on_sigterm_while_a_request_hangs(
                 os.kill(job.pid(), signal.SIGTERM)
                 end = job.end(seconds=_PROMPTLY)
             assert end.exitcode == exitcode, end
-            committed = carried_out(proxy, "Put Blob")
+            committed = carried_out(proxy, "Put Blob", "Put Block List")
         check(url, NEW if committed else OLD)
         outcomes["new whole" if committed else "old whole"] += 1
     assert outcomes.total() == requests

@@ -43,7 +43,7 @@ def old(container: str, metadata: str) -> dict[str, bytes]:
 
 
 def is_commit(seen: Exchange) -> bool:
-    return seen.kind == "Put Blob" and seen.path.endswith("/.metadata")
+    return seen.kind in ("Put Blob", "Put Block List") and seen.path.endswith("/.metadata")
 
 
 def commit_of(proxy: FaultProxy) -> Exchange:

@@ -1,25 +1,28 @@
-"""Checkpoints of few items with the metadata of many: an index, of which readers fetch one part after the other."""
+"""Checkpoints of few items with the metadata of many: an index, read in parts; and it is committed in blocks."""
 
 from __future__ import annotations
 
 import os
 
+from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.dcp import metadata_blob, writer
 
 __all__ = ["COLUMNS", "set_columns", "settings"]
 
-COLUMNS = 0, 1024
-"""From how many items on metadata has an index; bytes of the first request for it."""
+COLUMNS = 0, 1024, 0
+"""From how many items on metadata has an index; bytes of the first request for it; from how many on it is in blocks."""
+
+Settings = tuple[int, int, int]
 
 
-def settings() -> tuple[int, int]:
-    """The same two of this process."""
-    return writer._INDEX_FROM, metadata_blob._FIRST
+def settings() -> Settings:
+    """The same three of this process."""
+    return writer._INDEX_FROM, metadata_blob._FIRST, outcome._IN_BLOCKS_FROM
 
 
-def set_columns(wanted: tuple[int, int]) -> None:
+def set_columns(wanted: Settings) -> None:
     """Let this process save and load as `settings` says of another one, or with `COLUMNS`."""
-    writer._INDEX_FROM, metadata_blob._FIRST = wanted
+    writer._INDEX_FROM, metadata_blob._FIRST, outcome._IN_BLOCKS_FROM = wanted
 
 
 if os.environ.get("TEST_COLUMNS"):  # tox -e columns

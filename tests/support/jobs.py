@@ -193,7 +193,7 @@ def _work(
     rank: int,
     world_size: int,
     folder: str,
-    settings: tuple[int, int],
+    settings: columns.Settings,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
