@@ -68,7 +68,7 @@ def list_checkpoints(
     checkpoint is complete if its ``.metadata`` exists; after a save with ``use_collectives=False``, if the metadata of
     all ranks exists and is of one save. If only the ranks of a ``process_group=`` made such a save, their number is
     unknown, and it is not complete. Nothing else is checked: `verify` finds missing data. While a complete checkpoint
-    is being replaced it stays complete, unless the new save is one with ``use_collectives=False``, and its size includes
+    is being replaced it stays complete, unless the new save is one with ``use_collectives=False``. Its size includes
     the blobs of the running save.
 
     Models in the HuggingFace layout are not listed. A warning in the log names folders with model files of several
