@@ -179,12 +179,7 @@ def read_whole_group(store: BlobStore, location: BlobLocation, known: OpenMetada
                 location, "ranks saved it with use_collectives=False, and the metadata of some of them is missing"
             )
     elif group.ranks is None:
-        raise _incomplete_error(
-            location,
-            "part of a job's ranks saved it with use_collectives=False (process_group=, no_dist=True), and how many "
-            "they were is not known. So only these ranks can load it, each what it saved. Load it there, and save it "
-            "with collectives",
-        )
+        raise _unknown_ranks_error(location)
     else:
         wanted = range(group.ranks)
     parts: dict[int | None, OpenMetadata] = {}
@@ -200,6 +195,8 @@ def read_whole_group(store: BlobStore, location: BlobLocation, known: OpenMetada
                 "or only the ranks of a process_group= saved, and only they can load it, each what it saved. Use an "
                 "older checkpoint, or load it there and save it with collectives",
             )
+        if group is not None and part.group == SaveGroup(group.id, None):
+            raise _unknown_ranks_error(location)
         if part.group != group:
             raise _incomplete_error(
                 location,
@@ -211,6 +208,15 @@ def read_whole_group(store: BlobStore, location: BlobLocation, known: OpenMetada
     # The first error ends it: a damaged number of ranks costs no more than a few requests.
     run_all((functools.partial(read, rank) for rank in wanted), store.options.concurrency, "blob-metadata")
     return [part for _, part in sorted(parts.items(), key=lambda one: one[0] or 0)]
+
+
+def _unknown_ranks_error(location: BlobLocation) -> CheckpointNotFoundError:
+    return _incomplete_error(
+        location,
+        "part of a job's ranks saved it with use_collectives=False (process_group=, no_dist=True), and how many they "
+        "were is not known. So only these ranks can load it, each what it saved. Load it there, and save it with "
+        "collectives",
+    )
 
 
 def _incomplete_error(location: BlobLocation, reason: str) -> CheckpointNotFoundError:

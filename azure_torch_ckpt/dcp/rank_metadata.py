@@ -65,8 +65,8 @@ class RankMetadata:
 def read_rank_metadata(store: BlobStore, location: BlobLocation, rank: int) -> RankMetadata | None:
     """Read the metadata of a save without collectives for `rank`: its own, and that of the others where it must.
 
-    It begins with its own alone if the job has as many ranks as saved, and rank 0's metadata is of the same save. If an
-    older save was replaced only in part, that is seen by every rank whose metadata is not of the save of rank 0.
+    It begins with its own alone if the job has as many ranks as saved, and rank 0's metadata is of the same save:
+    otherwise an older save was replaced by fewer ranks, or only in part.
 
     Returns:
         None if neither this rank nor rank 0 has metadata.

@@ -23,6 +23,7 @@ from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, r
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.rank_metadata import RankMetadata, read_rank_metadata
 from azure_torch_ckpt.dcp.report import TransferReport
+from azure_torch_ckpt.dcp.save_group import SaveGroup
 from azure_torch_ckpt.dcp.tensors.chunks import find_uncovered
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
@@ -39,10 +40,14 @@ __all__ = ["AzureBlobReader", "SeenMetadata"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SeenMetadata:
-    """Travels in the load plans: the name and the ETag of the metadata blob that a rank has read."""
+    """Travels in the load plans: the name and the ETag of the metadata blob that a rank has read.
+
+    And the id of its `SaveGroup`, if it is of a save without collectives.
+    """
 
     name: str
     etag: str
+    group: str | None = None
 
 
 class AzureBlobReader(BaseStorage, StorageReader):
@@ -59,8 +64,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
 
     A save with ``use_collectives=False`` loads in the same way, if it is complete. Where its ranks saved values of
     their own under one key (a state of random numbers, an object), each rank gets its own back, and a rank that did not
-    save gets that of the lowest rank. torch loads such a checkpoint without collectives, too: each rank raises its own
-    errors, and the others wait for it in the barrier at the end.
+    save gets that of the lowest rank. torch reads the data of such a checkpoint without collectives, too: an error
+    there is raised on its rank only, and the others wait in the barrier at the end.
 
     Args:
         url: of the checkpoint, as for `AzureBlobWriter`.
@@ -148,6 +153,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
                 another had.
         """
         seen = {plan.storage_data for plan in plans if isinstance(plan.storage_data, SeenMetadata)}
+        if len({one.group for one in seen}) > 1:
+            raise self._replaced()
         # Ranks of which only some have read their own metadata would wait for each other in different collectives.
         if len(seen) > 1 and any(metadata_rank(one.name) is None for one in seen):
             raise self._replaced()
@@ -182,8 +189,7 @@ class AzureBlobReader(BaseStorage, StorageReader):
         missing = find_uncovered(plan, planner, self._metadata)
         if missing is not None and self._of_ranks is not None and not self._of_ranks.is_merged:
             self._of_ranks.merge()
-            [plan] = planner.create_global_plan([planner.create_local_plan()])
-            plan = planner.finish_plan(plan)
+            plan = planner.finish_plan(planner.create_local_plan())
             missing = find_uncovered(plan, planner, self._metadata)
         if missing is None:
             return plan
@@ -221,7 +227,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
         meta = metadata.storage_meta or StorageMeta()
         meta.load_id = str(uuid.uuid4())
         metadata.storage_meta = meta
-        self._seen = SeenMetadata(*next(iter(etags.items())))
+        group = SaveGroup.of(metadata)
+        self._seen = SeenMetadata(*next(iter(etags.items())), None if rank is None or group is None else group.id)
         return metadata
 
 

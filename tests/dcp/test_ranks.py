@@ -24,7 +24,7 @@ SIZES = (1, 2, 3, 4)
 # ---- Tensors -------------------------------------------------------------------------------------------------------
 
 
-def save_all_layouts(url: str) -> None:
+def save_all_layouts(url: str, use_collectives: bool = True) -> None:
     """Every tensor in every layout that this world has, each under a key of its own."""
     state: dict[str, Any] = {"scalar": torch.tensor(2.5)}
     for name, (sizes, _) in sharded.GLOBAL.items():
@@ -33,12 +33,13 @@ def save_all_layouts(url: str) -> None:
         state[f"{name}.plain"] = sharded.expected(name)
         if name != "none":
             state[f"{name}.sharded_tensor"] = sharded.sharded_tensor(sharded.expected(name))
-    dcp.save(state, storage_writer=sharded.writer(url))
+    dcp.save(state, storage_writer=sharded.writer(url), use_collectives=use_collectives)
 
 
-def load_all_layouts(url: str) -> None:
+def load_all_layouts(url: str, use_collectives: bool = True) -> None:
     """Fill every stored tensor; round by round into other layouts, until each layout of this world was a target."""
-    keys = sorted(sharded.reader(url).read_metadata().state_dict_metadata)
+    of_rank = {} if use_collectives else {"rank": dist.get_rank()}
+    keys = sorted(sharded.reader(url).read_metadata(**of_rank).state_dict_metadata)
     most = max(len(sharded.layouts(len(sizes))) for sizes, _ in sharded.GLOBAL.values()) + 2
     fewest = len([key for key in keys if key.startswith("none.")])
     for shift in range(0, most, fewest):
@@ -71,6 +72,17 @@ def test_every_layout_loads_into_every_other(ranks: Ranks, container: str, saved
     url = f"{container}/run/step-1"
     ranks(saved_on).run(save_all_layouts, url)
     ranks(loaded_on).run(load_all_layouts, url)
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 3), (3, 2), (3, 4), (4, 1), (4, 3), (4, 4)]
+)
+def test_every_layout_saved_without_collectives_loads_into_every_other(
+    ranks: Ranks, container: str, saved_on: int, loaded_on: int
+) -> None:
+    url = f"{container}/run/step-1"
+    ranks(saved_on).run(save_all_layouts, url, False)
+    ranks(loaded_on).run(load_all_layouts, url, False)
 
 
 # ---- Models and optimizers -----------------------------------------------------------------------------------------

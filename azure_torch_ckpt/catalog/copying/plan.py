@@ -156,9 +156,9 @@ def _plan(
     metadata: dict[int | None, MetadataBlob] = {}
     groups: dict[int, SaveGroup | None] = {}
     items_of: dict[int | None, dict[str, list[StoredItem]]] = {}
-    for rank, info in checkpoint.committed.items():
+    for rank, listed in checkpoint.committed.items():
         stored = source.read_metadata(checkpoint.path, rank)
-        if stored is None or stored.etag != info.etag:
+        if stored is None or stored.etag != listed.etag:
             raise CheckpointReplacedError(f"{label} was replaced or removed while it was being copied. Copy again")
         metadata[rank] = stored
         loaded = _load(f"{label}/{metadata_name(rank)}", stored)
