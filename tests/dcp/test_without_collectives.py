@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import pickle
 import signal
@@ -24,8 +25,9 @@ from azure_torch_ckpt import (
     CheckpointNotFoundError,
     CheckpointReplacedError,
     CommitConflictError,
+    remove_checkpoint,
 )
-from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_checkpoints, verify
+from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_checkpoints, prune, verify
 from azure_torch_ckpt.dcp import save_group
 from azure_torch_ckpt.dcp.save_group import SaveGroup, begin_group, raise_if_overtaken
 from tests.support import sharded
@@ -205,6 +207,9 @@ def test_a_rank_that_was_killed_before_its_metadata(ranks: Ranks, container: str
     assert {name for name in blob_names(url) if "/" not in name} == {"__0.metadata"}
     says = "2 ranks saved it with use_collectives=False, and __1.metadata is missing"
     assert_not_complete(url, says)
+    report = prune(url, keep_last=1, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
+    assert [len(left.blobs) for left in report.remains] == [1] and len(report.kept) == 1
+    assert len(data_blobs(url)) == 1  # that of the rank with metadata
     for world_size in (1, 2, 3):
         for said in ranks(world_size).run(told, url):
             assert says in said
@@ -223,7 +228,12 @@ def test_a_mixture_of_two_saves(ranks: Ranks, container: str) -> None:
     assert is_complete(url)
     for world_size in (1, 2):
         ranks(world_size).run(load_rows, url, 3)
-    assert len(data_blobs(url)) == 3  # with that of the rank that was killed
+    # The data of the rank that was killed is a leftover.
+    assert len(data_blobs(url)) == 3
+    report = prune(url, grace=datetime.timedelta(0), dry_run=False, credential=KEY)
+    assert [len(left.blobs) for left in report.remains] == [1]
+    assert len(data_blobs(url)) == 2
+    ranks(2).run(load_rows, url, 3)
 
 
 def test_a_save_by_fewer_ranks_replaces_one_by_more(ranks: Ranks, container: str) -> None:
@@ -238,6 +248,8 @@ def test_a_save_by_fewer_ranks_replaces_one_by_more(ranks: Ranks, container: str
         copy(url, other, credential=KEY)
         assert {name for name in blob_names(other) if "/" not in name} == {"__0.metadata", "__1.metadata"}
         sharded.assert_version(other, 2, sharded.plain)
+    remove_checkpoint(url, credential=KEY)
+    assert not blob_names(url)
 
 
 class SavesMeanwhile(AzureBlobReader):
