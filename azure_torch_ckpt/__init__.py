@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         IterableBlobDataset,
         TarDataset,
     )
-    from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, remove_checkpoint
+    from azure_torch_ckpt.dcp import AzureBlobReader, AzureBlobWriter, AzureSavePlanner, remove_checkpoint
     from azure_torch_ckpt.filesystem import AzureBlobFileSystem
     from azure_torch_ckpt.huggingface import AzureBlobHuggingFaceReader, AzureBlobHuggingFaceWriter
     from azure_torch_ckpt.io import BlobIO
@@ -36,6 +36,7 @@ __all__ = [
     "AzureBlobHuggingFaceWriter",
     "AzureBlobReader",
     "AzureBlobWriter",
+    "AzureSavePlanner",
     "Blob",
     "BlobCache",
     "BlobDataset",
@@ -62,7 +63,7 @@ __all__ += errors.__all__
 _HOMES = {
     "catalog": ("prune", "verify"),
     "datasets": ("Blob", "BlobCache", "BlobDataset", "BlobListing", "BlobSampler", "IterableBlobDataset", "TarDataset"),
-    "dcp": ("AzureBlobReader", "AzureBlobWriter", "remove_checkpoint"),
+    "dcp": ("AzureBlobReader", "AzureBlobWriter", "AzureSavePlanner", "remove_checkpoint"),
     "filesystem": ("AzureBlobFileSystem",),
     "huggingface": ("AzureBlobHuggingFaceReader", "AzureBlobHuggingFaceWriter"),
     "io": ("BlobIO",),

@@ -7,52 +7,21 @@ outcome of a request whose answer is lost.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from azure_torch_ckpt._internal.checksums import md5
 from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.outcome import Outcome, Result
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.dcp.blob_names import metadata_name
-from azure_torch_ckpt.dcp.metadata.schema import data_paths, load_metadata
-from azure_torch_ckpt.errors import BlobNotFoundError, CommitConflictError, CorruptCheckpointError, StoreError
+from azure_torch_ckpt.dcp.metadata.front import open_metadata
+from azure_torch_ckpt.dcp.metadata.views import data_paths
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob
+from azure_torch_ckpt.errors import BlobNotFoundError, CommitConflictError, StoreError
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.transport.buffers import Cancel
 
-__all__ = ["MetadataBlob", "commit", "commit_metadata", "delete_metadata", "read_metadata_blob"]
-
-# Bytes. 50,000 tensors in 1,000 shards make some 20 MB of metadata.
-_METADATA_LIMIT = 4 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class MetadataBlob:
-    """The content of a ``.metadata`` blob, the ETag that it had, and when it was written."""
-
-    data: bytes
-    etag: str
-    modified: datetime.datetime
-
-
-def read_metadata_blob(store: BlobStore, location: BlobLocation, rank: int | None = None) -> MetadataBlob | None:
-    """Fetch the metadata of the checkpoint at `location`; None if it does not exist.
-
-    Raises:
-        CorruptCheckpointError: its bytes do not have the MD5 that was stored with them.
-    """
-    try:
-        data, info = store.read_some(location.join(metadata_name(rank)).path, 0, _METADATA_LIMIT)
-    except BlobNotFoundError:
-        return None
-    if info.md5 is not None and info.md5 != md5(data):
-        raise CorruptCheckpointError(
-            f"{location}/{metadata_name(rank)} was damaged in storage or in transit: its bytes do not have the MD5 "
-            "that was stored with them. Try again to rule out the transfer, or use another checkpoint"
-        )
-    return MetadataBlob(data, info.etag, info.last_modified)
+__all__ = ["commit", "commit_metadata", "delete_metadata"]
 
 
 def commit_metadata(
@@ -73,7 +42,7 @@ def commit_metadata(
 
     def has_data() -> bool:
         try:
-            for name in sorted(data_paths(load_metadata(data, f"{location}/{metadata_name(rank)}"))):
+            for name in sorted(data_paths(open_metadata(data, f"{location}/{metadata_name(rank)}"))):
                 store.stat(location.join(name).path)
         except BlobNotFoundError:
             return False

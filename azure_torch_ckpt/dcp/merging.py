@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from azure_torch_ckpt.dcp.metadata.views import StoredItems
 from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint, fill_exactly
 from azure_torch_ckpt.errors import UnsupportedCheckpointError
 
@@ -42,6 +43,7 @@ def merge_metadata(parts: Sequence[Metadata], where: str, *, own_values: bool = 
     """
     if len(parts) == 1:
         return parts[0]
+    stored = {id(part): _items(part) for part in parts}
     entries: dict[str, Any] = {}
     owners: dict[str, Metadata] = {}
     chunks: dict[str, _Chunks] = {}
@@ -69,11 +71,16 @@ def merge_metadata(parts: Sequence[Metadata], where: str, *, own_values: bool = 
             entries[key] = TensorStorageMetadata(entry.properties, entry.size, [chunk for chunk, _ in chosen])
             for chunk, part in chosen:
                 index = MetadataIndex(key, chunk.offsets)
-                storage[index] = part.storage_data[index]
+                storage[index] = stored[id(part)][index]
         else:
             index = MetadataIndex(key)
-            storage[index] = owners[key].storage_data[index]
+            storage[index] = stored[id(owners[key])][index]
     return Metadata(entries, paths, storage, parts[0].storage_meta, parts[0].version)
+
+
+def _items(part: Metadata) -> Mapping[MetadataIndex, Any]:
+    items: Mapping[MetadataIndex, Any] = part.storage_data
+    return items.to_dict() if isinstance(items, StoredItems) else items  # one by one would take long
 
 
 def _are_of_one_value(one: object, other: object) -> bool:

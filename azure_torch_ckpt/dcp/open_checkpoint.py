@@ -10,20 +10,18 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint, metadata_name
-from azure_torch_ckpt.dcp.commit import MetadataBlob, read_metadata_blob
 from azure_torch_ckpt.dcp.merging import merge_metadata
-from azure_torch_ckpt.dcp.metadata.schema import check_metadata, data_paths, load_metadata
+from azure_torch_ckpt.dcp.metadata.views import data_paths
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, open_metadata_blob, read_metadata_blob, replaced_error
 from azure_torch_ckpt.dcp.save_group import SaveGroup
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     BlobNotFoundError,
     CheckpointNotFoundError,
-    CheckpointReplacedError,
     RequestRefusedError,
 )
 from azure_torch_ckpt.location import BlobLocation
@@ -39,7 +37,6 @@ __all__ = [
     "open_checkpoint_in",
     "read_metadata",
     "read_whole_group",
-    "replaced_error",
 ]
 
 
@@ -148,13 +145,7 @@ def read_metadata(store: BlobStore, location: BlobLocation, ranks: Iterable[int 
 
 def _read_one(store: BlobStore, location: BlobLocation, rank: int | None) -> OpenMetadata | None:
     stored = read_metadata_blob(store, location, rank)
-    if stored is None:
-        return None
-    where = f"{location}/{metadata_name(rank)}"
-    with CollectorPause():
-        metadata = load_metadata(stored.data, where)
-        check_metadata(metadata, where)
-    return OpenMetadata(rank, stored, metadata)
+    return None if stored is None else OpenMetadata(rank, stored, open_metadata_blob(store, location, rank, stored))
 
 
 def read_whole_group(store: BlobStore, location: BlobLocation, known: OpenMetadata) -> list[OpenMetadata]:
@@ -232,13 +223,6 @@ def is_replaced(store: BlobStore, location: BlobLocation, etags: Mapping[str, st
         except BlobNotFoundError:
             return True
     return False
-
-
-def replaced_error(location: BlobLocation) -> CheckpointReplacedError:
-    """Make the error of a load that found out that the checkpoint was replaced meanwhile."""
-    return CheckpointReplacedError(
-        f"The checkpoint at {location} was replaced or removed while it was being read. Load again"
-    )
 
 
 def not_found_error(store: BlobStore, location: BlobLocation, name: str) -> CheckpointNotFoundError:

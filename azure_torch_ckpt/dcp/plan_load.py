@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.blobs.download import Download, Read
 from azure_torch_ckpt.dcp.item_reader import ItemReader, batches, open_item
-from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.dcp.planners import takes_any_order
+from azure_torch_ckpt.dcp.stored_pieces import StoredPiece, find_pieces
 from azure_torch_ckpt.dcp.tensors.copies import converts, copy_region, no_conversion
 from azure_torch_ckpt.dcp.tensors.memory import own_bytes
 from azure_torch_ckpt.dcp.tensors.overlaps import find_overlaps, is_expanded, repeats_elements
 from azure_torch_ckpt.dcp.tensors.regions import region_reads
 from azure_torch_ckpt.dcp.tensors.torch_file import load_tensor
-from azure_torch_ckpt.errors import CheckpointError, CorruptCheckpointError
+from azure_torch_ckpt.errors import CheckpointError
 
 __all__ = ["PlanLoad"]
 
@@ -30,15 +31,16 @@ class _Wanted:
     """One requested item; `staged` are its elements on the way to the target."""
 
     request: ReadItem
-    item: StoredItem
+    pieces: list[StoredPiece]
     target: torch.Tensor | None = None
     staged: torch.Tensor | None = None
 
     @property
     def is_raw(self) -> bool:
-        """Whether it is a tensor whose raw bytes have a known place."""
-        item = self.item
-        return self.request.type == LoadItemType.TENSOR and item.payload_offset is not None and not item.transforms
+        """Whether it is a tensor whose raw bytes have known places."""
+        return self.request.type == LoadItemType.TENSOR and all(
+            piece.item.payload_offset is not None and not piece.item.transforms for piece in self.pieces
+        )
 
 
 class PlanLoad:
@@ -61,7 +63,6 @@ class PlanLoad:
         self._planner = planner
         self._moved = moved
         self._budget = items.store.options.memory_budget // 2  # the other half is for what is in flight
-        self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._at_once: list[_Wanted] = []
         self._in_turn: list[_Wanted] = []
 
@@ -69,10 +70,12 @@ class PlanLoad:
         """Look up the items, and get their targets from the planner unless it gives them one by one.
 
         Raises:
-            CorruptCheckpointError: the metadata does not have an item.
             CheckpointError: a target cannot hold what it is for.
+            whatever `find_pieces` raises.
         """
-        all_wanted = [self._look_up(request) for request in requests]
+        requests = list(requests)
+        pieces = find_pieces(self._metadata, requests, self._items.name)
+        all_wanted = [_Wanted(request, of_it) for request, of_it in zip(requests, pieces, strict=True)]
         if not takes_any_order(self._planner):
             self._in_turn = all_wanted
             return
@@ -95,14 +98,6 @@ class PlanLoad:
 
     # What the plan asks for
 
-    def _look_up(self, request: ReadItem) -> _Wanted:
-        info = self._metadata.storage_data.get(request.storage_index)
-        if info is None:
-            raise CorruptCheckpointError(
-                f"The metadata has no storage for {self._name(request)}. Use another checkpoint"
-            )
-        return _Wanted(request, stored_item(info))
-
     def _name(self, request: ReadItem) -> str:
         return self._items.name(request.storage_index)
 
@@ -113,7 +108,8 @@ class PlanLoad:
                 f"The planner gave a tensor of shape {tuple(target.shape)} for {self._name(wanted.request)}, where the "
                 f"plan reads {tuple(wanted.request.lengths)}"
             )
-        if wanted.is_raw and not converts(saved := self._stored_as(wanted.request)[0], target.dtype):
+        saved = wanted.pieces[0].dtype if wanted.pieces else None
+        if saved is not None and wanted.is_raw and not converts(saved, target.dtype):
             raise no_conversion(self._name(wanted.request), saved, target.dtype)
         if target.layout is torch.strided and not target.is_contiguous() and is_expanded(target):
             raise CheckpointError(
@@ -122,18 +118,6 @@ class PlanLoad:
             )
         return target
 
-    def _stored_as(self, request: ReadItem) -> tuple[torch.dtype, torch.Size]:
-        """Return the dtype and the sizes of the stored chunk that a request reads from."""
-        index = request.storage_index
-        entry = self._metadata.state_dict_metadata[index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        hint = index.index
-        if hint is not None and hint < len(entry.chunks) and entry.chunks[hint].offsets == index.offset:
-            return entry.properties.dtype, entry.chunks[hint].sizes
-        chunks = self._chunks.setdefault(index.fqn, {chunk.offsets: chunk.sizes for chunk in entry.chunks})
-        assert index.offset is not None
-        return entry.properties.dtype, chunks[index.offset]
-
     # Tensors whose raw bytes have a known place
 
     def _fetch_at_once(self) -> None:
@@ -141,19 +125,25 @@ class PlanLoad:
         download = Download(self._items.store, total, moved=self._moved)
         with CollectorPause():
             reads = [
-                read for wanted in self._at_once for read in self._reads(wanted, wanted.target, download.part_size)
+                read
+                for wanted in self._at_once
+                if wanted.target is not None
+                for read in self._reads(wanted, wanted.target, download.part_size)
             ]
         self._items.run(download, reads)
 
-    def _reads(self, wanted: _Wanted, target: torch.Tensor | None, limit: int) -> Iterator[Read]:
-        request, item = wanted.request, wanted.item
-        assert target is not None and item.payload_offset is not None
-        dtype, chunk = self._stored_as(request)
+    def _reads(self, wanted: _Wanted, target: torch.Tensor, limit: int) -> Iterator[Read]:
+        for piece in wanted.pieces:
+            yield from self._piece_reads(piece, piece.part(target), limit)
+
+    def _piece_reads(self, piece: StoredPiece, target: torch.Tensor, limit: int) -> Iterator[Read]:
+        item, dtype, chunk = piece.item, piece.dtype, piece.chunk
+        assert dtype is not None and item.payload_offset is not None
         path = self._items.path(item)
         payload = item.offset + item.payload_offset
         check = None
         if target.shape == chunk:
-            check = self._items.check(item, request.storage_index)
+            check = self._items.check(item, piece.index)
             view = own_bytes(target) if target.dtype == dtype else None
             if check is None and view is not None:
                 yield Read(path, payload, view.nbytes, view)
@@ -168,14 +158,16 @@ class PlanLoad:
                 after = payload + nbytes
                 for start, end in ((item.offset, payload), (after, item.offset + item.length)):
                     yield Read(path, start, end - start, None, None, check)
-        yield from region_reads(path, payload, dtype, chunk, request.storage_offsets, target, limit=limit, check=check)
+        yield from region_reads(path, payload, dtype, chunk, piece.storage_offsets, target, limit=limit, check=check)
 
     # Items that are brought to their targets one after the other
 
     def _staged_size(self, wanted: _Wanted) -> int:
         if not wanted.is_raw:
-            return wanted.item.length
-        return math.prod(wanted.request.lengths) * self._stored_as(wanted.request)[0].itemsize
+            return sum(piece.item.length for piece in wanted.pieces)
+        return sum(
+            math.prod(piece.lengths) * piece.dtype.itemsize for piece in wanted.pieces if piece.dtype is not None
+        )
 
     def _load_in_turn(self, batch: list[_Wanted]) -> None:
         # Several requests may read from one item (a chunk that spans several of this rank's shards): fetch it once.
@@ -186,27 +178,32 @@ class PlanLoad:
 
         def reads() -> Iterator[Read]:
             for wanted in batch:
-                item = wanted.item
                 if wanted.is_raw:
                     yield from self._reads(wanted, self._stage(wanted), download.part_size)
-                elif (item.relative_path, item.offset) not in buffers:
-                    buffer, read = self._items.whole(item, wanted.request.storage_index)
-                    buffers[item.relative_path, item.offset] = buffer
-                    yield read
+                    continue
+                for piece in wanted.pieces:
+                    place = piece.item.relative_path, piece.item.offset
+                    if place not in buffers:
+                        buffers[place], read = self._items.whole(piece.item, piece.index)
+                        yield read
+
+        def opened(piece: StoredPiece) -> io.BytesIO:
+            buffer = buffers[piece.item.relative_path, piece.item.offset]
+            return open_item(buffer, piece.item, self._items.name(piece.index))
 
         self._items.run(download, reads())
         for wanted in batch:
-            request, item = wanted.request, wanted.item
+            request = wanted.request
             if request.type != LoadItemType.TENSOR:
-                buffer = buffers[item.relative_path, item.offset]
-                self._planner.load_bytes(request, open_item(buffer, item, self._name(request)))
+                self._planner.load_bytes(request, opened(wanted.pieces[0]))
                 continue
-            region = wanted.staged
-            if not wanted.is_raw:
-                region = self._open_region(wanted, buffers[item.relative_path, item.offset])
             target = self._target(wanted) if wanted.target is None else wanted.target
-            if region is not None:
-                copy_region(region, target, self._name(request))
+            if wanted.staged is not None:
+                copy_region(wanted.staged, target, self._name(request))
+            elif not wanted.is_raw:
+                for piece in wanted.pieces:
+                    name = self._items.name(piece.index)
+                    copy_region(_narrowed(load_tensor(opened(piece), name), piece), piece.part(target), name)
             self._planner.commit_tensor(request, target)
             wanted.target = wanted.staged = None
 
@@ -217,15 +214,15 @@ class PlanLoad:
             wanted.target = self._target(wanted) if wanted.target is None else wanted.target
             if not repeats_elements(wanted.target):
                 return wanted.target
-        self._items.require(wanted.item, size)
-        dtype, _ = self._stored_as(wanted.request)
+        for piece in wanted.pieces:
+            self._items.require(piece.item, piece.item.length)
+        dtype = wanted.pieces[0].dtype if wanted.pieces else None
         wanted.staged = torch.empty(wanted.request.lengths, dtype=dtype, device="cpu")
         return wanted.staged
 
-    def _open_region(self, wanted: _Wanted, received: bytearray) -> torch.Tensor:
-        """Load an item that only torch can read, and return the requested part."""
-        request, name = wanted.request, self._name(wanted.request)
-        region = load_tensor(open_item(received, wanted.item, name), name)
-        for dim, (start, size) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-            region = region.narrow(dim, start, size)
-        return region
+
+def _narrowed(tensor: torch.Tensor, piece: StoredPiece) -> torch.Tensor:
+    """The requested elements of a chunk that only torch can read."""
+    for dim, (start, size) in enumerate(zip(piece.storage_offsets, piece.lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

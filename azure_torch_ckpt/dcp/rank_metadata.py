@@ -34,6 +34,7 @@ class RankMetadata:
             entries; a look-up of another key calls `merge`.
         etags: of the metadata blobs that were read, by name.
         is_merged: whether it is of all ranks.
+        was_extended: whether that is so because of `merge`, so that a plan from before may name other chunks.
     """
 
     def __init__(self, store: BlobStore, location: BlobLocation, parts: list[OpenMetadata], *, is_merged: bool) -> None:
@@ -41,6 +42,7 @@ class RankMetadata:
         self._location = location
         self._own = parts[0]
         self.is_merged = is_merged
+        self.was_extended = False
         self.etags: dict[str, str] = {}
         self.metadata = self._merged(parts)
         if not is_merged:
@@ -53,7 +55,7 @@ class RankMetadata:
             return
         parts = read_whole_group(self._store, self._location, self._own)
         merged = self._merged(_with_first(self._own, parts))
-        self.is_merged = True
+        self.is_merged = self.was_extended = True
         self._entries.complete(merged.state_dict_metadata)
         self.metadata.storage_data = merged.storage_data
 

@@ -19,7 +19,9 @@ from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseStorage, step
 from azure_torch_ckpt.dcp.blob_names import metadata_name, metadata_rank
 from azure_torch_ckpt.dcp.item_reader import ItemReader, run_reads
-from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata, replaced_error
+from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, whole_tensors
+from azure_torch_ckpt.dcp.metadata_blob import replaced_error
+from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.rank_metadata import RankMetadata, read_rank_metadata
 from azure_torch_ckpt.dcp.report import TransferReport
@@ -185,10 +187,12 @@ class AzureBlobReader(BaseStorage, StorageReader):
         return future
 
     def _covering_plan(self, plan: LoadPlan, planner: LoadPlanner) -> LoadPlan:
-        """Return the plan, or a new one if this rank wants more of a tensor than it saved."""
+        """Return the plan, or a new one if the metadata of other ranks was added while it was made, or has to be."""
         missing = find_uncovered(plan, planner, self._metadata)
-        if missing is not None and self._of_ranks is not None and not self._of_ranks.is_merged:
-            self._of_ranks.merge()
+        of_ranks = self._of_ranks
+        if of_ranks is not None and missing is not None:
+            of_ranks.merge()
+        if of_ranks is not None and of_ranks.was_extended:
             plan = planner.finish_plan(planner.create_local_plan())
             missing = find_uncovered(plan, planner, self._metadata)
         if missing is None:
@@ -218,6 +222,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
             opened = read_metadata(self._store, self._location, [None])
             metadata = opened[0].metadata if opened else None
             etags = {metadata_name(): opened[0].stored.etag} if opened else {}
+            if isinstance(metadata, ColumnMetadata):
+                metadata = whole_tensors(metadata)
         else:
             self._of_ranks = read_rank_metadata(self._store, self._location, rank)
             metadata = None if self._of_ranks is None else self._of_ranks.metadata

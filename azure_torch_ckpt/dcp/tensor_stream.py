@@ -22,7 +22,8 @@ from azure_torch_ckpt.blobs.workers import WAIT_SECONDS
 from azure_torch_ckpt.dcp.blob_names import metadata_name
 from azure_torch_ckpt.dcp.item_reader import ItemReader, batches, open_item, run_reads
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
-from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, is_replaced, replaced_error
+from azure_torch_ckpt.dcp.metadata_blob import replaced_error
+from azure_torch_ckpt.dcp.open_checkpoint import OpenCheckpoint, is_replaced
 from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, cut, is_whole
 from azure_torch_ckpt.dcp.tensors.copies import copy_elements
 from azure_torch_ckpt.dcp.tensors.memory import is_plain

@@ -9,10 +9,10 @@ import logging
 import math
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -23,22 +23,21 @@ from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
-from azure_torch_ckpt.dcp.blob_names import data_name, metadata_name, new_save_id
-from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, read_metadata_blob
+from azure_torch_ckpt.dcp.blob_names import data_name, new_save_id
+from azure_torch_ckpt.dcp.commit import commit_metadata
 from azure_torch_ckpt.dcp.item_reader import item_name
-from azure_torch_ckpt.dcp.metadata.schema import (
-    check_metadata,
-    data_paths,
-    dump_metadata,
-    load_metadata,
-    storage_info,
-    storage_meta,
-)
+from azure_torch_ckpt.dcp.metadata.columns import Chunks, entries_of
+from azure_torch_ckpt.dcp.metadata.front import dump_with_index
+from azure_torch_ckpt.dcp.metadata.index import StoredColumns
+from azure_torch_ckpt.dcp.metadata.schema import dump_metadata, storage_meta
+from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, StoredItems, data_paths, in_memory
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, open_metadata_blob, read_metadata_blob
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.save_group import SaveGroup, begin_group, raise_if_overtaken
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
+from azure_torch_ckpt.dcp.written_items import UploadedItem, WrittenItems, join_results
 from azure_torch_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -189,21 +188,12 @@ class AzureBlobWriter(BaseWriter):
                 views, payload_offset, copies = _views(write_item, data, upload.block_size // 4, lent)
                 written.append((write_item, upload.add(views, copies=copies), payload_offset))
             upload.finish()
-        results = [
-            WriteResult(
-                index=write_item.index,
-                size_in_bytes=item.length,
-                storage_data=storage_info(
-                    name,
-                    item.offset,
-                    item.length,
-                    payload_offset=payload_offset,
-                    crc64=item.crc64() if checksums else None,
-                ),
-            )
+        items = [
+            UploadedItem(write_item, item.offset, item.length, payload_offset, item.crc64() if checksums else None)
             for write_item, item, payload_offset in without_collector(written)
         ]
-        return self._end_of_write(results)
+        # torch hands them to `finish` and to nobody else.
+        return self._end_of_write(cast("list[WriteResult]", WrittenItems.of(name, items)))
 
     @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -215,9 +205,10 @@ class AzureBlobWriter(BaseWriter):
             CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
                 or this one, whole, and nothing was deleted.
         """
+        written = [rank for rank in cast("list[WrittenItems]", results) if len(rank)]
+        names = {rank.blob for rank in written}
         try:
             with CollectorPause():
-                metadata.storage_data = {result.index: result.storage_data for written in results for result in written}
                 metadata.version = CURRENT_DCP_VERSION
                 save_id = self._unfinished[1] if self._unfinished else None
                 group = self._group
@@ -227,16 +218,12 @@ class AzureBlobWriter(BaseWriter):
                     save_group=None if group is None else group.id,
                     ranks=None if group is None else group.ranks,
                 )
-                names = data_paths(metadata)
-                try:
-                    data = dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")
-                except UnsafeMetadataError as error:
-                    if isinstance(error.__cause__, CorruptCheckpointError):
-                        _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
-                    raise
+                entries = entries_of(metadata)
+                columns = None if entries is None else join_results(entries, written)
+                data = self._dump(metadata, written) if columns is None else self._dump_columns(metadata, columns)
         except CheckpointError:
             self._unfinished = None
-            remove_blobs(self._store, self._location, names, [""])
+            remove_blobs(self._store, self._location, sorted(names), [""])
             raise
         settings = None if group is None else CopiedSettings(metadata=group.marks())
         rank = self._metadata_rank
@@ -251,9 +238,31 @@ class AzureBlobWriter(BaseWriter):
             self._remove_replaced(self._replaces, names)
         self._committed.clear()
         self._committed[self.checkpoint_id] = (etag, names)
-        self._report.end(
-            checkpoint_bytes=sum(result.size_in_bytes for rank_results in results for result in rank_results)
-        )
+        self._report.end(checkpoint_bytes=sum(rank.nbytes for rank in written))
+
+    def _dump_columns(self, metadata: Metadata, columns: StoredColumns) -> bytes:
+        """Make the content of ``.metadata`` with an index, and let `metadata` be small: torch sends it to all ranks."""
+        where = f"The metadata of {self.checkpoint_id}"
+        data = dump_with_index(metadata, columns, where)
+        items = StoredItems(columns.index, in_memory(b"".join(columns.encoded)), where)
+        metadata.storage_data = items
+        for entry in columns.index.entries:
+            tensor = metadata.state_dict_metadata[entry.name]
+            if entry.layout is not None and isinstance(tensor, TensorStorageMetadata):
+                tensor.chunks = cast("list[ChunkStorageMetadata]", Chunks(entry.layout))
+        if type(metadata) is Metadata:
+            metadata.__class__ = ColumnMetadata
+        return data
+
+    def _dump(self, metadata: Metadata, written: list[WrittenItems]) -> bytes:
+        """Make it as torch's own writer does, of a plan that columns cannot hold, or that was not carried out."""
+        metadata.storage_data = {index: info for rank in written for index, info in rank.storage_data().items()}
+        try:
+            return dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+        except UnsafeMetadataError as error:
+            if isinstance(error.__cause__, CorruptCheckpointError):
+                _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message
+            raise
 
     @staticmethod
     def _data_prefix(save_id: str) -> str:
@@ -288,10 +297,8 @@ class AzureBlobWriter(BaseWriter):
         if known is not None and known[0] == replaced.etag:
             old_names = known[1]  # this writer's last save; parsing its metadata again would take time
         else:
-            where = f"{self.checkpoint_id}/{metadata_name(self._metadata_rank)}"
             try:
-                old = load_metadata(replaced.data, where)
-                check_metadata(old, where)
+                old = open_metadata_blob(self._store, self._location, self._metadata_rank, replaced)
             except Exception as error:  # this save is committed, and stays so
                 _log.warning(
                     "the data of the replaced checkpoint was not removed, for its metadata is unreadable: %s", error

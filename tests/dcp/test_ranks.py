@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from azure_torch_ckpt.catalog import inspect
 from tests.support import sharded
 from tests.support.ranks import Ranks
 
@@ -36,10 +37,9 @@ def save_all_layouts(url: str, use_collectives: bool = True) -> None:
     dcp.save(state, storage_writer=sharded.writer(url), use_collectives=use_collectives)
 
 
-def load_all_layouts(url: str, use_collectives: bool = True) -> None:
+def load_all_layouts(url: str) -> None:
     """Fill every stored tensor; round by round into other layouts, until each layout of this world was a target."""
-    of_rank = {} if use_collectives else {"rank": dist.get_rank()}
-    keys = sorted(sharded.reader(url).read_metadata(**of_rank).state_dict_metadata)
+    keys = [tensor.key for tensor in inspect(url, credential=sharded.KEY).tensors]
     most = max(len(sharded.layouts(len(sizes))) for sizes, _ in sharded.GLOBAL.values()) + 2
     fewest = len([key for key in keys if key.startswith("none.")])
     for shift in range(0, most, fewest):
@@ -82,7 +82,7 @@ def test_every_layout_saved_without_collectives_loads_into_every_other(
 ) -> None:
     url = f"{container}/run/step-1"
     ranks(saved_on).run(save_all_layouts, url, False)
-    ranks(loaded_on).run(load_all_layouts, url, False)
+    ranks(loaded_on).run(load_all_layouts, url)
 
 
 # ---- Models and optimizers -----------------------------------------------------------------------------------------

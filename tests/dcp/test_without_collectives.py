@@ -106,6 +106,36 @@ def test_resharded(ranks: Ranks, container: str, saved_on: int, loaded_on: int, 
         ranks(loaded_on).run(load_state, url, version, kind, saved_on)
 
 
+def mixed(value: float) -> dict[str, Any]:
+    """A tensor that is whole on rank 0 and, on rank 1, a shard; and what only rank 0 has."""
+    full = torch.arange(12.0).reshape(6, 2) + value
+    if dist.get_rank() == 0:
+        return {"x": full, "z": torch.full((2,), value)}
+    local = full[3:].clone()
+    shard = DTensor.from_local(
+        local, sharded.mesh(2), (Shard(0),), run_check=False, shape=full.shape, stride=full.stride()
+    )
+    return {"x": shard}
+
+
+def save_mixed(url: str) -> None:
+    dcp.save(mixed(5.0), storage_writer=sharded.writer(url), use_collectives=False)
+
+
+def load_mixed(url: str) -> None:
+    target = {**mixed(0.0), "z": torch.zeros(2)}
+    dcp.load(target, storage_reader=sharded.reader(url))
+    assert target["z"].tolist() == [5.0, 5.0]
+    got, wanted = (one.to_local() if isinstance(one, DTensor) else one for one in (target["x"], mixed(5.0)["x"]))
+    assert torch.equal(got, wanted)
+
+
+def test_a_key_of_another_rank_changes_the_chunks_of_others(ranks: Ranks, container: str) -> None:
+    url = f"{container}/run"
+    ranks(2).run(save_mixed, url)
+    ranks(2).run(load_mixed, url)
+
+
 def save_rows(url: str, version: int) -> None:
     dcp.save(sharded.rows(version), storage_writer=sharded.writer(url), use_collectives=False)
 

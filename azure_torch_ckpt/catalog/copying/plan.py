@@ -13,8 +13,9 @@ from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.catalog.copying.trees import Tree, join_name
 from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoint, metadata_name
-from azure_torch_ckpt.dcp.commit import MetadataBlob
-from azure_torch_ckpt.dcp.metadata.schema import StoredItem, check_metadata, load_metadata, stored_item
+from azure_torch_ckpt.dcp.metadata.front import open_metadata
+from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob
 from azure_torch_ckpt.dcp.save_group import SaveGroup, complete_ranks
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -161,7 +162,7 @@ def _plan(
         if stored is None or stored.etag != listed.etag:
             raise CheckpointReplacedError(f"{label} was replaced or removed while it was being copied. Copy again")
         metadata[rank] = stored
-        loaded = _load(f"{label}/{metadata_name(rank)}", stored)
+        loaded = open_metadata(stored.data, f"{label}/{metadata_name(rank)}")
         items_of[rank] = _items_by_name(loaded, checkpoint.path)
         if rank is not None:
             groups[rank] = SaveGroup.of(loaded)
@@ -192,12 +193,6 @@ def _plan(
     )
 
 
-def _load(label: str, stored: MetadataBlob) -> Metadata:
-    metadata = load_metadata(stored.data, label)
-    check_metadata(metadata, label)
-    return metadata
-
-
 def _items_by_name(metadata: Metadata, folder: str) -> dict[str, list[StoredItem]]:
     """Return the items that metadata describes, by the name in the tree of the blob or file that holds them."""
     items: dict[str, list[StoredItem]] = {}
@@ -213,7 +208,7 @@ def _data_names(tree: Tree, folder: str, metadata: dict[int | None, MetadataBlob
     for rank, stored in metadata.items():
         label = f"{_label(tree, folder)}/{metadata_name(rank)}"
         try:
-            names |= _items_by_name(_load(label, stored), folder).keys()
+            names |= _items_by_name(open_metadata(stored.data, label), folder).keys()
         except AzureCheckpointError as error:
             _log.warning("the data of the replaced checkpoint stays, because its metadata cannot be read: %s", error)
     return names

@@ -19,7 +19,8 @@ from azure_torch_ckpt.blobs.blob_info import BlobInfo, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.blob_names import metadata_name
-from azure_torch_ckpt.dcp.commit import MetadataBlob, commit_metadata, delete_metadata, read_metadata_blob
+from azure_torch_ckpt.dcp.commit import commit_metadata, delete_metadata
+from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, read_metadata_blob
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
@@ -73,7 +74,7 @@ class Tree(ABC):
 
     @abstractmethod
     def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
-        """Read the metadata of the checkpoint in `folder`; None if it does not exist."""
+        """Read the metadata of the checkpoint in `folder`, all of it; None if it does not exist."""
 
     @abstractmethod
     def create(self, name: str) -> BlobDestination | LocalFile:
@@ -166,7 +167,7 @@ class BlobTree(Tree):
         )
 
     def read_metadata(self, folder: str, rank: int | None) -> MetadataBlob | None:
-        return read_metadata_blob(self.store, self._checkpoint(folder), rank)
+        return read_metadata_blob(self.store, self._checkpoint(folder), rank, whole=True)
 
     def create(self, name: str) -> BlobDestination:
         return BlobDestination(self.store, self.path(name))
@@ -253,7 +254,8 @@ class FolderTree(Tree):
         with local_file_errors(f"could not read {path}"):
             try:
                 status = path.stat()
-                return MetadataBlob(path.read_bytes(), str(status.st_mtime_ns), _modified(status))
+                data = path.read_bytes()
+                return MetadataBlob(data, str(status.st_mtime_ns), _modified(status), len(data))
             except FileNotFoundError:
                 return None
 

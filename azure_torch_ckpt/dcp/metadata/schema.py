@@ -38,10 +38,13 @@ from azure_torch_ckpt.errors import CorruptCheckpointError, UnsafeMetadataError,
 __all__ = [
     "StoredItem",
     "check_metadata",
-    "data_paths",
     "dump_metadata",
+    "is_plain_path",
+    "is_row_major",
     "load_metadata",
+    "metadata_pickler",
     "pickle_metadata",
+    "refuse_to_save",
     "storage_info",
     "storage_meta",
     "stored_item",
@@ -132,11 +135,6 @@ def _own_version() -> str:
         return "0+source"
 
 
-def data_paths(metadata: Metadata) -> set[str]:
-    """Return every data blob that ``metadata`` names: below the checkpoint's URL, as `check_metadata` has proven."""
-    return {info.relative_path for info in metadata.storage_data.values()}
-
-
 def dump_metadata(metadata: Metadata, where: str = "The metadata of this save") -> bytes:
     """Make the content of ``.metadata``: a pickle that torch's ``FileSystemReader`` reads as well.
 
@@ -151,11 +149,16 @@ def dump_metadata(metadata: Metadata, where: str = "The metadata of this save") 
         data = pickle_metadata(metadata)
         check_metadata(load_metadata(data, where), where)
     except Exception as error:  # an object's own __reduce__ may raise anything
-        raise UnsafeMetadataError(
-            f"{where} could not be loaded again{_culprit(metadata)}, so nothing was committed ({error}). Let the "
-            "planner put plain values there, or omit it"
-        ) from error
+        raise refuse_to_save(metadata, where, error) from error
     return data
+
+
+def refuse_to_save(metadata: Metadata, where: str, error: Exception) -> UnsafeMetadataError:
+    """Make the error of metadata that could not be read again, which `error` says."""
+    return UnsafeMetadataError(
+        f"{where} could not be loaded again{_culprit(metadata)}, so nothing was committed ({error}). Let the planner "
+        "put plain values there, or omit it"
+    )
 
 
 def _culprit(metadata: Metadata) -> str:
@@ -208,6 +211,18 @@ def load_metadata(data: bytes, where: str) -> Metadata:
         if type(fields.get(name)) is OrderedDict:
             fields[name] = dict(fields[name])
     return metadata
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether a path cannot lead out of the checkpoint's URL, and is one that the name of a blob can have."""
+    return not (
+        len(path) > _MAX_PATH
+        or "\\" in path
+        or "://" in path
+        or _SCHEME.match(path)
+        or _CONTROL.search(path)
+        or not {"", ".", ".."}.isdisjoint(path.split("/"))
+    )
 
 
 def check_metadata(metadata: Metadata, where: str) -> None:
@@ -297,14 +312,7 @@ class _MetadataCheck:
                     self._corrupt(f"{quote(name)} went through a transform and has a raw payload as well")
 
     def _path(self, path: str) -> None:
-        if (
-            len(path) > _MAX_PATH
-            or "\\" in path
-            or "://" in path
-            or _SCHEME.match(path)
-            or _CONTROL.search(path)
-            or not {"", ".", ".."}.isdisjoint(path.split("/"))
-        ):
+        if not is_plain_path(path):
             self._unsafe(f"it names the data blob {quote(path)}, which is not a plain path below the checkpoint")
 
     def _tensor(self, name: str, tensor: TensorStorageMetadata, storage: dict[Any, Any]) -> None:
@@ -366,6 +374,7 @@ class _MetadataCheck:
 
 
 _FIELDS = 5  # of TensorProperties, that every torch knows
+_PROTOCOL = 4  # the first with MEMOIZE, and what FileSystemWriter writes up to Python 3.13
 _Reduced: TypeAlias = "tuple[Any, ...]"
 
 
@@ -375,11 +384,20 @@ def pickle_metadata(metadata: Metadata) -> bytes:
     Where they do not (a transposed tensor), they stay; torch 2.14 and earlier do not read that, as if torch 2.15 itself
     had written it.
     """
-    if not hasattr(TensorProperties, "strides"):
-        return pickle.dumps(metadata)
     buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer)
-    row_major: set[int] = set()  # by id: picklers come to the holder of the properties first
+    metadata_pickler(buffer, set()).dump(metadata)
+    return buffer.getvalue()
+
+
+def metadata_pickler(buffer: io.BytesIO, row_major: set[int]) -> pickle.Pickler:
+    """Make a pickler that leaves strides out where `pickle_metadata` does.
+
+    Args:
+        row_major: ids of the properties whose strides are left out, beside those that it finds.
+    """
+    pickler = pickle.Pickler(buffer, protocol=_PROTOCOL)
+    if not hasattr(TensorProperties, "strides"):
+        return pickler
 
     def stored(entry: TensorStorageMetadata) -> _Reduced:
         note(entry.properties, entry.size, entry.chunks[0].sizes if entry.chunks else None)
@@ -389,9 +407,10 @@ def pickle_metadata(metadata: Metadata) -> bytes:
         note(data.properties, data.size, data.chunk.sizes)
         return data.__reduce_ex__(pickle.DEFAULT_PROTOCOL)  # type: ignore[return-value]
 
+    # A pickler comes to the holder of the properties first.
     def note(properties: Any, size: Sequence[int], shard: Sequence[int] | None) -> None:
         strides = getattr(properties, "strides", None)
-        if strides is None or _is_row_major(strides, size) or (shard is not None and _is_row_major(strides, shard)):
+        if strides is None or is_row_major(strides, size) or (shard is not None and is_row_major(strides, shard)):
             row_major.add(id(properties))
 
     def properties_(properties: TensorProperties) -> _Reduced:
@@ -405,11 +424,11 @@ def pickle_metadata(metadata: Metadata) -> bytes:
         TensorWriteData: planned,
         TensorProperties: properties_,
     }
-    pickler.dump(metadata)
-    return buffer.getvalue()
+    return pickler
 
 
-def _is_row_major(strides: Sequence[int], size: Sequence[int]) -> bool:
+def is_row_major(strides: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether these are the strides of a row-major tensor of this size."""
     if len(strides) != len(size):
         return False
     expected = 1

@@ -166,6 +166,13 @@ def _pure_path(flavour: type[pathlib.PurePath]) -> Callable[[tuple[Any, ...]], p
     return make
 
 
+def _metadata(args: tuple[Any, ...]) -> Metadata:
+    # How a `views.ColumnMetadata` is pickled by another writer.
+    if len(args) != 1 or type(args[0]) is not dict:
+        raise ForbiddenUse
+    return Metadata(args[0])
+
+
 # Classes that take a state, each with the fields that older pickles may lack and that no class attribute stands in for.
 STATE_CLASSES: dict[type[Any], list[tuple[str, Callable[[], Any]]]] = {
     cls: [
@@ -208,7 +215,8 @@ def _known() -> dict[tuple[str, str], Any]:
     for package in (_CHECKPOINT, "torch.distributed._shard.checkpoint"):
         for cls in STATE_CLASSES:
             module = f"{package}.{'filesystem' if cls is StorageInfo else 'metadata'}"
-            known[module, cls.__name__] = Known(f"{module}.{cls.__name__}", new=cls)
+            call = _metadata if cls is Metadata else None
+            known[module, cls.__name__] = Known(f"{module}.{cls.__name__}", new=cls, call=call)
         known[f"{package}.metadata", MemoryFormatEncoding.__name__] = _MEMORY_FORMAT
     sharded = "torch.distributed._shard.sharded_tensor.metadata"
     known[sharded, "TensorProperties"] = Known(f"{sharded}.TensorProperties", new=TensorProperties)

@@ -32,11 +32,11 @@ from azure_torch_ckpt._internal.torch_private import MemoryFormatEncoding, Stora
 from azure_torch_ckpt.dcp.metadata.schema import (
     StoredItem,
     check_metadata,
-    data_paths,
     dump_metadata,
     load_metadata,
     stored_item,
 )
+from azure_torch_ckpt.dcp.metadata.views import data_paths
 from azure_torch_ckpt.errors import (
     CorruptCheckpointError,
     UnsafeMetadataError,
