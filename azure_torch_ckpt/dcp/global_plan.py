@@ -159,7 +159,7 @@ def _of_structure(
         part = torch.full((len(plans), len(owners) * most), missing, dtype=torch.int64, device="cpu")
         part[:, slots] = cuts[:, at]
         made.append(part.reshape(len(plans) * len(owners), most))
-    ranks = torch.repeat_interleave(column(rank for rank, _ in plans), len(owners))
+    ranks = column(rank for rank, _ in plans)[:, None].expand(-1, len(owners)).flatten()
     of_items = (part.repeat(len(plans)) for part in (owners, structure.is_shard, agrees))
     owners, is_shard, agrees = of_items
     return ranks, owners, made[0], made[1], is_shard, agrees

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from azure_torch_ckpt.dcp.metadata.columns import are_plain, column, from_bytes
+from azure_torch_ckpt.dcp.metadata.columns import are_plain, column, from_bytes, repeated
 from azure_torch_ckpt.dcp.metadata.index import describe_properties, make_properties
 from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 from azure_torch_ckpt.dcp.metadata.sections import narrow, widen, width_of
@@ -136,7 +136,7 @@ def _structure(data: bytes) -> PlanStructure:
     types, described, sizes = kinds.reshape(3, len(names)).tolist()
     dims = column(0 if size < 0 else len(made[size]) for size in sizes)
     # In the cuts, the offsets of an item come first, then its sizes.
-    owner = torch.repeat_interleave(torch.arange(2 * len(dims), device="cpu"), torch.repeat_interleave(dims, 2))
+    owner = repeated(torch.arange(2 * len(dims), device="cpu"), torch.stack((dims, dims), dim=1).flatten())
     return PlanStructure(
         names,
         tuple(_TYPES[kind] for kind in types),

@@ -6,10 +6,10 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -24,6 +24,7 @@ from azure_torch_ckpt.dcp.metadata_blob import replaced_error
 from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
 from azure_torch_ckpt.dcp.rank_metadata import RankMetadata, read_rank_metadata
+from azure_torch_ckpt.dcp.read_columns import PlannedReads
 from azure_torch_ckpt.dcp.report import TransferReport
 from azure_torch_ckpt.dcp.save_group import SaveGroup
 from azure_torch_ckpt.dcp.tensors.chunks import find_uncovered
@@ -144,7 +145,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
 
     @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return dataclasses.replace(plan, storage_data=self._seen)
+        items = cast("list[ReadItem]", PlannedReads(plan.items))
+        return dataclasses.replace(plan, items=items, storage_data=self._seen)
 
     @step
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -174,6 +176,7 @@ class AzureBlobReader(BaseStorage, StorageReader):
             CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
             StoreError: the service could not be asked.
         """
+        plan = dataclasses.replace(plan, items=list(plan.items))
         items = ItemReader(self._store, self._location, self._run)
         load = PlanLoad(items, self._metadata, planner, self._report.moved)
         with CollectorPause() as pause:

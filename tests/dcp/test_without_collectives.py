@@ -29,6 +29,7 @@ from azure_torch_ckpt import (
 )
 from azure_torch_ckpt.catalog import consolidate, copy, inspect, latest, list_checkpoints, prune, verify
 from azure_torch_ckpt.dcp import save_group
+from azure_torch_ckpt.dcp import writer as dcp_writer
 from azure_torch_ckpt.dcp.save_group import SaveGroup, begin_group, raise_if_overtaken
 from tests.support import sharded
 from tests.support.containers import KEY, blob_names, container_sas, data_blobs, paths_below, store_of, upload
@@ -104,6 +105,20 @@ def test_resharded(ranks: Ranks, container: str, saved_on: int, loaded_on: int, 
         assert len(blob_names(url)) == 2 * saved_on
         assert is_complete(url)
         ranks(loaded_on).run(load_state, url, version, kind, saved_on)
+
+
+def save_with_an_index(url: str, version: int) -> None:
+    with mock.patch.object(dcp_writer, "_INDEX_FROM", 1):
+        save_state(url, version)
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on", "kind"), [(2, 1, 0), (2, 2, 0), (2, 2, 1), (2, 3, 1)])
+def test_resharded_from_metadata_with_an_index(
+    ranks: Ranks, container: str, saved_on: int, loaded_on: int, kind: int
+) -> None:
+    url = f"{container}/run"
+    ranks(saved_on).run(save_with_an_index, url, 3)
+    ranks(loaded_on).run(load_state, url, 3, kind, saved_on)
 
 
 def mixed(value: float) -> dict[str, Any]:
