@@ -50,21 +50,18 @@ class PlanStructure:
 
 
 class LocalItems(list[WriteItem]):
-    """A rank's items. They are pickled as `PlannedItems`."""
+    """A rank's items. They are pickled as `PlannedItems`, if columns can hold them.
 
-    def __init__(self, items: list[WriteItem], structure: bytes, cuts: bytes, contents: bytes | None) -> None:
+    Args:
+        contents: of each item a CRC64 of its bytes, or None; see `PlannedItems.contents`.
+    """
+
+    def __init__(self, items: list[WriteItem], contents: Sequence[int | None] | None = None) -> None:
         super().__init__(items)
-        self.structure = structure
-        self.cuts = cuts
-        self.contents = contents
+        self._contents = contents
 
-    @classmethod
-    def of(cls, items: list[WriteItem], contents: Sequence[int | None] | None = None) -> list[WriteItem]:
-        """Encode items; the same list if there is anything in it that columns cannot hold.
-
-        Args:
-            contents: of each item a CRC64 of its bytes, or None; see `PlannedItems.contents`.
-        """
+    def planned(self) -> PlannedItems | None:
+        """Encode items; None if there is anything in them that columns cannot hold."""
         names, types, described, sizes = [], [], [], []
         cuts = array("q")
         numbers: dict[Any, int] = {}
@@ -78,15 +75,15 @@ class LocalItems(list[WriteItem]):
             return known
 
         try:
-            for item in items:
+            for item in self:
                 index, data = item.index, item.tensor_data
                 names.append(index.fqn)
                 types.append(_TYPES.index(item.type))
                 if type(index.fqn) is not str or index.index is not None or item.bytes_io_data is not None:
-                    return items
+                    return None
                 if item.type is WriteItemType.BYTE_IO:
                     if index.offset is not None or data is not None:
-                        return items
+                        return None
                     described.append(-1)
                     sizes.append(-1)
                     continue
@@ -97,13 +94,13 @@ class LocalItems(list[WriteItem]):
                     or not len(data.size) == len(data.chunk.offsets) == len(data.chunk.sizes)
                     or index.offset != data.chunk.offsets
                 ):
-                    return items
+                    return None
                 described.append(number(describe_properties(data.properties)))
                 sizes.append(number(data.size))
                 cuts.extend(data.chunk.offsets)
                 cuts.extend(data.chunk.sizes)
         except (AttributeError, TypeError, ValueError, OverflowError):
-            return items
+            return None
         packed = pack_names(tuple(names))
         kinds = torch.cat([column(part) for part in (types, described, sizes)]) + 1
         widths = width_of(kinds)
@@ -112,16 +109,17 @@ class LocalItems(list[WriteItem]):
         structure = len(packed).to_bytes(8, "little") + packed + bytes((widths,)) + rest
         flat = column(cuts)
         if len(flat) and int(flat.min()) < 0:
-            return items
+            return None
         width = width_of(flat)
         packed_contents = None
-        if contents is not None:
-            known = bytes(crc is not None for crc in contents)
-            packed_contents = zlib.compress(known + array("Q", (crc or 0 for crc in contents)).tobytes())
-        return cls(items, structure, bytes((width,)) + zlib.compress(narrow(flat, width)), packed_contents)
+        if self._contents is not None:
+            known = bytes(crc is not None for crc in self._contents)
+            packed_contents = zlib.compress(known + array("Q", (crc or 0 for crc in self._contents)).tobytes())
+        return PlannedItems(structure, bytes((width,)) + zlib.compress(narrow(flat, width)), packed_contents)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PlannedItems, (self.structure, self.cuts, self.contents)
+        planned = self.planned()
+        return (list, (list(self),)) if planned is None else (PlannedItems, planned.key)
 
 
 @lru_cache(maxsize=64)
@@ -264,5 +262,5 @@ def planned_items(items: Sequence[WriteItem]) -> PlannedItems | None:
     if isinstance(items, PlannedItems):
         return items
     if isinstance(items, LocalItems):
-        return PlannedItems(items.structure, items.cuts, items.contents)
+        return items.planned()
     return None

@@ -20,7 +20,7 @@ from azure_torch_ckpt.dcp.global_plan import decide
 from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry
 from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata
 from azure_torch_ckpt.dcp.plan_columns import ChosenItems, LocalItems, PlannedItems, planned_items
-from azure_torch_ckpt.dcp.plan_paths import pack_paths, unpack_paths
+from azure_torch_ckpt.dcp.plan_paths import LocalPaths, unpack_paths
 
 __all__ = ["AzureSavePlanner"]
 
@@ -56,11 +56,11 @@ class AzureSavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         with CollectorPause():
             items = create_default_local_save_plan(self.state_dict, self.is_coordinator).items
-            self.plan = SavePlan(LocalItems.of(items, self._contents(items)))
+            self.plan = SavePlan(LocalItems(items, self._contents(items)))
             if not self.flatten_state_dict:
                 return self.plan
             names = tuple(item.index.fqn for item in items)
-            return dataclasses.replace(self.plan, planner_data=pack_paths(self.mappings, names))
+            return dataclasses.replace(self.plan, planner_data=LocalPaths(self.mappings, names))
 
     def _contents(self, items: list[WriteItem]) -> list[int | None] | None:
         """For a planner of copies that may differ: of each item the CRC64 of its bytes; None: no other copy will do.
@@ -72,7 +72,8 @@ class AzureSavePlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         with CollectorPause():
-            columns = [planned_items(plan.items) for plan in all_plans]
+            # One rank alone has no one to agree with, and its plan was not sent.
+            columns = [planned_items(plan.items) if len(all_plans) > 1 else None for plan in all_plans]
             decided = None
             if None not in columns:
                 decided = decide(cast("list[PlannedItems]", columns), self.dedup_save_to_lowest_rank)
@@ -92,7 +93,7 @@ class AzureSavePlanner(DefaultSavePlanner):
             if self.flatten_state_dict:
                 # Equal on most ranks.
                 distinct = {
-                    (plan.planner_data, items.key[0]): plan
+                    (plan.planner_data if isinstance(plan.planner_data, bytes) else id(plan), items.key[0]): plan
                     for plan, items in zip(all_plans, cast("list[PlannedItems]", columns), strict=True)
                 }
                 self.metadata.planner_data = dict(ChainMap(*map(_paths, distinct.values())))
@@ -102,15 +103,18 @@ class AzureSavePlanner(DefaultSavePlanner):
         chosen: Any = new_plan.items
         if isinstance(chosen, ChosenItems):
             chosen = chosen.choose(self.plan.items)
-        elif isinstance(chosen, PlannedItems):  # without a process group, nothing was sent
+        elif isinstance(chosen, PlannedItems):  # it was not sent
             chosen = list(chosen)
         self.plan = dataclasses.replace(new_plan, items=chosen)
         return self.plan
 
 
 def _paths(plan: SavePlan) -> Any:
+    if not isinstance(plan.planner_data, bytes):
+        return plan.planner_data
     columns = planned_items(plan.items)
-    return unpack_paths(plan.planner_data, () if columns is None else columns.structure.names)
+    names = tuple(item.index.fqn for item in plan.items) if columns is None else columns.structure.names
+    return unpack_paths(plan.planner_data, names)
 
 
 def _metadata(entries: list[Entry]) -> ColumnMetadata:

@@ -67,7 +67,7 @@ class WrittenItems:
             index = item.planned.index
             hints.append(-1 if index.index is None else index.index)
             dims.append(-1 if index.offset is None else len(index.offset))
-            places.append(place(index.offset or ()))
+            places.append(place(index.offset))
             offsets += index.offset or ()
         checksums = [item.crc64 for item in self.items if item.crc64 is not None]
         return PackedItems(
@@ -206,7 +206,7 @@ def _all_places(entries: list[Entry]) -> torch.Tensor:
     for entry in entries:
         layout = entry.layout
         if layout is None:
-            parts.append(column([0]))
+            parts.append(column([place(None)]))
             continue
         if id(layout) not in known:
             known[id(layout)] = layout.places()

@@ -49,7 +49,7 @@ def plan(**sizes: int) -> SavePlan:
 def shares(*told: tuple[SavePlan, list[int | None]]) -> list[set[str]]:
     """What each rank is left with of its plan, when it tells these checksums of its items."""
     planner = AzureSavePlanner(flatten_state_dict=False)
-    plans = [SavePlan(LocalItems.of(plan.items, checksums)) for plan, checksums in told]
+    plans = [SavePlan(LocalItems(plan.items, checksums)) for plan, checksums in told]
     return [{item.index.fqn for item in shared.items} for shared in planner.create_global_plan(plans)[0]]
 
 

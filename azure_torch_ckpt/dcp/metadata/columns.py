@@ -37,11 +37,14 @@ __all__ = [
     "count_items",
     "entries_of",
     "from_bytes",
+    "is_plain_size",
     "place",
     "repeated",
     "to_bytes",
 ]
 
+_MOST_DIMS = 1024
+_MOST_ELEMENTS = 1 << 58  # so that their bytes are a number of 63 bits
 # Pairs of chunks that are compared one by one where a layout is not a grid.
 _MOST_COMPARED = 4096
 
@@ -166,13 +169,15 @@ class Layout:
 
     def places(self) -> torch.Tensor:
         """The `place` of the offsets of each chunk."""
-        weights = column(_weights(self.offsets.shape[1]))
-        return (self.offsets * weights).sum(dim=1)  # modulo 2**64, as torch does it
+        dims = self.offsets.shape[1]
+        return (self.offsets * column(_weights(dims))).sum(dim=1) + dims  # modulo 2**64, as torch does it
 
 
-def place(offsets: Sequence[int]) -> int:
-    """One number for the offsets of a chunk: hardly any others have the same."""
-    number: int = sum(map(operator.mul, offsets, _weights(len(offsets)))) % (1 << 64)
+def place(offsets: Sequence[int] | None) -> int:
+    """One number for the offsets of a chunk, or of an object, which has none: hardly any others have the same."""
+    if offsets is None:
+        return -1
+    number: int = (sum(map(operator.mul, offsets, _weights(len(offsets)))) + len(offsets)) % (1 << 64)
     return number - (1 << 64) if number >> 63 else number
 
 
@@ -258,6 +263,7 @@ def entries_of(metadata: Metadata) -> list[Entry] | None:
         return None
     entries: list[Entry] = []
     layouts: dict[Any, Layout] = {}
+    sound: set[tuple[int, torch.Size]] = set()
     for name, item in items.items():
         if type(name) is not str:
             return None
@@ -272,9 +278,18 @@ def entries_of(metadata: Metadata) -> list[Entry] | None:
             return None
         if layout is None or not are_plain(item.properties) or type(item.size) is not torch.Size:
             return None
+        if (id(layout), item.size) not in sound:
+            if not is_plain_size(item.size) or not layout.is_inside(item.size):
+                return None
+            sound.add((id(layout), item.size))
         entries.append(Entry(name, _without_strides(item.properties, item.size, layout), item.size, layout))
     count_items(entries)
     return entries
+
+
+def is_plain_size(size: Sequence[int]) -> bool:
+    """Whether columns can hold the chunks of a tensor of this size."""
+    return len(size) <= _MOST_DIMS and math.prod(size) < _MOST_ELEMENTS
 
 
 def are_plain(properties: TensorProperties) -> bool:

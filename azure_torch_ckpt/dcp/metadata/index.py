@@ -11,7 +11,6 @@ sizes of the chunks of each layout.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from azure_torch_ckpt._internal.checksums import crc64
-from azure_torch_ckpt.dcp.metadata.columns import Entry, Layout, column, count_items, to_bytes
+from azure_torch_ckpt.dcp.metadata.columns import Entry, Layout, column, count_items, is_plain_size, to_bytes
 from azure_torch_ckpt.dcp.metadata.schema import is_plain_path
 from azure_torch_ckpt.dcp.metadata.sections import Section, inflate, narrow, widen, width_of
 from azure_torch_ckpt.dcp.metadata.vocabulary import quote
@@ -196,7 +195,8 @@ def encode_index(index: Index) -> tuple[bytes, int]:
         "sections": [[place.length, place.order, place.crc64] for place in index.places],
         "widths": widths,
     }
-    text = json.dumps(document, separators=(",", ":")).encode()
+    # Two lone surrogates that JSON escapes could come back as one character.
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
     raw = b"".join((len(text).to_bytes(8, "little"), text, narrow(index.blob_of, widths[0]), narrow(cut, widths[1])))
     return zlib.compress(raw, level=1), len(raw)
 
@@ -243,6 +243,8 @@ class _Decoder:
         document = json.loads(raw[8:end])
         cut_width, blob_width = document["widths"][1], document["widths"][0]
         names, blobs = document["names"], document["blobs"]
+        if not {type(part) for part in document.values()} <= {list}:
+            self.corrupt("a part of it is not a list")
         properties = [self._properties(described) for described in document["properties"]]
         sizes = [self._size(size) for size in document["sizes"]]
         shapes = [self._shape(shape) for shape in document["layouts"]]
@@ -313,7 +315,7 @@ class _Decoder:
         return numbers
 
     def _size(self, size: list[Any]) -> torch.Size:
-        if math.prod(self._naturals(size)) >= 1 << 58 or len(size) > 1024:
+        if not is_plain_size(self._naturals(size)):
             self.corrupt(f"a tensor has the size {size[:64]}")
         return torch.Size(size)
 

@@ -25,7 +25,9 @@ def pack_names(names: tuple[str, ...]) -> bytes:
             continue
         kinds.append(forms.setdefault(_NUMBER.sub(_MARK, name), len(forms)))
         numbers += map(int, _NUMBER.findall(name))
-    return zlib.compress(json.dumps([list(forms), kinds, numbers]).encode())
+    # Two lone surrogates that JSON escapes could come back as one character.
+    text = json.dumps([list(forms), kinds, numbers], ensure_ascii=False)
+    return zlib.compress(text.encode("utf-8", "surrogatepass"))
 
 
 @functools.lru_cache(maxsize=8)
