@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import itertools
 import logging
@@ -20,6 +19,7 @@ from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
+from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
@@ -34,6 +34,7 @@ from azure_torch_ckpt.dcp.metadata.views import StoredItems, data_paths, in_memo
 from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, open_metadata_blob, read_metadata_blob
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
+from azure_torch_ckpt.dcp.save_group import SaveGroup, begin_group, raise_if_overtaken
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
 from azure_torch_ckpt.dcp.written_items import PackedItems, UploadedItem, WrittenItems, join_results
@@ -68,6 +69,11 @@ class AzureBlobWriter(BaseWriter):
 
     One writer does any number of saves, one after the other or at the same time in several threads (as a second
     ``async_save`` does before the first is done): give each its URL as ``checkpoint_id=``.
+
+    With ``dcp.save(..., use_collectives=False)`` every rank commits metadata of its own, and the checkpoint is complete
+    once all ranks have. `AzureBlobReader` loads it on any number of ranks. Give each such save a URL of its own: where
+    one replaces another, a crash in the middle leaves neither. If only the ranks of a ``process_group=`` save, only
+    they can load it again, for torch does not tell a writer how many there are.
 
     Args:
         url: of the checkpoint, ``https://account.blob.core.windows.net/container/run/step-1000`` or
@@ -104,6 +110,7 @@ class AzureBlobWriter(BaseWriter):
         super().__init__(url, Access(credential, options, ca_file), progress, overwrite)
         self._rank: int | None = None
         self._use_collectives = True
+        self._group: SaveGroup | None = None
         self._replaces: MetadataBlob | None = None
         # By its URL: the ETag of the metadata of the last save, and the names of its data blobs. For all threads.
         self._committed: dict[str, tuple[str, set[str]]] = {}
@@ -112,6 +119,12 @@ class AzureBlobWriter(BaseWriter):
         save = self._begin_save(is_coordinator)
         save._rank = kwargs.get("rank")
         save._use_collectives = kwargs.get("use_collectives", True)
+        if not save._use_collectives:
+            self._begin_group()  # before anything can fail on one rank alone: it counts
+
+    @step
+    def _begin_group(self) -> None:
+        self._group = begin_group(self.checkpoint_id, self._rank)
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -201,16 +214,27 @@ class AzureBlobWriter(BaseWriter):
             with CollectorPause():
                 metadata.version = CURRENT_DCP_VERSION
                 save_id = self._unfinished[1] if self._unfinished else None
-                metadata.storage_meta = storage_meta(self.checkpoint_id, save_id)
+                group = self._group
+                metadata.storage_meta = storage_meta(
+                    self.checkpoint_id,
+                    save_id,
+                    save_group=None if group is None else group.id,
+                    ranks=None if group is None else group.ranks,
+                )
                 columns = self._columns(metadata, written) if sum(map(len, written)) >= _INDEX_FROM else None
                 data = self._dump(metadata, written) if columns is None else self._dump_columns(metadata, columns)
         except CheckpointError:
             self._unfinished = None
             remove_blobs(self._store, self._location, sorted(names), [""])
             raise
-        commit = functools.partial(
-            commit_metadata, self._store, self._location, data, self._replaces, self._metadata_rank
-        )
+        settings = None if group is None else CopiedSettings(metadata=group.marks())
+        rank = self._metadata_rank
+
+        def commit() -> str:
+            if group is not None:
+                raise_if_overtaken(self.checkpoint_id, group)
+            return commit_metadata(self._store, self._location, data, self._replaces, rank, settings)
+
         etag = self._commit_or_remove(commit, names)
         if self._replaces is not None:
             self._remove_replaced(self._replaces, names)

@@ -192,7 +192,11 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         return f"<{len(self)} stored items>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        return dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[MetadataIndex, StorageInfo]:
+        """The same as a dict. Reads all sections, together."""
+        return dict(zip(self, map(_info, self.fetch(range(len(self)))), strict=True))
 
     def all_sections(self) -> bytes:
         """Read all sections, as they are stored."""
