@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from azure_torch_ckpt.blobs import outcome
 from azure_torch_ckpt.dcp import metadata_blob, writer
 
@@ -23,7 +21,3 @@ def settings() -> Settings:
 def set_columns(wanted: Settings) -> None:
     """Let this process save and load as `settings` says of another one, or with `COLUMNS`."""
     writer._INDEX_FROM, metadata_blob._FIRST, outcome._IN_BLOCKS_FROM = wanted
-
-
-if os.environ.get("TEST_COLUMNS"):  # tox -e columns
-    set_columns(COLUMNS)
