@@ -22,6 +22,7 @@ from azure_torch_ckpt.dcp.metadata.sections import narrow, widen, width_of
 
 __all__ = ["ChosenItems", "LocalItems", "PlanStructure", "PlannedItems", "planned_items"]
 
+_Structure = tuple[bytes, bytes]  # a `PlanStructure`, encoded: its names (`metadata.names`), and the rest
 _TYPES = (WriteItemType.TENSOR, WriteItemType.SHARD, WriteItemType.BYTE_IO)
 
 
@@ -49,7 +50,7 @@ class PlanStructure:
 class LocalItems(list[WriteItem]):
     """A rank's items. They are pickled as `PlannedItems`."""
 
-    def __init__(self, items: list[WriteItem], structure: bytes, cuts: bytes) -> None:
+    def __init__(self, items: list[WriteItem], structure: _Structure, cuts: bytes) -> None:
         super().__init__(items)
         self.structure = structure
         self.cuts = cuts
@@ -101,26 +102,24 @@ class LocalItems(list[WriteItem]):
         widths = width_of(kinds)
         document = json.dumps(values).encode()
         rest = zlib.compress(len(document).to_bytes(8, "little") + document + narrow(kinds, widths))
-        structure = len(packed).to_bytes(8, "little") + packed + bytes((widths,)) + rest
         flat = column(cuts)
         if len(flat) and int(flat.min()) < 0:
             return items
         width = width_of(flat)
-        return cls(items, structure, bytes((width,)) + zlib.compress(narrow(flat, width)))
+        return cls(items, (packed, bytes((widths,)) + rest), bytes((width,)) + zlib.compress(narrow(flat, width)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PlannedItems, (self.structure, self.cuts)
 
 
 @lru_cache(maxsize=64)
-def _structure(data: bytes) -> PlanStructure:
-    end = 8 + int.from_bytes(data[:8], "little")
-    names = unpack_names(data[8:end])
-    rest = zlib.decompress(data[end + 1 :])
+def _structure(data: _Structure) -> PlanStructure:
+    names = unpack_names(data[0])
+    rest = zlib.decompress(data[1][1:])
     split = 8 + int.from_bytes(rest[:8], "little")
     values: list[Any] = json.loads(rest[8:split])
     made = [make_properties(value) if value and isinstance(value[0], str) else torch.Size(value) for value in values]
-    kinds = widen(rest[split:], data[end], 3 * len(names)) - 1
+    kinds = widen(rest[split:], data[1][0], 3 * len(names)) - 1
     types, described, sizes = kinds.reshape(3, len(names)).tolist()
     dims = column(0 if size < 0 else len(made[size]) for size in sizes)
     # In the cuts, the offsets of an item come first, then its sizes.
@@ -144,13 +143,13 @@ class PlannedItems(Sequence[WriteItem]):
             long as nothing is decided. Once it is, they are all that is sent back: a pickle becomes `ChosenItems`.
     """
 
-    def __init__(self, structure: bytes, cuts: bytes, hints: bytes | None = None) -> None:
+    def __init__(self, structure: _Structure, cuts: bytes, hints: bytes | None = None) -> None:
         self._structure = structure
         self._cuts = cuts
         self._hints = hints
 
     @property
-    def key(self) -> tuple[bytes, bytes]:
+    def key(self) -> tuple[_Structure, bytes]:
         """Equal for equal plans."""
         return self._structure, self._cuts
 

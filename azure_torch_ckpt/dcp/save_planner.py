@@ -24,7 +24,7 @@ from azure_torch_ckpt._internal.gc_pause import CollectorPause
 from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry, Layout, column, count_items
 from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata
 from azure_torch_ckpt.dcp.plan_columns import ChosenItems, LocalItems, PlannedItems, planned_items
-from azure_torch_ckpt.dcp.plan_paths import pack_paths, unpack_paths
+from azure_torch_ckpt.dcp.plan_paths import PackedPaths
 from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint
 from azure_torch_ckpt.errors import CheckpointError
 
@@ -65,8 +65,7 @@ class AzureSavePlanner(DefaultSavePlanner):
             self.plan = SavePlan(LocalItems.of(items))
             if not self.flatten_state_dict:
                 return self.plan
-            names = tuple(item.index.fqn for item in items)
-            return dataclasses.replace(self.plan, planner_data=pack_paths(self.mappings, names))
+            return dataclasses.replace(self.plan, planner_data=PackedPaths.of(self.mappings))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         with CollectorPause():
@@ -74,7 +73,8 @@ class AzureSavePlanner(DefaultSavePlanner):
             decision = None if None in columns else _decide(cast("list[PlannedItems]", columns), self)
             if decision is None:
                 plain = [
-                    dataclasses.replace(plan, items=list(plan.items), planner_data=_paths(plan)) for plan in all_plans
+                    dataclasses.replace(plan, items=list(plan.items), planner_data=_paths(plan.planner_data))
+                    for plan in all_plans
                 ]
                 return super().create_global_plan(plain)
             plans = [
@@ -86,12 +86,7 @@ class AzureSavePlanner(DefaultSavePlanner):
             self.global_plan = plans
             self.metadata = _metadata(decision.entries)
             if self.flatten_state_dict:
-                # Equal on most ranks.
-                distinct = {
-                    (plan.planner_data, items.key[0]): plan
-                    for plan, items in zip(all_plans, cast("list[PlannedItems]", columns), strict=True)
-                }
-                self.metadata.planner_data = dict(ChainMap(*map(_paths, distinct.values())))
+                self.metadata.planner_data = dict(ChainMap(*_distinct_paths(all_plans)))
             return plans, self.metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -104,10 +99,21 @@ class AzureSavePlanner(DefaultSavePlanner):
         return self.plan
 
 
-def _paths(plan: SavePlan) -> Any:
-    columns = planned_items(plan.items)
-    names = tuple(item.index.fqn for item in plan.items) if columns is None else columns.structure.names
-    return unpack_paths(plan.planner_data, names)
+def _paths(planner_data: Any) -> Any:
+    # A subclass may have put something else there.
+    return planner_data.unpacked() if isinstance(planner_data, PackedPaths) else planner_data
+
+
+def _distinct_paths(plans: list[SavePlan]) -> list[Any]:
+    seen: set[PackedPaths] = set()
+    found = []
+    for data in (plan.planner_data for plan in plans):
+        if isinstance(data, PackedPaths):
+            if data in seen:
+                continue
+            seen.add(data)
+        found.append(_paths(data))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +134,9 @@ def _decide(plans: list[PlannedItems], planner: AzureSavePlanner) -> _Decision |
     """Make the global plan, or take that of equal plans before. None: torch's planner must do it."""
     key = planner.dedup_save_to_lowest_rank, tuple(plan.key for plan in plans)
     with _lock:
-        for known in _latest:
+        for at, known in enumerate(_latest):
             if known.key == key:
+                _latest.insert(0, _latest.pop(at))
                 return known
     joined = _join(plans)
     if joined is None:
@@ -162,7 +169,7 @@ def _join(plans: list[PlannedItems]) -> _Joined | None:
     """Put the items of all ranks together; None if ranks have different tensors of one name."""
     entries: list[Entry] = []
     positions: dict[str, int] = {}
-    of_structure: dict[bytes, torch.Tensor] = {}
+    of_structure: dict[tuple[bytes, bytes], torch.Tensor] = {}
     for plan in plans:
         structure_key = plan.key[0]
         if structure_key in of_structure:
