@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from array import array
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause
-from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry, Layout, column, count_items
+from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry, Layout, column, count_items, to_bytes
 from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata
 from azure_torch_ckpt.dcp.plan_columns import ChosenItems, LocalItems, PlannedItems, planned_items
 from azure_torch_ckpt.dcp.plan_paths import PackedPaths
@@ -323,14 +324,16 @@ def _writers(
     if to_lowest or not bool((copies > 1).any()):
         return writer
     alone = copies == 1
-    load = torch.bincount(writer[alone], weights=nbytes[alone].to(torch.float64), minlength=count)
+    load = torch.bincount(writer[alone], weights=nbytes[alone].to(torch.float64), minlength=count).tolist()
     shared = torch.nonzero(~alone).flatten()
-    for one in shared[torch.argsort(nbytes[shared], descending=True, stable=True)].tolist():
-        start = int(starts[one])
-        having = ranks[start : start + int(copies[one])]
-        best = having[torch.argmin(load[having])]
-        writer[one] = best
-        load[best] += max(int(nbytes[one]), 1)
+    shared = shared[torch.argsort(nbytes[shared], descending=True, stable=True)]
+    having = array("q", to_bytes(ranks))
+    chosen = array("q")
+    for start, copied, size in zip(*(part[shared].tolist() for part in (starts, copies, nbytes)), strict=True):
+        best = min(having[start : start + copied], key=load.__getitem__)
+        chosen.append(best)
+        load[best] += max(size, 1)
+    writer[shared] = column(chosen)
     return writer
 
 

@@ -8,7 +8,7 @@ them: ``state_dict_metadata`` is a dict whose tensors have a `Chunks` for a list
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, cast
 
 import torch
@@ -171,20 +171,44 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
                     yield MetadataIndex(entry.name, offset, number)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self) == dict(other)
+        return isinstance(other, Mapping) and dict(self.items()) == dict(other.items())
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"<{len(self)} stored items>"
 
+    def items(self) -> ItemsView[MetadataIndex, StorageInfo]:
+        return _Items(self)
+
+    def values(self) -> ValuesView[StorageInfo]:
+        return _Values(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        return dict, (dict(self.items()),)
 
     def all_sections(self) -> bytes:
         """Read all sections, as they are stored."""
         places = self.index.places
         return self._read([(0, _end(places[-1]))])[0] if places else b""
+
+
+class _Items(ItemsView[MetadataIndex, StorageInfo]):
+    """All items, looked up at once."""
+
+    _mapping: StoredItems
+
+    def __iter__(self) -> Iterator[tuple[MetadataIndex, StorageInfo]]:
+        return zip(self._mapping, self._mapping.values(), strict=True)
+
+
+class _Values(ValuesView[StorageInfo]):
+    """The same without their keys."""
+
+    _mapping: StoredItems
+
+    def __iter__(self) -> Iterator[StorageInfo]:
+        return map(_info, self._mapping.fetch(range(len(self._mapping))))
 
 
 def _end(place: SectionPlace) -> int:
