@@ -19,6 +19,10 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Memory
 # The chunks of a tensor that this rank has, for tensors of every class; torch's own planners use it.
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
 
+# The store of the default process group: by it the ranks of a save without collectives agree on an id, without waiting
+# for each other. torch hands it to nobody, and a group that was made by `init_method` has no other way to it.
+from torch.distributed.distributed_c10d import _get_default_store as get_default_store
+
 __all__ = [
     "CURRENT_DCP_VERSION",
     "ExtensionRegistry",
@@ -26,4 +30,5 @@ __all__ = [
     "StorageInfo",
     "StreamTransformExtension",
     "create_chunk_list",
+    "get_default_store",
 ]

@@ -15,13 +15,18 @@ condition calls a function of this module, and its caller deletes nothing unless
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from azure.storage.blob import ContentSettings
+
 from azure_torch_ckpt._internal.checksums import md5
 from azure_torch_ckpt.blobs.blob_info import BlobSettings, CopiedSettings
 from azure_torch_ckpt.blobs.store import BlobStore
+from azure_torch_ckpt.blobs.upload import Upload
 from azure_torch_ckpt.errors import (
     BlobChangedError,
     BlobNotFoundError,
@@ -34,6 +39,7 @@ from azure_torch_ckpt.transport.buffers import Cancel, Doubt
 __all__ = ["Outcome", "Result", "commit_blocks", "delete", "put"]
 
 _LIMIT = 4 << 30  # bytes of a blob that is read back: no metadata is larger
+_IN_BLOCKS_FROM = 32 << 20  # bytes
 _READS = 3  # of a blob whose content arrives damaged, or not twice the same
 
 
@@ -94,7 +100,7 @@ def put(
     if_etag: str | None = None,
     if_missing: bool = False,
 ) -> Result:
-    """`BlobStore.put` with a condition.
+    """`BlobStore.put` with a condition. Large data is sent as blocks, in parallel: one connection would take seconds.
 
     Args:
         data: with an id in it that no other write has, since the data identifies the blob.
@@ -102,6 +108,9 @@ def put(
     Raises:
         StoreError: it was not carried out.
     """
+
+    if len(data) >= _IN_BLOCKS_FROM:
+        return _put_in_blocks(store, path, data, settings or CopiedSettings(), if_etag, if_missing)
 
     def read_back() -> _ReadBack:
         now, info = store.read_some(path, 0, _LIMIT)
@@ -116,6 +125,18 @@ def put(
         return Result(Outcome.DONE, etag, again=if_missing and doubt.exists)
     except StoreError as error:
         return _settle_write(error, read_back, if_etag)
+
+
+def _put_in_blocks(
+    store: BlobStore, path: str, data: bytes, settings: CopiedSettings, if_etag: str | None, if_missing: bool
+) -> Result:
+    with Upload(store, path, len(data)) as upload:
+        upload.add([memoryview(data)])
+        block_ids = upload.stage()
+    content = copy.copy(settings.content) or ContentSettings(content_type="application/octet-stream")
+    content.content_md5 = bytearray(md5(data))  # of a blob of blocks, the service computes none
+    settings = dataclasses.replace(settings, content=content)
+    return commit_blocks(store, path, block_ids, settings, if_etag=if_etag, if_missing=if_missing)
 
 
 def commit_blocks(
@@ -185,7 +206,8 @@ def _settle_write(error: StoreError, read_back: Callable[[], _ReadBack], if_etag
     Raises:
         StoreError: `error`, which proves that the write was not carried out.
     """
-    refused = isinstance(error, (BlobChangedError, BlobNotFoundError))  # by the condition
+    # By the condition; or the commit of another writer dropped the blocks.
+    refused = isinstance(error, (BlobChangedError, BlobNotFoundError)) or error.error_code == "InvalidBlockList"
     if not refused and not error.may_be_done:
         raise error
     unknown = Result(Outcome.UNKNOWN, error=error)
@@ -203,7 +225,8 @@ def _settle_write(error: StoreError, read_back: Callable[[], _ReadBack], if_etag
         if now.ours:
             return Result(Outcome.DONE, now.etag or "", error=error)
         # As long as no answer says that the condition is broken, an attempt may still be carried out. And the condition
-        # is not broken if the blob is the one that it names.
+        # is not broken if the blob is the one that it names; if it names none, the one that is there breaks it.
         if now.ours is False:
-            return Result(Outcome.LOST, error=error) if refused and now.etag != if_etag else unknown
+            broken = if_etag is None or now.etag != if_etag
+            return Result(Outcome.LOST, error=error) if refused and broken else unknown
     return unknown

@@ -66,8 +66,10 @@ def list_checkpoints(
 
     The cost is one request for every 5,000 blobs (https://learn.microsoft.com/rest/api/storageservices/list-blobs). A
     checkpoint is complete if its ``.metadata`` exists; after a save with ``use_collectives=False``, if the metadata of
-    each rank that left anything exists. Nothing else is checked: `verify` finds missing data. While a complete
-    checkpoint is being replaced it stays complete, and its size includes the blobs of the running save.
+    all ranks exists and is of one save. If only the ranks of a ``process_group=`` made such a save, their number is
+    unknown, and it is not complete. Nothing else is checked: `verify` finds missing data. While a complete checkpoint
+    is being replaced it stays complete, unless the new save is one with ``use_collectives=False``. Its size includes
+    the blobs of the running save.
 
     Models in the HuggingFace layout are not listed. A warning in the log names folders with model files of several
     saves, or of one save without an index: a save is running there, or was killed.
@@ -166,10 +168,8 @@ def step_of(name: str) -> int | None:
 
 
 def _entry(checkpoint: ListedCheckpoint, url: str, name: str, step: int | None) -> CheckpointEntry:
-    complete = checkpoint.complete
-    dated: Iterable[BlobInfo] = checkpoint.blobs
-    if complete:
-        dated = [checkpoint.metadata[None]] if None in checkpoint.metadata else checkpoint.metadata.values()
+    committed = checkpoint.committed
+    dated: Iterable[BlobInfo] = committed.values() or checkpoint.blobs
     return CheckpointEntry(
         url=url,
         name=name,
@@ -177,7 +177,7 @@ def _entry(checkpoint: ListedCheckpoint, url: str, name: str, step: int | None) 
         size=sum(blob.size for blob in checkpoint.blobs),
         blobs=len(checkpoint.blobs),
         modified=max(blob.last_modified for blob in dated),
-        complete=complete,
+        complete=bool(committed),
     )
 
 

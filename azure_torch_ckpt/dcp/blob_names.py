@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
+from azure_torch_ckpt.dcp.save_group import SaveGroup, complete_ranks
 from azure_torch_ckpt.location import has_empty_segment
 
 __all__ = [
@@ -90,16 +91,26 @@ class ListedCheckpoint:
 
     @property
     def complete(self) -> bool:
-        """Whether ``.metadata`` is there; or, of a save without collectives, the metadata of all ranks.
+        """Whether ``.metadata`` is there; or, of a save without collectives, the metadata of all ranks."""
+        return bool(self.committed)
 
-        Those are the ranks up to the highest one that has written a blob. A rank above it that has not begun yet is
-        not visible.
+    @property
+    def committed(self) -> dict[int | None, BlobInfo]:
+        """The metadata blobs that make the checkpoint complete, by rank; empty if it is not.
+
+        After a save without collectives, each blob says which save it is of and how many ranks saved. Blobs that do not
+        (of earlier versions, of torch's own writer, or back from a disk) are complete if all ranks have one up to the
+        highest one that has written a blob. A rank above it that has not begun yet is not visible then.
         """
         if None in self.metadata:
-            return True
-        ranks = {rank for rank in self.metadata if rank is not None}
-        seen = ranks | {data_rank(blob.path) for blobs in self.saves.values() for blob in blobs}
-        return bool(ranks) and ranks == set(range(max(rank for rank in seen if rank is not None) + 1))
+            return {None: self.metadata[None]}
+        by_rank = {rank: blob for rank, blob in self.metadata.items() if rank is not None}
+        ranks = complete_ranks({rank: SaveGroup.of_blob(blob.metadata) for rank, blob in by_rank.items()})
+        if ranks is None:
+            seen = by_rank.keys() | {data_rank(blob.path) for blobs in self.saves.values() for blob in blobs}
+            every = set(range(max((rank for rank in seen if rank is not None), default=-1) + 1))
+            ranks = sorted(every) if by_rank.keys() == every else []
+        return {rank: by_rank[rank] for rank in ranks}
 
 
 def group_by_checkpoint(blobs: Iterable[BlobInfo], prefix: str = "") -> list[ListedCheckpoint]:

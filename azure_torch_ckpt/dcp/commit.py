@@ -37,7 +37,7 @@ def commit_metadata(
     Args:
         data: the metadata. It holds the save's id, so the metadata of any other save differs.
         replaces: the metadata at `location` when the save began; None if there was none.
-        settings: what the blob carries, if it is a copy of another one.
+        settings: what the blob carries: that of the one it is a copy of, or what a listing shows of a save.
     """
 
     def has_data() -> bool:
@@ -84,7 +84,7 @@ def commit(
         if_etag: the ETag of the blob when the save began; None if there was none.
         has_data: finds out whether the save's data is there. It may raise `StoreError`.
         always_ask: call `has_data` after every first save, not only after one that may have been committed twice.
-        settings: what the blob carries, if it is a copy of another one.
+        settings: what the blob carries besides.
 
     Returns:
         The ETag of the blob.

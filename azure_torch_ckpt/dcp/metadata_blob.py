@@ -21,7 +21,7 @@ from azure_torch_ckpt.transport.buffers import Cancel
 __all__ = ["MetadataBlob", "open_metadata_blob", "read_metadata_blob", "replaced_error"]
 
 # Bytes of the first request. The index of 1,000 ranks with 2,000 tensors has 300 KB, and small checkpoints fit whole.
-_FIRST = 1 << 20
+_FIRST = 1 << 18
 # Bytes. 2,000 tensors in 1,000 shards make 250 MB of metadata.
 _LIMIT = 4 << 30
 _ATTEMPTS = 5  # to read two parts of one blob that is replaced again and again

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from azure_torch_ckpt.dcp.metadata.columns import are_plain, column
+from azure_torch_ckpt.dcp.metadata.columns import are_plain, column, from_bytes, repeated
 from azure_torch_ckpt.dcp.metadata.index import describe_properties, make_properties
 from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 from azure_torch_ckpt.dcp.metadata.sections import narrow, widen, width_of
@@ -24,6 +24,7 @@ __all__ = ["ChosenItems", "LocalItems", "PlanStructure", "PlannedItems", "planne
 
 _Structure = tuple[bytes, bytes]  # a `PlanStructure`, encoded: its names (`metadata.names`), and the rest
 _TYPES = (WriteItemType.TENSOR, WriteItemType.SHARD, WriteItemType.BYTE_IO)
+_SHARD = _TYPES.index(WriteItemType.SHARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class PlanStructure:
         types: of the items.
         properties, sizes: of the tensors; None for an object.
         dims: of the offsets; 0 for an object.
+        is_shard: whether the item is a shard, not a plain tensor or an object.
         offsets_at, sizes_at: where offsets and sizes are in the numbers of `PlannedItems.cuts`.
     """
 
@@ -43,21 +45,24 @@ class PlanStructure:
     properties: tuple[TensorProperties | None, ...]
     sizes: tuple[torch.Size | None, ...]
     dims: torch.Tensor
+    is_shard: torch.Tensor
     offsets_at: torch.Tensor
     sizes_at: torch.Tensor
 
 
 class LocalItems(list[WriteItem]):
-    """A rank's items. They are pickled as `PlannedItems`."""
+    """A rank's items. They are pickled as `PlannedItems`, if columns can hold them.
 
-    def __init__(self, items: list[WriteItem], structure: _Structure, cuts: bytes) -> None:
+    Args:
+        contents: of each item a CRC64 of its bytes, or None; see `PlannedItems.contents`.
+    """
+
+    def __init__(self, items: list[WriteItem], contents: Sequence[int | None] | None = None) -> None:
         super().__init__(items)
-        self.structure = structure
-        self.cuts = cuts
+        self._contents = contents
 
-    @classmethod
-    def of(cls, items: list[WriteItem]) -> list[WriteItem]:
-        """Encode items; the same list if there is anything in it that columns cannot hold."""
+    def planned(self) -> PlannedItems | None:
+        """Encode items; None if there is anything in them that columns cannot hold."""
         names, types, described, sizes = [], [], [], []
         cuts = array("q")
         numbers: dict[Any, int] = {}
@@ -71,15 +76,15 @@ class LocalItems(list[WriteItem]):
             return known
 
         try:
-            for item in items:
+            for item in self:
                 index, data = item.index, item.tensor_data
                 names.append(index.fqn)
                 types.append(_TYPES.index(item.type))
                 if type(index.fqn) is not str or index.index is not None or item.bytes_io_data is not None:
-                    return items
+                    return None
                 if item.type is WriteItemType.BYTE_IO:
                     if index.offset is not None or data is not None:
-                        return items
+                        return None
                     described.append(-1)
                     sizes.append(-1)
                     continue
@@ -90,26 +95,32 @@ class LocalItems(list[WriteItem]):
                     or not len(data.size) == len(data.chunk.offsets) == len(data.chunk.sizes)
                     or index.offset != data.chunk.offsets
                 ):
-                    return items
+                    return None
                 described.append(number(describe_properties(data.properties)))
                 sizes.append(number(data.size))
                 cuts.extend(data.chunk.offsets)
                 cuts.extend(data.chunk.sizes)
         except (AttributeError, TypeError, ValueError, OverflowError):
-            return items
+            return None
         packed = pack_names(tuple(names))
         kinds = torch.cat([column(part) for part in (types, described, sizes)]) + 1
         widths = width_of(kinds)
         document = json.dumps(values).encode()
         rest = zlib.compress(len(document).to_bytes(8, "little") + document + narrow(kinds, widths))
+        structure = packed, bytes((widths,)) + rest
         flat = column(cuts)
         if len(flat) and int(flat.min()) < 0:
-            return items
+            return None
         width = width_of(flat)
-        return cls(items, (packed, bytes((widths,)) + rest), bytes((width,)) + zlib.compress(narrow(flat, width)))
+        packed_contents = None
+        if self._contents is not None:
+            known = bytes(crc is not None for crc in self._contents)
+            packed_contents = zlib.compress(known + array("Q", (crc or 0 for crc in self._contents)).tobytes())
+        return PlannedItems(structure, bytes((width,)) + zlib.compress(narrow(flat, width)), packed_contents)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PlannedItems, (self.structure, self.cuts)
+        planned = self.planned()
+        return (list, (list(self),)) if planned is None else (PlannedItems, planned.key)
 
 
 @lru_cache(maxsize=64)
@@ -123,13 +134,14 @@ def _structure(data: _Structure) -> PlanStructure:
     types, described, sizes = kinds.reshape(3, len(names)).tolist()
     dims = column(0 if size < 0 else len(made[size]) for size in sizes)
     # In the cuts, the offsets of an item come first, then its sizes.
-    owner = torch.repeat_interleave(torch.arange(2 * len(dims), device="cpu"), torch.repeat_interleave(dims, 2))
+    owner = repeated(torch.arange(2 * len(dims), device="cpu"), torch.stack((dims, dims), dim=1).flatten())
     return PlanStructure(
         names,
         tuple(_TYPES[kind] for kind in types),
         tuple(None if number < 0 else made[number] for number in described),
         tuple(None if size < 0 else made[size] for size in sizes),
         dims,
+        column(kind == _SHARD for kind in types) > 0,
         torch.nonzero(owner % 2 == 0).flatten(),
         torch.nonzero(owner % 2 == 1).flatten(),
     )
@@ -143,15 +155,18 @@ class PlannedItems(Sequence[WriteItem]):
             long as nothing is decided. Once it is, they are all that is sent back: a pickle becomes `ChosenItems`.
     """
 
-    def __init__(self, structure: _Structure, cuts: bytes, hints: bytes | None = None) -> None:
+    def __init__(
+        self, structure: _Structure, cuts: bytes, contents: bytes | None = None, hints: bytes | None = None
+    ) -> None:
         self._structure = structure
         self._cuts = cuts
+        self._contents = contents
         self._hints = hints
 
     @property
-    def key(self) -> tuple[_Structure, bytes]:
-        """Equal for equal plans."""
-        return self._structure, self._cuts
+    def key(self) -> tuple[_Structure, bytes, bytes | None]:
+        """Equal for equal plans. The first part is equal for equal structures."""
+        return self._structure, self._cuts, self._contents
 
     @property
     def structure(self) -> PlanStructure:
@@ -161,8 +176,19 @@ class PlannedItems(Sequence[WriteItem]):
         """Offsets and sizes of all chunks, int64; `PlanStructure` says which is where."""
         return widen(zlib.decompress(self._cuts[1:]), self._cuts[0], 2 * len(self.structure.offsets_at))
 
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of each item, whether its content is known, and its CRC64 as an int64 with the same bits.
+
+        None: ranks that have the same chunk have the same content.
+        """
+        if self._contents is None:
+            return None
+        raw = zlib.decompress(self._contents)
+        count = len(self.structure.names)
+        return from_bytes(raw[:count], torch.bool), from_bytes(raw[count:], torch.int64)
+
     def with_hints(self, hints: bytes) -> PlannedItems:
-        return PlannedItems(self._structure, self._cuts, hints)
+        return PlannedItems(self._structure, self._cuts, self._contents, hints)
 
     def __len__(self) -> int:
         if self._hints is None:
@@ -200,7 +226,7 @@ class PlannedItems(Sequence[WriteItem]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._hints is None:
-            return PlannedItems, (self._structure, self._cuts)
+            return PlannedItems, self.key
         return ChosenItems, (self._hints,)
 
 
@@ -236,5 +262,5 @@ def planned_items(items: Sequence[WriteItem]) -> PlannedItems | None:
     if isinstance(items, PlannedItems):
         return items
     if isinstance(items, LocalItems):
-        return PlannedItems(items.structure, items.cuts)
+        return items.planned()
     return None

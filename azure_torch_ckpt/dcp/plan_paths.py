@@ -1,4 +1,4 @@
-"""`PackedPaths`: where the keys of a flattened state dict come from, in few bytes, for plans that travel."""
+"""Where the keys of a flattened state dict come from, in few bytes, for plans that travel between ranks."""
 
 from __future__ import annotations
 
@@ -10,42 +10,46 @@ from typing import Any
 
 from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 
-__all__ = ["PackedPaths"]
+__all__ = ["LocalPaths", "PackedPaths"]
 
 _Paths = dict[str, tuple[Any, ...]]  # torch's FLATTEN_MAPPING
 
 
-@dataclass(frozen=True, slots=True)
-class PackedPaths:
-    """The path of each key.
+class LocalPaths(_Paths):
+    """The path of each key, as torch's planner has it. A pickle of it is `PackedPaths`."""
 
-    Attributes:
-        names: the keys (`metadata.names`); mostly the same object that is in the plan's items, so that a pickle of the
-            plan has it once.
-        rest: the lengths of the parts: mostly the key is the path joined with dots.
-    """
-
-    names: bytes
-    rest: bytes
-
-    @classmethod
-    def of(cls, paths: _Paths) -> PackedPaths:
+    def packed(self) -> PackedPaths:
         odd: _Paths = {}
         lengths: list[list[int]] = []
-        for key, path in paths.items():
+        for key, path in self.items():
+            # Mostly a key is its path joined with dots, so lengths suffice. A number in a path is an index of a list.
             parts = [str(part) for part in path if type(part) in (str, int)]
             if len(parts) != len(path) or ".".join(parts) != key:
                 odd[key] = path
                 lengths.append([])
                 continue
-            # A number in a path is an index of a list.
             lengths.append(
                 [~len(text) if type(part) is int else len(text) for part, text in zip(path, parts, strict=True)]
             )
-        return cls(pack_names(tuple(paths)), zlib.compress(pickle.dumps((json.dumps(lengths), odd))))
+        return PackedPaths(pack_names(tuple(self)), zlib.compress(pickle.dumps((json.dumps(lengths), odd))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = self.packed()
+        return PackedPaths, (packed.names, packed.rest)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPaths:
+    """The paths of another rank of this job.
+
+    Attributes:
+        names: the keys (`metadata.names`). Mostly the plan's items have the same object, so a pickle has it once.
+    """
+
+    names: bytes
+    rest: bytes
 
     def unpacked(self) -> _Paths:
-        """The inverse of `of`, for paths of another rank of this job."""
         lengths, odd = pickle.loads(zlib.decompress(self.rest))
         paths: _Paths = {}
         for key, parts in zip(unpack_names(self.names), json.loads(lengths), strict=True):

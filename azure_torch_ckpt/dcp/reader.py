@@ -6,10 +6,10 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -23,14 +23,16 @@ from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, whole_tensors
 from azure_torch_ckpt.dcp.metadata_blob import replaced_error
 from azure_torch_ckpt.dcp.open_checkpoint import is_replaced, not_found_error, read_metadata
 from azure_torch_ckpt.dcp.plan_load import PlanLoad
+from azure_torch_ckpt.dcp.rank_metadata import RankMetadata, read_rank_metadata
+from azure_torch_ckpt.dcp.read_columns import PlannedReads
 from azure_torch_ckpt.dcp.report import TransferReport
+from azure_torch_ckpt.dcp.save_group import SaveGroup
 from azure_torch_ckpt.dcp.tensors.chunks import find_uncovered
 from azure_torch_ckpt.errors import (
     AzureCheckpointError,
     CheckpointNotFoundError,
     CheckpointReplacedError,
     CorruptCheckpointError,
-    UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.location import BlobLocation
 from azure_torch_ckpt.options import TransferOptions
@@ -41,10 +43,14 @@ __all__ = ["AzureBlobReader", "SeenMetadata"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SeenMetadata:
-    """Travels in the load plans: the name and the ETag of the metadata blob that a rank has read."""
+    """Travels in the load plans: the name and the ETag of the metadata blob that a rank has read.
+
+    And the id of its `SaveGroup`, if it is of a save without collectives.
+    """
 
     name: str
     etag: str
+    group: str | None = None
 
 
 class AzureBlobReader(BaseStorage, StorageReader):
@@ -58,6 +64,11 @@ class AzureBlobReader(BaseStorage, StorageReader):
     ``dcp.load`` sorts them. A planner that overrides a method by which torch's gives or commits tensors gets its items
     in the order of the plan: each is resolved, filled and committed before the next. If the checkpoint has only a part
     of a tensor, that is an error, with ``allow_partial_load`` as well, which is for missing keys.
+
+    A save with ``use_collectives=False`` loads in the same way, if it is complete. Where its ranks saved values of
+    their own under one key (a state of random numbers, an object), each rank gets its own back, and a rank that did not
+    save gets that of the lowest rank. torch reads the data of such a checkpoint without collectives, too: an error
+    there is raised on its rank only, and the others wait in the barrier at the end.
 
     Args:
         url: of the checkpoint, as for `AzureBlobWriter`.
@@ -78,13 +89,17 @@ class AzureBlobReader(BaseStorage, StorageReader):
         super().__init__(url, Access(credential, options, ca_file), TransferReport("load", progress))
         self._metadata = Metadata({}, storage_data={})
         self._seen: SeenMetadata | None = None
+        self._of_ranks: RankMetadata | None = None  # of a save without collectives
         self._why_no_metadata: AzureCheckpointError | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Fetch and check the checkpoint's metadata; with ``rank=``, that rank's own after a save without collectives.
+        """Fetch and check the checkpoint's metadata; with ``rank=``, that of a save without collectives.
+
+        Then the ``state_dict_metadata`` may show, when iterated over, this rank's entries only. It finds all keys.
 
         Raises:
-            CheckpointNotFoundError: there is no complete checkpoint.
+            CheckpointNotFoundError: there is no complete checkpoint; without ``rank=``, none that was saved with
+                collectives.
             UnsafeMetadataError, CorruptCheckpointError, UnsupportedCheckpointError: it cannot be trusted or read.
             StoreError: the service could not be asked.
         """
@@ -105,16 +120,16 @@ class AzureBlobReader(BaseStorage, StorageReader):
                 raise
         # torch's load swallows the error of its first call, asks for the rank's own metadata, and reports an
         # AssertionError if that does not exist either. So it gets an object here that raises the first error when used.
-        first, load._why_no_metadata = load._why_no_metadata, None
-        if not isinstance(first, CheckpointNotFoundError):
-            return load._unreadable(first)
-        load._report.may_have_ended(None)
+        first = load._why_no_metadata
         try:
+            if not isinstance(first, CheckpointNotFoundError):
+                return load._unreadable(first)
+            load._report.may_have_ended(None)
             return load._read_metadata(rank)
-        except CheckpointNotFoundError:
-            return load._unreadable(first)
         except AzureCheckpointError as error:
             return load._unreadable(error)
+        finally:
+            load._why_no_metadata = None
 
     def _unreadable(self, error: AzureCheckpointError) -> _Unreadable:
         self._report.end(error)
@@ -130,7 +145,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
 
     @step
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return dataclasses.replace(plan, storage_data=self._seen)
+        items = cast("list[ReadItem]", PlannedReads(plan.items))
+        return dataclasses.replace(plan, items=items, storage_data=self._seen)
 
     @step
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -141,6 +157,8 @@ class AzureBlobReader(BaseStorage, StorageReader):
                 another had.
         """
         seen = {plan.storage_data for plan in plans if isinstance(plan.storage_data, SeenMetadata)}
+        if len({one.group for one in seen}) > 1:
+            raise self._replaced()
         # Ranks of which only some have read their own metadata would wait for each other in different collectives.
         if len(seen) > 1 and any(metadata_rank(one.name) is None for one in seen):
             raise self._replaced()
@@ -153,15 +171,16 @@ class AzureBlobReader(BaseStorage, StorageReader):
         Raises:
             CorruptCheckpointError: a blob is missing or too short, a checksum does not match, or the checkpoint has
                 only a part of a requested tensor.
-            UnsupportedCheckpointError: it was saved with ``use_collectives=False``, and this rank requests more than it
-                saved.
+            CheckpointNotFoundError: it was saved with ``use_collectives=False``, this rank requests more than it saved,
+                and the metadata of the other ranks is not complete.
             CheckpointReplacedError: the checkpoint was replaced or removed meanwhile.
             StoreError: the service could not be asked.
         """
+        plan = dataclasses.replace(plan, items=list(plan.items))
         items = ItemReader(self._store, self._location, self._run)
         load = PlanLoad(items, self._metadata, planner, self._report.moved)
         with CollectorPause() as pause:
-            self._check_covered(plan, planner)
+            plan = self._covering_plan(plan, planner)
             load.prepare(plan.items, pause)
         with self._report.transfer(len(plan.items), None):
             load.run()
@@ -170,16 +189,17 @@ class AzureBlobReader(BaseStorage, StorageReader):
         future.set_result(None)
         return future
 
-    def _check_covered(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+    def _covering_plan(self, plan: LoadPlan, planner: LoadPlanner) -> LoadPlan:
+        """Return the plan, or a new one if the metadata of other ranks was added while it was made, or has to be."""
         missing = find_uncovered(plan, planner, self._metadata)
+        of_ranks = self._of_ranks
+        if of_ranks is not None and missing is not None:
+            of_ranks.merge()
+        if of_ranks is not None and of_ranks.was_extended:
+            plan = planner.finish_plan(planner.create_local_plan())
+            missing = find_uncovered(plan, planner, self._metadata)
         if missing is None:
-            return
-        if self._seen is not None and metadata_rank(self._seen.name) is not None:
-            raise UnsupportedCheckpointError(
-                f"{self.checkpoint_id} was saved with use_collectives=False, each rank for itself, and "
-                f"{self._seen.name} has not all of {missing!r} that this rank wants. Load it on as many ranks as saved "
-                "it, sharded in the same way; to load it in another way, save it from there with collectives"
-            )
+            return plan
         raise CorruptCheckpointError(
             f"{self.checkpoint_id} has not all elements of {missing!r} that this rank wants, or some of them twice. "
             "Its metadata is damaged, or one of several ranks saved its shards alone (no_dist=True), so that only that "
@@ -191,24 +211,33 @@ class AzureBlobReader(BaseStorage, StorageReader):
 
     def _raise_if_replaced(self, error: AzureCheckpointError) -> None:
         seen = self._seen
-        if seen is not None and is_replaced(self._store, self._location, {seen.name: seen.etag}):
+        etags = {} if seen is None else {seen.name: seen.etag}
+        if self._of_ranks is not None:
+            etags = self._of_ranks.etags
+        if is_replaced(self._store, self._location, etags):
             raise self._replaced() from error
 
     def _replaced(self) -> CheckpointReplacedError:
         return replaced_error(self._location)
 
     def _read_metadata(self, rank: int | None) -> Metadata:
-        name = metadata_name(rank)
-        opened = read_metadata(self._store, self._location, [rank])
-        if not opened:
-            raise not_found_error(self._store, self._location, name)
-        metadata = opened[0].metadata
-        if isinstance(metadata, ColumnMetadata):
-            metadata = whole_tensors(metadata)
+        if rank is None:
+            opened = read_metadata(self._store, self._location, [None])
+            metadata = opened[0].metadata if opened else None
+            etags = {metadata_name(): opened[0].stored.etag} if opened else {}
+            if isinstance(metadata, ColumnMetadata):
+                metadata = whole_tensors(metadata)
+        else:
+            self._of_ranks = read_rank_metadata(self._store, self._location, rank)
+            metadata = None if self._of_ranks is None else self._of_ranks.metadata
+            etags = {} if self._of_ranks is None else self._of_ranks.etags
+        if metadata is None:
+            raise self._why_no_metadata or not_found_error(self._store, self._location, metadata_name(rank))
         meta = metadata.storage_meta or StorageMeta()
         meta.load_id = str(uuid.uuid4())
         metadata.storage_meta = meta
-        self._seen = SeenMetadata(name, opened[0].stored.etag)
+        group = SaveGroup.of(metadata)
+        self._seen = SeenMetadata(*next(iter(etags.items())), None if rank is None or group is None else group.id)
         return metadata
 
 

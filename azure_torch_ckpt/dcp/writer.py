@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import itertools
 import logging
@@ -13,30 +12,32 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from azure_torch_ckpt._internal.gc_pause import CollectorPause, without_collector
 from azure_torch_ckpt._internal.torch_private import CURRENT_DCP_VERSION
+from azure_torch_ckpt.blobs.blob_info import CopiedSettings
 from azure_torch_ckpt.blobs.upload import Item, Upload
 from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.blob_names import data_name, new_save_id
 from azure_torch_ckpt.dcp.commit import commit_metadata
 from azure_torch_ckpt.dcp.item_reader import item_name
-from azure_torch_ckpt.dcp.metadata.columns import Chunks, entries_of
+from azure_torch_ckpt.dcp.metadata.columns import entries_of
 from azure_torch_ckpt.dcp.metadata.front import dump_with_index
 from azure_torch_ckpt.dcp.metadata.index import StoredColumns
 from azure_torch_ckpt.dcp.metadata.schema import dump_metadata, storage_meta
-from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, StoredItems, data_paths, in_memory
+from azure_torch_ckpt.dcp.metadata.views import StoredItems, data_paths, in_memory, plain_metadata, show_columns
 from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob, open_metadata_blob, read_metadata_blob
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
+from azure_torch_ckpt.dcp.save_group import SaveGroup, begin_group, raise_if_overtaken
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, own_bytes, tensor_views
 from azure_torch_ckpt.dcp.tensors.torch_file import envelope, serialize
-from azure_torch_ckpt.dcp.written_items import UploadedItem, WrittenItems, join_results
+from azure_torch_ckpt.dcp.written_items import PackedItems, UploadedItem, WrittenItems, join_results
 from azure_torch_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -56,6 +57,9 @@ _log = logging.getLogger(__name__)
 # block more than planned.
 _ENVELOPE = 2048
 
+# Items from which on metadata has an index. Below, to make and read columns takes longer than to go without them.
+_INDEX_FROM = 4096
+
 
 class AzureBlobWriter(BaseWriter):
     """Save a checkpoint under a URL in Blob Storage, every rank its own shard.
@@ -65,6 +69,11 @@ class AzureBlobWriter(BaseWriter):
 
     One writer does any number of saves, one after the other or at the same time in several threads (as a second
     ``async_save`` does before the first is done): give each its URL as ``checkpoint_id=``.
+
+    With ``dcp.save(..., use_collectives=False)`` every rank commits metadata of its own, and the checkpoint is complete
+    once all ranks have. `AzureBlobReader` loads it on any number of ranks. Give each such save a URL of its own: where
+    one replaces another, a crash in the middle leaves neither. If only the ranks of a ``process_group=`` save, only
+    they can load it again, for torch does not tell a writer how many there are.
 
     Args:
         url: of the checkpoint, ``https://account.blob.core.windows.net/container/run/step-1000`` or
@@ -101,6 +110,7 @@ class AzureBlobWriter(BaseWriter):
         super().__init__(url, Access(credential, options, ca_file), progress, overwrite)
         self._rank: int | None = None
         self._use_collectives = True
+        self._group: SaveGroup | None = None
         self._replaces: MetadataBlob | None = None
         # By its URL: the ETag of the metadata of the last save, and the names of its data blobs. For all threads.
         self._committed: dict[str, tuple[str, set[str]]] = {}
@@ -109,6 +119,12 @@ class AzureBlobWriter(BaseWriter):
         save = self._begin_save(is_coordinator)
         save._rank = kwargs.get("rank")
         save._use_collectives = kwargs.get("use_collectives", True)
+        if not save._use_collectives:
+            self._begin_group()  # before anything can fail on one rank alone: it counts
+
+    @step
+    def _begin_group(self) -> None:
+        self._group = begin_group(self.checkpoint_id, self._rank)
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -180,7 +196,7 @@ class AzureBlobWriter(BaseWriter):
             for write_item, item, payload_offset in without_collector(written)
         ]
         # torch hands them to `finish` and to nobody else.
-        return self._end_of_write(cast("list[WriteResult]", WrittenItems.of(name, items)))
+        return self._end_of_write(cast("list[WriteResult]", WrittenItems(name, items)))
 
     @step
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -192,23 +208,33 @@ class AzureBlobWriter(BaseWriter):
             CommitUnknownError: whether the commit was carried out is unknown. The checkpoint at the URL is the old one
                 or this one, whole, and nothing was deleted.
         """
-        written = [rank for rank in cast("list[WrittenItems]", results) if len(rank)]
+        written = [rank for rank in cast("list[WrittenItems | PackedItems]", results) if len(rank)]
         names = {rank.blob for rank in written}
         try:
             with CollectorPause():
                 metadata.version = CURRENT_DCP_VERSION
                 save_id = self._unfinished[1] if self._unfinished else None
-                metadata.storage_meta = storage_meta(self.checkpoint_id, save_id)
-                entries = entries_of(metadata)
-                columns = None if entries is None else join_results(entries, written)
+                group = self._group
+                metadata.storage_meta = storage_meta(
+                    self.checkpoint_id,
+                    save_id,
+                    save_group=None if group is None else group.id,
+                    ranks=None if group is None else group.ranks,
+                )
+                columns = self._columns(metadata, written) if sum(map(len, written)) >= _INDEX_FROM else None
                 data = self._dump(metadata, written) if columns is None else self._dump_columns(metadata, columns)
         except CheckpointError:
             self._unfinished = None
             remove_blobs(self._store, self._location, sorted(names), [""])
             raise
-        commit = functools.partial(
-            commit_metadata, self._store, self._location, data, self._replaces, self._metadata_rank
-        )
+        settings = None if group is None else CopiedSettings(metadata=group.marks())
+        rank = self._metadata_rank
+
+        def commit() -> str:
+            if group is not None:
+                raise_if_overtaken(self.checkpoint_id, group)
+            return commit_metadata(self._store, self._location, data, self._replaces, rank, settings)
+
         etag = self._commit_or_remove(commit, names)
         if self._replaces is not None:
             self._remove_replaced(self._replaces, names)
@@ -216,25 +242,24 @@ class AzureBlobWriter(BaseWriter):
         self._committed[self.checkpoint_id] = (etag, names)
         self._report.end(checkpoint_bytes=sum(rank.nbytes for rank in written))
 
+    @staticmethod
+    def _columns(metadata: Metadata, written: list[WrittenItems | PackedItems]) -> StoredColumns | None:
+        entries = entries_of(metadata)
+        return None if entries is None else join_results(entries, [rank.packed() for rank in written])
+
     def _dump_columns(self, metadata: Metadata, columns: StoredColumns) -> bytes:
         """Make the content of ``.metadata`` with an index, and let `metadata` be small: torch sends it to all ranks."""
         where = f"The metadata of {self.checkpoint_id}"
         data = dump_with_index(metadata, columns, where)
-        items = StoredItems(columns.index, in_memory(b"".join(columns.encoded)), where)
-        metadata.storage_data = items
-        for entry in columns.index.entries:
-            tensor = metadata.state_dict_metadata[entry.name]
-            if entry.layout is not None and isinstance(tensor, TensorStorageMetadata):
-                tensor.chunks = cast("list[ChunkStorageMetadata]", Chunks(entry.layout))
-        if type(metadata) is Metadata:
-            metadata.__class__ = ColumnMetadata
+        metadata.storage_data = StoredItems(columns.index, in_memory(b"".join(columns.encoded)), where)
+        show_columns(metadata, columns.index.entries)
         return data
 
-    def _dump(self, metadata: Metadata, written: list[WrittenItems]) -> bytes:
-        """Make it as torch's own writer does, of a plan that columns cannot hold, or that was not carried out."""
+    def _dump(self, metadata: Metadata, written: list[WrittenItems | PackedItems]) -> bytes:
+        """Make it as torch's own writer does: of few items, and of a plan that columns cannot hold or that failed."""
         metadata.storage_data = {index: info for rank in written for index, info in rank.storage_data().items()}
         try:
-            return dump_metadata(metadata, f"The metadata of {self.checkpoint_id}")
+            return dump_metadata(plain_metadata(metadata), f"The metadata of {self.checkpoint_id}")
         except UnsafeMetadataError as error:
             if isinstance(error.__cause__, CorruptCheckpointError):
                 _check_complete(metadata, self.checkpoint_id)  # the likely reason, and it has a better message

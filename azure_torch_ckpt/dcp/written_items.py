@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -17,7 +18,7 @@ from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 from azure_torch_ckpt.dcp.metadata.schema import storage_info
 from azure_torch_ckpt.dcp.metadata.sections import Section, decode_section, encode_section, section_items
 
-__all__ = ["UploadedItem", "WrittenItems", "join_results"]
+__all__ = ["PackedItems", "UploadedItem", "WrittenItems", "join_results"]
 
 
 @dataclass(slots=True)
@@ -31,18 +32,70 @@ class UploadedItem:
     crc64: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WrittenItems:
-    """The items of one rank, in the order in which they lie in its blob.
-
-    torch gathers this on the coordinator. What many ranks have in common, such as the names, is the same bytes.
+    """The items of one rank, in the order in which they lie in its blob. A pickle of them is `PackedItems`.
 
     Attributes:
         blob: its name, below the checkpoint's URL.
-        nbytes: of all items.
+    """
+
+    blob: str
+    items: list[UploadedItem]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all items."""
+        return sum(item.length for item in self.items)
+
+    def storage_data(self) -> dict[MetadataIndex, StorageInfo]:
+        """The items as torch's metadata has them."""
+        return {
+            item.planned.index: storage_info(
+                self.blob, item.offset, item.length, payload_offset=item.payload_offset, crc64=item.crc64
+            )
+            for item in self.items
+        }
+
+    def packed(self) -> PackedItems:
+        hints, places, dims = [], [], []
+        offsets: list[int] = []
+        for item in self.items:
+            index = item.planned.index
+            hints.append(-1 if index.index is None else index.index)
+            dims.append(-1 if index.offset is None else len(index.offset))
+            places.append(place(index.offset))
+            offsets += index.offset or ()
+        checksums = [item.crc64 for item in self.items if item.crc64 is not None]
+        return PackedItems(
+            self.blob,
+            self.nbytes,
+            pack_names(tuple(item.planned.index.fqn for item in self.items)),
+            zlib.compress(to_bytes(torch.cat([column(part) for part in (hints, places, dims, offsets)]))),
+            encode_section(
+                [item.offset for item in self.items],
+                [item.length for item in self.items],
+                [item.payload_offset for item in self.items],
+                checksums if len(checksums) == len(self.items) else None,
+            ),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = self.packed()
+        return PackedItems, (packed.blob, packed.nbytes, packed.names, packed.chunks, packed.section)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedItems:
+    """`WrittenItems` in columns. What many ranks have in common, such as the names, is the same bytes.
+
+    Attributes:
         names: their keys (`metadata.names`).
-        chunks: which chunk of its tensor each item is: the number that the planner gave as a hint (-1: none), the place
-            of its offsets (`Layout.places`), how many offsets it has (-1: it is an object), and the offsets.
+        chunks: which chunk of its tensor each item is: the number that the planner gave as a hint (-1: none), the
+            `place` of its offsets, how many offsets it has (-1: it is an object), and the offsets.
         section: where they lie in the blob (`metadata.sections`).
     """
 
@@ -52,32 +105,11 @@ class WrittenItems:
     chunks: bytes
     section: bytes
 
-    @classmethod
-    def of(cls, blob: str, items: Sequence[UploadedItem]) -> WrittenItems:
-        hints, places, dims = [], [], []
-        offsets: list[int] = []
-        for item in items:
-            index = item.planned.index
-            hints.append(-1 if index.index is None else index.index)
-            dims.append(-1 if index.offset is None else len(index.offset))
-            places.append(place(index.offset))
-            offsets += index.offset or ()
-        checksums = [item.crc64 for item in items if item.crc64 is not None]
-        return cls(
-            blob,
-            sum(item.length for item in items),
-            pack_names(tuple(item.planned.index.fqn for item in items)),
-            zlib.compress(to_bytes(torch.cat([column(part) for part in (hints, places, dims, offsets)]))),
-            encode_section(
-                [item.offset for item in items],
-                [item.length for item in items],
-                [item.payload_offset for item in items],
-                checksums if len(checksums) == len(items) else None,
-            ),
-        )
-
     def __len__(self) -> int:
         return section_items(self.section)
+
+    def packed(self) -> PackedItems:
+        return self
 
     def decoded(self) -> Section:
         return decode_section(self.section, len(self))
@@ -115,7 +147,7 @@ class WrittenItems:
         return every[:count], every[count : 2 * count], every[2 * count : 3 * count], every[3 * count :]
 
 
-def join_results(entries: list[Entry], results: Sequence[WrittenItems]) -> StoredColumns | None:
+def join_results(entries: list[Entry], results: Sequence[PackedItems]) -> StoredColumns | None:
     """Put the results of all ranks together.
 
     Returns:

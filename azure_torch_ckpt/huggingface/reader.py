@@ -99,7 +99,9 @@ class AzureBlobHuggingFaceReader(AzureBlobReader):
 
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None:
-            raise CheckpointNotFoundError(f"A model at {self.checkpoint_id} has no metadata of a single rank")
+            raise self._why_no_metadata or CheckpointNotFoundError(
+                f"A model at {self.checkpoint_id} has no metadata of a single rank"
+            )
         self._etags, self._odd_dtypes = {}, {}
         index, files = self._find()
         headers = self._headers(sorted(set(index.files.values())) if files is None else files)

@@ -26,6 +26,8 @@ from azure_torch_ckpt.blobs.workers import run_all
 from azure_torch_ckpt.credentials import Access, Credential
 from azure_torch_ckpt.dcp.base import BaseWriter, SaveTicket, step
 from azure_torch_ckpt.dcp.commit import commit
+from azure_torch_ckpt.dcp.metadata.columns import entries_of
+from azure_torch_ckpt.dcp.metadata.views import show_columns
 from azure_torch_ckpt.dcp.planners import keeps_its_memory, with_plain_keys
 from azure_torch_ckpt.dcp.removal import remove_blobs
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, tensor_views
@@ -181,7 +183,7 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         if not all(getattr(plan, "usable", True) and isinstance(plan.storage_data, SaveTicket) for plan in plans):
             raise CheckpointError(
                 "A rank's plan is from an earlier save (enable_plan_caching), or the planner has replaced its "
-                "storage_data. Use a planner without either"
+                "storage_data. Use AzureSavePlanner, which keeps plans without that"
             )
         for rank, plan in enumerate(plans):
             self._check_same_url(rank, plan.storage_data)
@@ -215,7 +217,8 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
         ticket = plan.storage_data
         if not isinstance(ticket, _ModelTicket) or ticket.nonce != self._nonce:
             raise CheckpointError(
-                "The planner gave the plan of an earlier save (enable_plan_caching). Use a planner without it"
+                "The planner gave the plan of an earlier save (enable_plan_caching). Use AzureSavePlanner, which keeps "
+                "plans without that"
             )
         assert ticket.save_id is not None and ticket.rank is not None
         runs = ticket.runs
@@ -262,6 +265,8 @@ class AzureBlobHuggingFaceWriter(BaseWriter):
                 the new one, and nothing was deleted.
             StoreError: the service could not be asked. The model at the URL is whole, the old one or the new one.
         """
+        if (entries := entries_of(metadata)) is not None:
+            show_columns(metadata, entries)
         written = [result.storage_data for rank in results for result in rank]
         blocks: dict[str, list[StagedBlock]] = {}
         for block in itertools.chain.from_iterable(one.blocks for one in written):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -11,15 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt.blobs.workers import Workers
 from azure_torch_ckpt.dcp.reader import AzureBlobReader
+from azure_torch_ckpt.dcp.save_planner import AzureSavePlanner
 from azure_torch_ckpt.dcp.tensors.copies import copy_elements, copyable
 from azure_torch_ckpt.dcp.tensors.memory import is_plain, tensor_views
 from azure_torch_ckpt.dcp.writer import AzureBlobWriter
@@ -27,7 +26,7 @@ from azure_torch_ckpt.errors import AzureCheckpointError, CheckpointError
 from azure_torch_ckpt.objects.codec import Placeholder, Unpacked, pack, unpack
 from azure_torch_ckpt.objects.single_process import check_items, read_items, read_skeleton
 
-__all__ = ["DTensorEntry", "DedupSavePlanner", "dedup_save_plans", "load_sharded", "run_on_all_ranks", "save_sharded"]
+__all__ = ["DTensorEntry", "DedupSavePlanner", "load_sharded", "run_on_all_ranks", "save_sharded"]
 
 # Every rank reads smaller tensors itself: a broadcast takes longer than a few more bytes in a request.
 _BROADCAST_SIZE = 1024 * 1024
@@ -238,7 +237,7 @@ def _broadcast(tensor: torch.Tensor, owner: int, device: torch.device) -> None:
         copy_elements(sent, copyable(tensor), "A tensor")
 
 
-class DedupSavePlanner(DefaultSavePlanner):
+class DedupSavePlanner(AzureSavePlanner):
     """A planner for flat state dicts: rank 0 has all plain tensors, and the other ranks have some of them as well.
 
     The checkpoint has rank 0's tensors. Another rank writes a tensor in rank 0's place if it has the same bytes, which
@@ -255,18 +254,16 @@ class DedupSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._ranks = ranks
 
-    def create_local_plan(self) -> SavePlan:
-        """The plan of this rank; its `planner_data` has the CRC64 of each item that another rank may hold as well."""
-        plan = super().create_local_plan()
-        return dataclasses.replace(plan, planner_data=self._checksums(plan.items) if self._ranks > 1 else None)
-
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """The plans of all ranks without duplicates, and the metadata. Rank 0 calls it."""
-        plans, metadata = super().create_global_plan(dedup_save_plans(all_plans))
+        plans, metadata = super().create_global_plan(all_plans)
         missing = sorted(set(self.state_dict) - set(metadata.state_dict_metadata))
         if missing:
             raise CheckpointError(f"No rank would save {missing[0]!r} and {len(missing) - 1} others; nothing was saved")
         return plans, metadata
+
+    def _contents(self, items: list[WriteItem]) -> list[int | None] | None:
+        return self._checksums(items) if self._ranks > 1 else None
 
     def _checksums(self, items: list[WriteItem]) -> list[int | None]:
         """The CRC64 of each item; None if no other rank can hold it, or if it has no bytes to compare."""
@@ -293,47 +290,9 @@ class DedupSavePlanner(DefaultSavePlanner):
         return checksums
 
 
-def dedup_save_plans(plans: list[SavePlan]) -> list[SavePlan]:
-    """Leave each item in one rank's plan: the largest first, each with the rank that has the fewest bytes so far.
-
-    The item of a plain tensor is rank 0's, and that of a chunk of a DTensor is the lowest rank's that has the chunk.
-    Other ranks can write it if theirs has the same shape, dtype and checksum.
-    """
-    holders: dict[MetadataIndex, list[int]] = {}
-    first: dict[MetadataIndex, tuple[WriteItem, int | None]] = {}
-    for rank, plan in enumerate(plans):
-        checksums = plan.planner_data or [None] * len(plan.items)
-        for item, crc in zip(plan.items, checksums, strict=True):
-            index = item.index
-            if index not in first:
-                if rank == 0 or item.type == WriteItemType.SHARD:
-                    first[index], holders[index] = (item, crc), [rank]
-                continue
-            kept, kept_crc = first[index]
-            if crc is not None and crc == kept_crc and kept.tensor_data == item.tensor_data:
-                holders[index].append(rank)
-    loads = [0] * len(plans)
-    writers: dict[MetadataIndex, int] = {}
-    # Items of a single rank come first, so that the other ranks balance them.
-    for index in sorted(holders, key=lambda index: (len(holders[index]) > 1, -_nbytes(first[index][0]))):
-        writers[index] = min(holders[index], key=loads.__getitem__)
-        loads[writers[index]] += _nbytes(first[index][0])
-    return [
-        dataclasses.replace(
-            plan, items=[item for item in plan.items if writers.get(item.index) == rank], planner_data=None
-        )
-        for rank, plan in enumerate(plans)
-    ]
-
-
 def _may_be_replicated(thing: object) -> bool:
     """Whether other ranks may hold this rank's part of a tensor: it is not sharded, or not over all ranks."""
     if not isinstance(thing, DTensor):
         return True
     mesh = thing.device_mesh
     return any(placement.is_replicate() and mesh.size(dim) > 1 for dim, placement in enumerate(thing.placements))
-
-
-def _nbytes(item: WriteItem) -> int:
-    data = item.tensor_data
-    return 0 if data is None else math.prod(data.chunk.sizes) * data.properties.dtype.itemsize

@@ -3,6 +3,7 @@
 tox -e bench                                       # against Azurite, small
 tox -e bench -- --azsink FOLDER                    # against a server that is as fast as the wire
 tox -e bench -- --azsink FOLDER --growth           # cost against bytes, tensors and connections too
+tox -e bench -- --azsink FOLDER --parts ranks      # coordination of many ranks, for scale.md
 tox -e bench -- --url https://ACCOUNT.blob.core.windows.net/CONTAINER
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +20,9 @@ from pathlib import Path
 from tests.benchmarks import cases, charts, results, tables
 from tests.benchmarks.endpoints import AccountEndpoint, AzsinkEndpoint, AzuriteEndpoint, Endpoint
 from tests.benchmarks.processes import ROOT, azstoragetorch_folder
+from tests.benchmarks.ranks import page
+from tests.benchmarks.ranks import results as rank_results
+from tests.benchmarks.ranks.run import Measurement, measure
 from tests.benchmarks.results import Part
 from tests.benchmarks.rounds import run_rounds
 from tests.benchmarks.spec import SLOW, TLS, AsyncCase, Case
@@ -50,8 +55,11 @@ def main() -> int:
     }
     path = options.output / "performance" / f"{endpoint.name}.json"
     parts = results.read(path)
-    folder = None if options.without_azstoragetorch else azstoragetorch_folder()
     failures: list[str] = []
+    if "ranks" in options.parts:
+        options.parts.remove("ranks")
+        failures += _measure_ranks(options, endpoint)
+    folder = None if options.without_azstoragetorch or not options.parts else azstoragetorch_folder()
     for name in options.parts:
         begin = time.monotonic()
         chosen = [case for case in of_parts[name] if re.search(options.only, case.name)]
@@ -59,7 +67,7 @@ def main() -> int:
         parts[name] = results.part(chosen, seen, scale, options.rounds)
         failures += errors
         print(f"{name}: {time.monotonic() - begin:.0f} s")
-    if not options.only:
+    if options.parts and not options.only:
         results.write(path, parts)
         _render(options.output, endpoint.name, parts)
     if failures:
@@ -77,20 +85,55 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=["compare", "async", "growth"],
+        choices=["compare", "async", "growth", "ranks"],
         default=["compare", "async"],
         help="what to measure (default: compare async)",
     )
     parser.add_argument("--growth", action="store_true", help="measure growth too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, help="of all amounts of data (default: 1; 1/16 with Azurite)")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only cases with such a name; writes no document")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="only cases with such a name; writes no document but scale.md, where the others keep their figures",
+    )
+    parser.add_argument(
+        "--before", type=Path, metavar="FOLDER", help="a tree of an earlier version, which the part ranks measures too"
+    )
     parser.add_argument("--without-azstoragetorch", action="store_true", help="do not install and measure it")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="where performance.md is (default: docs)")
     options = parser.parse_args()
     if options.growth and "growth" not in options.parts:
         options.parts.append("growth")
     return options
+
+
+def _measure_ranks(options: argparse.Namespace, endpoint: Endpoint) -> list[str]:
+    """Run the part ``ranks``, and write scale.md; return the errors."""
+    path = options.output / "scale" / f"{endpoint.name}.json"
+    found = rank_results.read(path)
+    if options.before is not None:
+        found.before = _commit(options.before)
+
+    def keep(measurement: Measurement) -> None:
+        print(f"{measurement.name}: {measurement.stopped or 'done'}", flush=True)
+        found.keep(measurement)
+        rank_results.write(path, found)
+
+    failures = measure(endpoint, options.before, lambda name: bool(re.search(options.only, name)), keep)
+    page.chart(found, path.with_name(f"{endpoint.name}-ranks.svg"))
+    document = options.output / "scale.md"
+    text = document.read_text(encoding="utf-8")
+    for name, table in page.tables(found, rank_results.read(path.with_name("before.json"))).items():
+        text = _filled(text, f"{endpoint.name} {name}", table)
+    document.write_text(text, encoding="utf-8")
+    return failures
+
+
+def _commit(tree: Path) -> str:
+    command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def _endpoint(options: argparse.Namespace) -> Endpoint:

@@ -43,7 +43,7 @@ def async_chart(part: Part, folder: Path, prefix: str) -> None:
         axis.set(title={"python": "pure-Python loop", "torch": "torch loop on the CPU"}[loop], xlabel="seconds")
     axes[0].invert_yaxis()
     axes[0].legend(frameon=False)
-    _write(figure, folder / f"{prefix}-async.svg")
+    write_chart(figure, folder / f"{prefix}-async.svg")
 
 
 def growth_charts(part: Part, folder: Path, prefix: str) -> None:
@@ -80,7 +80,7 @@ def _growth(
         axis.set(title=step, xlabel=label, xscale="log", yscale="log")
     axes[0].set_ylabel(unit)
     axes[0].legend(frameon=False)
-    _write(figure, path)
+    write_chart(figure, path)
 
 
 def _bars(part: Part, value: str, label: str, regimes: tuple[Any, ...], path: Path) -> None:
@@ -101,7 +101,7 @@ def _bars(part: Part, value: str, label: str, regimes: tuple[Any, ...], path: Pa
     corner = "upper right" if value == "cpu_per_GiB" else "lower right"  # where the bars are short
     handles = [Patch(color=_COLOURS[regime.name]) for regime in regimes]
     axes[1].legend(handles, [regime.name for regime in regimes], frameon=False, loc=corner)
-    _write(figure, path)
+    write_chart(figure, path)
 
 
 def _is(result: Result, client: str, step: str) -> bool:
@@ -112,6 +112,6 @@ def _count(result: Result) -> float:
     return float(result.case["tensors"].partition("x")[0])
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_chart(figure: Any, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -73,7 +73,7 @@ def part(cases: Sequence[Case | AsyncCase], seen: dict[str, list[dict[str, float
             by_round = {name: [one[name] for one in values] for name in _COMPARED if name in values[0]}
             results.append(Result(asdict(case), median(values), min(rates), max(rates), by_round))
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return Part(date, _machine(), _software(), scale, rounds, results)
+    return Part(date, describe_machine(), describe_software(), scale, rounds, results)
 
 
 def read(path: Path) -> dict[str, Part]:
@@ -89,22 +89,22 @@ def read(path: Path) -> dict[str, Part]:
 
 def write(path: Path, parts: dict[str, Part]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {name: _rounded(asdict(part)) for name, part in parts.items()}
+    data = {name: rounded(asdict(part)) for name, part in parts.items()}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five digits of every figure: more would be noise in the file's history."""
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
+        return {name: rounded(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [_rounded(one) for one in value]
+        return [rounded(one) for one in value]
     if isinstance(value, float):
         return round(value) if abs(value) >= 10_000 else float(f"{value:.5g}")
     return value
 
 
-def _machine() -> str:
+def describe_machine() -> str:
     model = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -114,7 +114,7 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, Linux {platform.release().partition('-')[0]}"
 
 
-def _software() -> str:
+def describe_software() -> str:
     packages = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _PACKAGES)
     openssl = " ".join(ssl.OPENSSL_VERSION.split()[:2])
     return f"Python {platform.python_version()}, {openssl}, {packages}"

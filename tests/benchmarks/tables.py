@@ -35,7 +35,7 @@ def header(part: Part) -> str:
 
 def target_table(part: Part) -> str:
     rows = [[target.what, _measured(target), _bound(target), _verdict(target)] for target in targets(part)]
-    return header(part) + "\n" + _table(["work: figure", "measured", "target", "met"], rows)
+    return header(part) + "\n" + markdown_table(["work: figure", "measured", "target", "met"], rows)
 
 
 def compare_tables(part: Part) -> str:
@@ -49,7 +49,7 @@ def compare_tables(part: Part) -> str:
         columns = ["connection", "client", "tensors", "MB/s (lowest to highest)", "CPU s/GiB", "memory MiB"]
         columns += ["requests", "moved / wanted", "connections"]
         in_order = sorted(group, key=lambda result: str(result.case["regime"]) != "plain")
-        text += _table(columns, [_compare_row(result) for result in in_order])
+        text += markdown_table(columns, [_compare_row(result) for result in in_order])
     return text
 
 
@@ -75,7 +75,7 @@ def async_table(part: Part) -> str:
         ]
         for result in part.results
     ]
-    return header(part) + "\n" + _table(columns, rows)
+    return header(part) + "\n" + markdown_table(columns, rows)
 
 
 def growth_table(part: Part) -> str:
@@ -94,7 +94,7 @@ def growth_table(part: Part) -> str:
         ]
         for result in part.results
     ]
-    return header(part) + "\n" + _table(columns, rows)
+    return header(part) + "\n" + markdown_table(columns, rows)
 
 
 def _compare_row(result: Result) -> list[str]:
@@ -151,6 +151,6 @@ def _verdict(target: Target) -> str:
     return {True: "yes", False: "**no**", None: ""}[target.is_met]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 def stored_by(url: str, rank: int) -> StoredItem:
     """Return the item that a rank saved without collectives."""
-    [info] = AzureBlobReader(url, credential=KEY).read_metadata(rank=rank).storage_data.values()
+    stored = AzureBlobReader(url, credential=KEY).read_metadata(rank=rank).storage_data
+    [info] = [info for index, info in stored.items() if index.fqn == f"rank{rank}"]
     return stored_item(info)
 
 

@@ -19,11 +19,13 @@ import torch.distributed.checkpoint as dcp
 from azure_torch_ckpt import AzureBlobWriter, BlobIO
 from azure_torch_ckpt.cli.app import app
 from azure_torch_ckpt.cli.options import duration
+from azure_torch_ckpt.dcp.save_group import SaveGroup
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.location import BlobLocation
 from tests.cli import docs_pages
 from tests.cli.command_process import cli, cli_on_terminal
 from tests.support.containers import content, paths_below, put
+from tests.support.mixed_checkpoint import save_without_collectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -59,6 +61,19 @@ def damage(url: str) -> str:
     data[data.index(b"\x00\x00\xe1\x44") + 400] ^= 1  # 1800.0, in the middle of them
     put(url, path, bytes(data))
     return path.removeprefix(BlobLocation.parse(url).prefix)
+
+
+def test_saves_without_collectives_are_told_apart(container: str) -> None:
+    for step, groups in ((1, ("a", "a")), (2, ("b", "c")), (3, ("d",))):
+        for rank, group in enumerate(groups):
+            save_without_collectives(f"{container}/run/step-{step}", rank, group=SaveGroup(group, 2))
+    lines = cli("ls", container).out.splitlines()[1:4]
+    assert [line.split()[-1] for line in lines] == ["complete", "incomplete", "incomplete"]
+    assert cli("latest", container).out == f"{container}/run/step-1\n"
+    assert cli("verify", f"{container}/run/step-1").code == 0
+    for step, says in ((2, "two different saves"), (3, "is missing")):
+        done = cli("show", f"{container}/run/step-{step}")
+        assert done.code and says in " ".join(done.err.split())
 
 
 def test_ls_sorts_steps_as_numbers_and_marks_what_is_incomplete(run: str) -> None:

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from azure_torch_ckpt import (
     AzureBlobReader,
@@ -21,76 +19,11 @@ from azure_torch_ckpt import (
     AzureCheckpointError,
     BlobLocation,
     CorruptCheckpointError,
-    UnsupportedCheckpointError,
 )
 from azure_torch_ckpt.catalog import consolidate
-from tests.support import sharded
 from tests.support.containers import KEY, content, put
-from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
-
-
-# Saved by each rank for itself
-
-
-def rows(value: float) -> dict[str, Any]:
-    """12 rows, each with its number, on as many ranks as there are; and a tensor that each rank has."""
-    whole = torch.arange(12.0).reshape(12, 1).expand(12, 4).contiguous()
-    sharded_rows = distribute_tensor(whole, sharded.mesh(dist.get_world_size()), [Shard(0)])
-    if value < 0:
-        sharded_rows.to_local().fill_(value)
-    return {"rows": sharded_rows, "same": torch.full((3,), abs(value))}
-
-
-def save_without_collectives(url: str) -> None:
-    dcp.save(rows(5), storage_writer=AzureBlobWriter(url, credential=KEY), use_collectives=False)
-
-
-def load_as_saved(url: str) -> None:
-    target = rows(-1)
-    dcp.load(target, storage_reader=AzureBlobReader(url, credential=KEY))
-    for key, tensor in rows(5).items():
-        sharded.assert_same(target[key], tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, key)
-
-
-def load_on_fewer(url: str, partial: bool) -> str:
-    """What this rank is told; nothing of its tensors has changed."""
-    target: dict[str, Any] = {**rows(-1), "same": torch.full((3,), -1.0)}
-    planner = dcp.DefaultLoadPlanner(allow_partial_load=partial)
-    try:
-        dcp.load(target, storage_reader=AzureBlobReader(url, credential=KEY), planner=planner)
-    except UnsupportedCheckpointError as error:  # without collectives torch does not wrap it
-        assert target["rows"].to_local().unique().tolist() == [-1]
-        assert target["same"].unique().tolist() == [-1]
-        return str(error)
-    pytest.fail(f"loaded {target}")
-
-
-@pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize("loaded_on", [1, 2])
-def test_saved_without_collectives_and_loaded_on_fewer_ranks(
-    ranks: Ranks, container: str, loaded_on: int, partial: bool
-) -> None:
-    url = f"{container}/run"
-    ranks(3).run(save_without_collectives, url)
-    ranks(3).run(load_as_saved, url)
-    for rank, said in enumerate(ranks(loaded_on).run(load_on_fewer, url, partial)):
-        assert f"__{rank}.metadata has not all of 'rows'" in said
-        assert "as many ranks" in said
-
-
-def load_the_same_on_fewer(url: str) -> None:
-    """What each rank has whole can be loaded on any of them."""
-    target = {"same": torch.zeros(3)}
-    dcp.load(target, storage_reader=AzureBlobReader(url, credential=KEY))
-    assert target["same"].unique().tolist() == [5]
-
-
-def test_what_every_rank_saved_whole_is_loaded_on_fewer_ranks(ranks: Ranks, container: str) -> None:
-    url = f"{container}/run"
-    ranks(3).run(save_without_collectives, url)
-    ranks(2).run(load_the_same_on_fewer, url)
 
 
 class Renaming(dcp.DefaultLoadPlanner):

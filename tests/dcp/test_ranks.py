@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from azure_torch_ckpt.catalog import inspect
 from tests.support import sharded
 from tests.support.ranks import Ranks
 
@@ -24,7 +25,7 @@ SIZES = (1, 2, 3, 4)
 # ---- Tensors -------------------------------------------------------------------------------------------------------
 
 
-def save_all_layouts(url: str, planner: dcp.SavePlanner | None = None) -> None:
+def save_all_layouts(url: str, use_collectives: bool = True, planner: dcp.SavePlanner | None = None) -> None:
     """Every tensor in every layout that this world has, each under a key of its own."""
     state: dict[str, Any] = {"scalar": torch.tensor(2.5)}
     for name, (sizes, _) in sharded.GLOBAL.items():
@@ -33,12 +34,12 @@ def save_all_layouts(url: str, planner: dcp.SavePlanner | None = None) -> None:
         state[f"{name}.plain"] = sharded.expected(name)
         if name != "none":
             state[f"{name}.sharded_tensor"] = sharded.sharded_tensor(sharded.expected(name))
-    dcp.save(state, storage_writer=sharded.writer(url), planner=planner)
+    dcp.save(state, storage_writer=sharded.writer(url), use_collectives=use_collectives, planner=planner)
 
 
 def load_all_layouts(url: str) -> None:
     """Fill every stored tensor; round by round into other layouts, until each layout of this world was a target."""
-    keys = sorted(sharded.reader(url).read_metadata().state_dict_metadata)
+    keys = [tensor.key for tensor in inspect(url, credential=sharded.KEY).tensors]
     most = max(len(sharded.layouts(len(sizes))) for sizes, _ in sharded.GLOBAL.values()) + 2
     fewest = len([key for key in keys if key.startswith("none.")])
     for shift in range(0, most, fewest):
@@ -70,6 +71,17 @@ def _target(key: str, turn: int) -> torch.Tensor:
 def test_every_layout_loads_into_every_other(ranks: Ranks, container: str, saved_on: int, loaded_on: int) -> None:
     url = f"{container}/run/step-1"
     ranks(saved_on).run(save_all_layouts, url)
+    ranks(loaded_on).run(load_all_layouts, url)
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 3), (3, 2), (3, 4), (4, 1), (4, 3), (4, 4)]
+)
+def test_every_layout_saved_without_collectives_loads_into_every_other(
+    ranks: Ranks, container: str, saved_on: int, loaded_on: int
+) -> None:
+    url = f"{container}/run/step-1"
+    ranks(saved_on).run(save_all_layouts, url, False)
     ranks(loaded_on).run(load_all_layouts, url)
 
 

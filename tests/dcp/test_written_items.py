@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from tests.dcp.metadata.virtual_saves import (
     write_item,
     written,
 )
+from tests.support.columns import in_columns
 from tests.support.containers import blob_names, contents, download
 from tests.support.sharded import ShardPlanner
 from tests.support.states import Place, assert_same, fill
@@ -50,6 +51,12 @@ from tests.support.states import Place, assert_same, fill
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 Entries = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def few_items_in_columns() -> Iterator[None]:
+    with in_columns():
+        yield
 
 
 # What is sent
@@ -68,7 +75,7 @@ def test_the_results_of_a_rank_of_a_thousand_are_small() -> None:
                 UploadedItem(write_item(name, entry, rank), end, nbytes + 900, 320, (rank + end) * 7**20 % 2**64)
             )
             end += nbytes + 900
-        sent.append(pickle.dumps(WrittenItems.of(f"save-id/__{rank}_0.distcp", items)))
+        sent.append(pickle.dumps(WrittenItems(f"save-id/__{rank}_0.distcp", items)))
     assert all(len(data) < 25_000 for data in sent)
 
 
@@ -78,7 +85,9 @@ def test_results_as_torch_has_them(save: VirtualSave) -> None:
     sent = [pickle.loads(pickle.dumps(result)) for result in save.results]
     storage = {index: info for result in sent for index, info in result.storage_data().items()}
     assert_same_metadata(Metadata({}, storage_data=storage), Metadata({}, storage_data=save.made.storage_data))
-    assert [len(result) for result in sent] == [len(result) for result in save.results]
+    for of_rank, result in zip(sent, save.results, strict=True):
+        assert (of_rank.blob, len(of_rank), of_rank.nbytes) == (result.blob, len(result), result.nbytes)
+        assert of_rank.storage_data().keys() == result.storage_data().keys()
     # And so plain metadata can be made of them.
     old = load_metadata(dump_metadata(copy.copy(save.made), WHERE), WHERE)
     assert_same_metadata(old, save.made)
@@ -118,7 +127,7 @@ def joined(entries: Entries, items: list[list[UploadedItem]]) -> bool:
     planned = entries_of(Metadata(entries))
     assert planned is not None
     results = [written(f"save-id/__{rank}_0.distcp", of_rank)[0] for rank, of_rank in enumerate(items)]
-    return join_results(planned, [result for result in results if len(result)]) is not None
+    return join_results(planned, [result.packed() for result in results if len(result)]) is not None
 
 
 def indexed(item: UploadedItem, *index: Any) -> None:

@@ -50,7 +50,7 @@ class Site:
 
 
 @pytest.fixture
-def site(azurite: Azurite, container: str) -> Site:
+def site(azurite: Azurite, container: str, metadata: str) -> Site:
     url = f"{container}/old"
     ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
     assert [end.exitcode for end in ends] == [0, 0], ends
@@ -68,10 +68,11 @@ def anything(_: Exchange) -> bool:
     return True
 
 
-def carried_out(proxy: FaultProxy, kind: Literal["Put Blob", "Delete"]) -> bool:
+def carried_out(proxy: FaultProxy, *kinds: Literal["Put Blob", "Put Block List", "Delete"]) -> bool:
     """Whether the service has written (or deleted) the metadata."""
     return any(
         PurePosixPath(seen.path).name == ".metadata" and seen.status is not None and seen.status < 300
+        for kind in kinds
         for seen in proxy.requests(kind)
     )
 
@@ -124,7 +125,7 @@ def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point
             ends = job.ends()
         for proxy in between:
             proxy.wait_until(lambda proxy=proxy: proxy.in_flight == 0)  # type: ignore[misc]
-        committed = carried_out(between[0], "Put Blob")
+        committed = carried_out(between[0], "Put Blob", "Put Block List")
         killed = between[victim].count() >= k
     if killed:
         assert ends[victim].exitcode == -signal.SIGKILL
@@ -140,9 +141,14 @@ def killed_save(site: Site, url: str, world: int, victim: int, k: int, at: Point
 
 @pytest.mark.parametrize("at", POINTS)
 @pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
-@pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 0), (2, 1)], ids=["1rank", "2ranks-0", "2ranks-1"])
+@pytest.mark.parametrize(
+    ("world", "victim", "metadata"),
+    [(1, 0, "plain"), (2, 0, "plain"), (2, 1, "plain"), (2, 0, "columns")],
+    ids=["1rank", "2ranks-0", "2ranks-1", "2ranks-0-columns"],
+    indirect=["metadata"],
+)
 def test_a_save_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
-    site: Site, tally: Tally, world: int, victim: int, overwrite: bool, at: Point
+    site: Site, tally: Tally, world: int, victim: int, metadata: str, overwrite: bool, at: Point
 ) -> None:
     requests = requests_of_a_save(site, world, victim, overwrite)
     outcomes: Counter[str] = Counter()
@@ -151,7 +157,7 @@ def test_a_save_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
         outcomes[killed_save(site, url, world, victim, k, at, overwrite)] += 1
     assert outcomes["new whole, not killed"] == 1
     assert outcomes.total() == requests + 1
-    saved = f"{'overwriting' if overwrite else 'first'} save, rank {victim} of {world}"
+    saved = f"{'overwriting' if overwrite else 'first'} save, rank {victim} of {world}{metadata}"
     tally.add_all(f"{saved}: SIGKILL at every request, {POINTS[at]}", outcomes)
 
 
@@ -173,8 +179,9 @@ def killed_removal(site: Site, url: str, k: int, at: Point) -> str:
 
 
 @pytest.mark.parametrize("at", POINTS)
+@pytest.mark.parametrize("metadata", ["plain", "columns"], indirect=True)
 def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
-    site: Site, tally: Tally, at: Point
+    site: Site, tally: Tally, metadata: str, at: Point
 ) -> None:
     url = site.url("undisturbed", overwrite=True)
     with FaultProxy(site.azurite.endpoint) as proxy:
@@ -186,7 +193,7 @@ def test_a_removal_killed_at_any_request_leaves_the_checkpoint_whole_or_gone(
         outcomes[killed_removal(site, site.url(f"killed-{k}", overwrite=True), k, at)] += 1
     assert outcomes["gone, not killed"] == 1
     assert outcomes.total() == requests + 1
-    tally.add_all(f"removal: SIGKILL at every request, {POINTS[at]}", outcomes)
+    tally.add_all(f"removal{metadata}: SIGKILL at every request, {POINTS[at]}", outcomes)
 
 
 # ---- SIGTERM -------------------------------------------------------------------------------------------------------
@@ -218,7 +225,7 @@ def test_a_save_ends_promptly_on_sigterm_while_a_request_hangs(
                 os.kill(job.pid(), signal.SIGTERM)
                 end = job.end(seconds=_PROMPTLY)
             assert end.exitcode == exitcode, end
-            committed = carried_out(proxy, "Put Blob")
+            committed = carried_out(proxy, "Put Blob", "Put Block List")
         check(url, NEW if committed else OLD)
         outcomes["new whole" if committed else "old whole"] += 1
     assert outcomes.total() == requests

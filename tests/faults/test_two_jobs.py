@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 
 @pytest.fixture
-def old(container: str) -> dict[str, bytes]:
+def old(container: str, metadata: str) -> dict[str, bytes]:
     """The blobs of a checkpoint of two ranks, of the version OLD."""
     url = f"{container}/old"
     ends = jobs.run(jobs.save, (url, OLD), (url, OLD))
@@ -43,7 +43,7 @@ def old(container: str) -> dict[str, bytes]:
 
 
 def is_commit(seen: Exchange) -> bool:
-    return seen.kind == "Put Blob" and seen.path.endswith("/.metadata")
+    return seen.kind in ("Put Blob", "Put Block List") and seen.path.endswith("/.metadata")
 
 
 def commit_of(proxy: FaultProxy) -> Exchange:
@@ -106,9 +106,14 @@ def commit_together(gates: dict[FaultProxy, Gate]) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
-@pytest.mark.parametrize("world", [1, 2], ids=["1rank", "2ranks"])
+@pytest.mark.parametrize(
+    ("world", "metadata"),
+    [(1, "plain"), (2, "plain"), (1, "columns")],
+    ids=["1rank", "2ranks", "1rank-columns"],
+    indirect=["metadata"],
+)
 def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
-    azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, world: int, overwrite: bool
+    azurite: Azurite, container: str, metadata: str, old: dict[str, bytes], tally: Tally, world: int, overwrite: bool
 ) -> None:
     orders = ["in order", "the other way round", "together"] * 5
     outcomes: Counter[str] = Counter()
@@ -136,7 +141,7 @@ def test_of_two_jobs_that_began_before_either_committed_exactly_one_wins(
         assert_whole(url, (FIRST, SECOND)[winner])
         outcomes["one won, the other was told; the winner's is whole and nothing else is left"] += 1
     what = f"{'overwriting' if overwrite else 'first'} saves, 2 jobs x {world} rank{'s' if world > 1 else ''}"
-    tally.add_all(f"{what}: both about to commit", outcomes)
+    tally.add_all(f"{what}{metadata}: both about to commit", outcomes)
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
@@ -259,10 +264,12 @@ def read_while(change: Callable[[str], None], azurite: Azurite, url: str, k: int
 
 @pytest.mark.parametrize("at", ["request", "answer"])
 @pytest.mark.parametrize("change", [replace, jobs.remove], ids=["replaced", "removed"])
+@pytest.mark.parametrize("metadata", ["plain", "columns"], indirect=True)
 def test_a_reader_gets_the_old_or_the_new_checkpoint_or_is_told(
     azurite: Azurite,
     proxy: FaultProxy,
     container: str,
+    metadata: str,
     old: dict[str, bytes],
     tally: Tally,
     change: Callable[[str], None],
@@ -276,8 +283,8 @@ def test_a_reader_gets_the_old_or_the_new_checkpoint_or_is_told(
         url = f"{container}/read-{k}"
         put_all(url, old)
         read = read_while(change, azurite, url, k, at)
-        # The first request is for the metadata, which alone decides what a load is about.
-        if k == 1 and at == "request":
+        # The metadata alone decides what a load is about. It comes with one request, or in two parts.
+        if k < (2 if metadata else 1) or (k == (2 if metadata else 1) and at == "request"):
             assert read == ("new whole" if change is replace else "error: not found")
         else:
             assert read in ("old whole", "error: replaced or removed")
@@ -287,12 +294,12 @@ def test_a_reader_gets_the_old_or_the_new_checkpoint_or_is_told(
     assert outcomes["error: replaced or removed"] > 0
     done = "replaced" if change is replace else "removed"
     point = {"request": "before it is carried out", "answer": "after it was carried out"}[at]
-    tally.add_all(f"load, checkpoint {done} meanwhile: at every request, {point}", outcomes)
+    tally.add_all(f"load{metadata}, checkpoint {done} meanwhile: at every request, {point}", outcomes)
 
 
-@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize(("slow", "metadata"), [(0, "plain"), (1, "plain"), (1, "columns")], indirect=["metadata"])
 def test_all_ranks_of_a_reader_get_the_same_checkpoint_or_are_told(
-    azurite: Azurite, container: str, old: dict[str, bytes], tally: Tally, slow: int
+    azurite: Azurite, container: str, metadata: str, old: dict[str, bytes], tally: Tally, slow: int
 ) -> None:
     def load(url: str, nth: int | None) -> tuple[list[End], int]:
         with FaultProxy(azurite.endpoint) as first, FaultProxy(azurite.endpoint) as second:
@@ -319,4 +326,4 @@ def test_all_ranks_of_a_reader_get_the_same_checkpoint_or_are_told(
         outcomes[told.pop()] += 1
     assert outcomes.total() == requests
     assert "error: not found" not in outcomes
-    tally.add_all(f"load, 2 ranks, checkpoint replaced meanwhile: at every request of rank {slow}", outcomes)
+    tally.add_all(f"load{metadata}, 2 ranks, checkpoint replaced meanwhile: at every request of rank {slow}", outcomes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import signal
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -21,8 +20,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from azure_torch_ckpt import AccessDeniedError, AzureBlobReader, AzureBlobWriter
+from azure_torch_ckpt.dcp import AzureSavePlanner
+from azure_torch_ckpt.dcp.plan_columns import LocalItems
 from azure_torch_ckpt.objects import load_object
-from azure_torch_ckpt.objects.sharded import DTensorEntry, dedup_save_plans, load_sharded, save_sharded
+from azure_torch_ckpt.objects.sharded import DTensorEntry, load_sharded, save_sharded
 from azure_torch_ckpt.objects.states import States, gathered
 from tests.lightning.strategy_jobs import cloned
 from tests.support import jobs
@@ -45,15 +46,20 @@ def plan(**sizes: int) -> SavePlan:
     return create_default_local_save_plan(tensors, is_coordinator=True)
 
 
+def shares(*told: tuple[SavePlan, list[int | None]]) -> list[set[str]]:
+    """What each rank is left with of its plan, when it tells these checksums of its items."""
+    planner = AzureSavePlanner(flatten_state_dict=False)
+    plans = [SavePlan(LocalItems(plan.items, checksums)) for plan, checksums in told]
+    return [{item.index.fqn for item in shared.items} for shared in planner.create_global_plan(plans)[0]]
+
+
 def names_by_rank(*plans: SavePlan, checksums: dict[int, dict[str, int]] | None = None) -> list[set[str]]:
-    """What each rank is left with. The checksums are equal on all ranks, but for those that are given of a rank."""
-    told = [
-        dataclasses.replace(
-            plan, planner_data=[(checksums or {}).get(rank, {}).get(item.index.fqn, 7) for item in plan.items]
-        )
-        for rank, plan in enumerate(plans)
+    """`shares` with checksums that are equal on all ranks, but for those that are given of a rank."""
+    of_rank = [(checksums or {}).get(rank, {}) for rank in range(len(plans))]
+    told: list[list[int | None]] = [
+        [known.get(item.index.fqn, 7) for item in plan.items] for plan, known in zip(plans, of_rank, strict=True)
     ]
-    return [{item.index.fqn for item in shared.items} for shared in dedup_save_plans(told)]
+    return shares(*zip(plans, told, strict=True))
 
 
 def test_the_largest_go_first_each_to_the_rank_with_least() -> None:
@@ -79,8 +85,7 @@ def test_of_three_ranks_two_may_agree() -> None:
 def test_a_rank_that_offers_nothing_gets_nothing() -> None:
     assert names_by_rank(plan(a=3), plan()) == [{"a"}, set()]
     assert names_by_rank(plan(), plan()) == [set(), set()]
-    unchecked = [plan(a=3), plan(a=3)]
-    assert [len(shared.items) for shared in dedup_save_plans(unchecked)] == [1, 0]
+    assert shares((plan(a=3), [None]), (plan(a=3), [None])) == [{"a"}, set()]
 
 
 # ---- On real ranks -------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from azure_torch_ckpt import (
 from azure_torch_ckpt.blobs.store import BlobStore
 from azure_torch_ckpt.credentials import Access
 from azure_torch_ckpt.dcp.removal import remove_blobs
+from tests.support import columns
 from tests.support.containers import KEY as KEY
 from tests.support.sharded import same_bits, sharded_tensor, values
 
@@ -92,7 +93,9 @@ class Job:
         for rank, own in enumerate(args):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_work, args=(theirs, rank, len(args), self._folder.name, function, own), daemon=True
+                target=_work,
+                args=(theirs, rank, len(args), self._folder.name, columns.settings(), function, own),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -190,9 +193,11 @@ def _work(
     rank: int,
     world_size: int,
     folder: str,
+    settings: columns.Settings,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    columns.set_columns(settings)
     faulthandler.register(signal.SIGUSR1, (Path(folder) / f"stacks-{rank}").open("w"))
     if world_size > 1:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from azure_torch_ckpt import AzureBlobReader, AzureBlobWriter, AzureCheckpointError, BlobLocation, TransferOptions
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
+from azure_torch_ckpt.dcp.save_group import SaveGroup
 from tests.support.containers import KEY as KEY
 from tests.support.containers import content, put
 from tests.support.states import assert_same, fill
@@ -97,11 +98,15 @@ def flip_in_storage(url: str, item: StoredItem, position: int) -> None:
     put(url, path, bytes(data))
 
 
-def save_without_collectives(url: str, *ranks: int) -> None:
-    """Save as some ranks would, one after the other: 50 numbers under ``rank0`` and so on."""
+def save_without_collectives(url: str, *ranks: int, group: SaveGroup | None = None) -> None:
+    """Save as some ranks would, one after the other: 50 numbers under ``rank0`` and so on.
+
+    Without a `group` it is a save as by earlier versions of this package, which did not say what belongs together.
+    """
     for rank in ranks:
         writer, planner = AzureBlobWriter(url, credential=KEY), dcp.DefaultSavePlanner()
         writer.set_up_storage_writer(True, rank=rank, use_collectives=False)
+        writer._current()._group = group
         planner.set_up_planner({f"rank{rank}": torch.arange(50)}, writer.storage_meta(), True)
         plan = writer.prepare_local_plan(planner.create_local_plan())
         [plan], metadata = planner.create_global_plan([plan])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -216,6 +217,7 @@ def _commit(source: Tree, destination: Tree, plan: CheckpointPlan) -> None:
         try:
             to_blob = isinstance(destination, BlobTree)
             settings = source.settings(plan.metadata_infos[rank]) if to_blob else CopiedSettings()
+            settings = dataclasses.replace(settings, metadata={**settings.metadata, **plan.marks.get(rank, {})})
             destination.commit_metadata(plan.name, rank, stored.data, plan.replaced.get(rank), settings)
         except AzureCheckpointError as error:
             if destination.readable or not _is_refused_condition(error):

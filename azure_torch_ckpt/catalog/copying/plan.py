@@ -6,6 +6,8 @@ import functools
 import logging
 from dataclasses import dataclass, field
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from azure_torch_ckpt._internal.checksums import combine
 from azure_torch_ckpt.blobs.blob_info import BlobInfo
 from azure_torch_ckpt.blobs.workers import run_all
@@ -14,6 +16,7 @@ from azure_torch_ckpt.dcp.blob_names import ListedCheckpoint, group_by_checkpoin
 from azure_torch_ckpt.dcp.metadata.front import open_metadata
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, stored_item
 from azure_torch_ckpt.dcp.metadata_blob import MetadataBlob
+from azure_torch_ckpt.dcp.save_group import SaveGroup, complete_ranks
 from azure_torch_ckpt.errors import (
     AccessDeniedError,
     AzureCheckpointError,
@@ -61,6 +64,7 @@ class CheckpointPlan:
     Attributes:
         name: its folder, relative to the source and to the destination.
         files: all other blobs or files.
+        marks: what the blobs of the metadata must carry, by rank: a source on a disk has lost it.
         replaced: metadata at the destination that this copy replaces, by rank.
         outdated: names of data that only the replaced metadata refers to.
     """
@@ -69,6 +73,7 @@ class CheckpointPlan:
     metadata: dict[int | None, MetadataBlob]
     metadata_infos: dict[int | None, BlobInfo]
     files: list[FilePlan]
+    marks: dict[int | None, dict[str, str]]
     replaced: dict[int | None, MetadataBlob] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)
 
@@ -92,20 +97,14 @@ def plan_copy(source: Tree, destination: Tree, options: TransferOptions, *, over
     source_infos = {info.path: info for info in source.infos()}
     listed = group_by_checkpoint(source_infos.values())
     complete = [checkpoint for checkpoint in listed if checkpoint.complete]
-    for checkpoint in listed:
-        if not checkpoint.complete:
-            _log.warning("%s is not copied: it is an incomplete save", _label(source, checkpoint.path))
-    if not complete:
-        raise CheckpointNotFoundError(
-            f"No complete checkpoint at or below {source}. "
-            + (f"It has {len(listed)} incomplete saves" if listed else "No save has left anything there; check it")
-        )
     existing = {info.path: info for info in _destination_infos(destination, overwrite)}
     existing_checkpoints = {checkpoint.path: checkpoint for checkpoint in group_by_checkpoint(existing.values())}
     plans: dict[str, CheckpointPlan] = {}
 
     def plan_one(checkpoint: ListedCheckpoint) -> None:
         plan = _plan(source, checkpoint, source_infos, existing)
+        if plan is None:
+            return
         plans[checkpoint.path] = plan
         replaced = existing_checkpoints.get(checkpoint.path)
         for rank in replaced.metadata if replaced is not None else ():
@@ -124,7 +123,15 @@ def plan_copy(source: Tree, destination: Tree, options: TransferOptions, *, over
         }
 
     run_all((functools.partial(plan_one, checkpoint) for checkpoint in complete), options.concurrency, "blob-copy")
-    return [plans[checkpoint.path] for checkpoint in complete]
+    for checkpoint in listed:
+        if checkpoint.path not in plans:
+            _log.warning("%s is not copied: it is an incomplete save", _label(source, checkpoint.path))
+    if not plans:
+        raise CheckpointNotFoundError(
+            f"No complete checkpoint at or below {source}. "
+            + (f"It has {len(listed)} incomplete saves" if listed else "No save has left anything there; check it")
+        )
+    return [plans[checkpoint.path] for checkpoint in complete if checkpoint.path in plans]
 
 
 def _destination_infos(destination: Tree, overwrite: bool) -> list[BlobInfo]:
@@ -144,18 +151,29 @@ def _destination_infos(destination: Tree, overwrite: bool) -> list[BlobInfo]:
 
 def _plan(
     source: Tree, checkpoint: ListedCheckpoint, source_infos: dict[str, BlobInfo], existing: dict[str, BlobInfo]
-) -> CheckpointPlan:
+) -> CheckpointPlan | None:
+    """Plan the copy of a checkpoint; None if its metadata says that it is not complete, which a disk does not show."""
     label = _label(source, checkpoint.path)
-    metadata = {}
-    ranks = sorted(rank for rank in checkpoint.metadata if rank is not None)
-    for rank in [None] if None in checkpoint.metadata else ranks:
+    metadata: dict[int | None, MetadataBlob] = {}
+    groups: dict[int, SaveGroup | None] = {}
+    items_of: dict[int | None, dict[str, list[StoredItem]]] = {}
+    for rank, listed in checkpoint.committed.items():
         stored = source.read_metadata(checkpoint.path, rank)
-        if stored is None or stored.etag != checkpoint.metadata[rank].etag:
+        if stored is None or stored.etag != listed.etag:
             raise CheckpointReplacedError(f"{label} was replaced or removed while it was being copied. Copy again")
         metadata[rank] = stored
+        loaded = open_metadata(stored.data, f"{label}/{metadata_name(rank)}")
+        items_of[rank] = _items_by_name(loaded, checkpoint.path)
+        if rank is not None:
+            groups[rank] = SaveGroup.of(loaded)
+    ranks = complete_ranks(groups)
+    if ranks is not None:
+        metadata = {rank: metadata[rank] for rank in ranks}
+    if not metadata:
+        return None
     items: dict[str, list[StoredItem]] = {}
-    for rank, stored in metadata.items():
-        for name, of_rank in _items_by_name(f"{label}/{metadata_name(rank)}", checkpoint.path, stored).items():
+    for rank in metadata:
+        for name, of_rank in items_of[rank].items():
             items.setdefault(name, []).extend(of_rank)
     files = []
     for name, in_file in items.items():
@@ -169,14 +187,14 @@ def _plan(
     known = {blob.path for blobs in checkpoint.saves.values() for blob in blobs} | items.keys()
     known |= {blob.path for blob in checkpoint.metadata.values()} | {join_name(checkpoint.path, ".metadata.tmp")}
     files += [FilePlan(blob, existing.get(blob.path), []) for blob in checkpoint.blobs if blob.path not in known]
+    marks: dict[int | None, dict[str, str]] = {rank: group.marks() for rank, group in groups.items() if group}
     return CheckpointPlan(
-        checkpoint.path, metadata, checkpoint.metadata, sorted(files, key=lambda file: file.source.path)
+        checkpoint.path, metadata, checkpoint.metadata, sorted(files, key=lambda file: file.source.path), marks
     )
 
 
-def _items_by_name(label: str, folder: str, stored: MetadataBlob) -> dict[str, list[StoredItem]]:
+def _items_by_name(metadata: Metadata, folder: str) -> dict[str, list[StoredItem]]:
     """Return the items that metadata describes, by the name in the tree of the blob or file that holds them."""
-    metadata = open_metadata(stored.data, label)
     items: dict[str, list[StoredItem]] = {}
     for info in metadata.storage_data.values():
         item = stored_item(info)
@@ -190,7 +208,7 @@ def _data_names(tree: Tree, folder: str, metadata: dict[int | None, MetadataBlob
     for rank, stored in metadata.items():
         label = f"{_label(tree, folder)}/{metadata_name(rank)}"
         try:
-            names |= _items_by_name(label, folder, stored).keys()
+            names |= _items_by_name(open_metadata(stored.data, label), folder).keys()
         except AzureCheckpointError as error:
             _log.warning("the data of the replaced checkpoint stays, because its metadata cannot be read: %s", error)
     return names

@@ -39,6 +39,7 @@ __all__ = [
     "from_bytes",
     "is_plain_size",
     "place",
+    "repeated",
     "to_bytes",
 ]
 
@@ -75,6 +76,17 @@ def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
 
 
+def repeated(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Each value as often as its count says.
+
+    ``torch.repeat_interleave`` wakes threads for a few numbers, which takes longer than a save of a small model.
+    """
+    ends = torch.cumsum(counts, dim=0)
+    steps = torch.zeros(int(ends[-1]) + 1 if len(ends) else 1, dtype=torch.int64, device="cpu")
+    steps.index_add_(0, ends, torch.ones(len(ends), dtype=torch.int64, device="cpu"))
+    return values[torch.cumsum(steps[:-1], dim=0)]
+
+
 @dataclass(slots=True, eq=False)
 class Layout:
     """How a tensor is cut into chunks. Tensors that are cut alike share one.
@@ -87,6 +99,7 @@ class Layout:
     sizes: torch.Tensor
     _whole: dict[tuple[int, ...], bool] = field(default_factory=dict)
     _rows: tuple[list[torch.Size], list[torch.Size]] | None = None
+    _numbers: dict[torch.Size, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -107,6 +120,13 @@ class Layout:
             )
             self._rows = offsets, sizes
         return self._rows
+
+    def number_of(self, offsets: torch.Size) -> int | None:
+        """The number of the chunk that begins there."""
+        if not self._numbers:
+            starts = self.rows[0]
+            self._numbers = {starts[number]: number for number in reversed(range(len(starts)))}
+        return self._numbers.get(offsets)
 
     def volumes(self) -> torch.Tensor:
         """Elements of each chunk."""

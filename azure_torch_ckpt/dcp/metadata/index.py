@@ -95,9 +95,8 @@ class Index:
             counts = self.counts()
             starts = torch.cumsum(counts, dim=0) - counts
             in_blob = torch.empty(len(by_blob), dtype=torch.int32, device="cpu")
-            in_blob[by_blob] = torch.arange(len(by_blob), dtype=torch.int32, device="cpu") - torch.repeat_interleave(
-                starts, counts
-            ).to(torch.int32)
+            within = torch.arange(len(by_blob), device="cpu") - starts[self.blob_of[by_blob]]
+            in_blob[by_blob] = within.to(torch.int32)
             self._in_blob = in_blob
         return self._in_blob
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from azure_torch_ckpt.dcp.metadata.columns import Layout, column, to_bytes
+from azure_torch_ckpt.dcp.metadata.columns import Layout, column, repeated, to_bytes
 from azure_torch_ckpt.dcp.metadata.index import StoredColumns
 
 __all__ = ["Memo", "pickle_items"]
@@ -120,8 +120,8 @@ def _storage(
         return []
     counts = column(entry.count for entry in index.entries)
     first = column(entry.first for entry in index.entries)
-    name_of = torch.repeat_interleave(column(names), counts)
-    hint_of = torch.arange(len(name_of), device="cpu") - torch.repeat_interleave(first, counts)
+    name_of = repeated(column(names), counts)
+    hint_of = torch.arange(len(name_of), device="cpu") - repeated(first, counts)
     none = torch.full((1,), -1, dtype=torch.int64, device="cpu")
     offset_of = torch.cat([none if entry.layout is None else chunks[id(entry.layout)][1] for entry in index.entries])
     is_tensor = offset_of >= 0

@@ -110,11 +110,20 @@ def stored_item(info: object) -> StoredItem:
     )
 
 
-def storage_meta(checkpoint_id: str, save_id: str | None) -> StorageMeta:
-    """Make torch's own ``StorageMeta`` with the versions of torch and of this package, which torch ignores."""
+def storage_meta(
+    checkpoint_id: str, save_id: str | None, *, save_group: str | None = None, ranks: int | None = None
+) -> StorageMeta:
+    """Make torch's own ``StorageMeta`` with attributes that torch ignores: the versions of torch and of this package.
+
+    And of a save without collectives the fields of its `SaveGroup`.
+    """
     meta: Any = StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id)
     meta.torch_version = str(torch.__version__)  # torch's own class of it must not be in a pickle
     meta.writer_version = _own_version()
+    if save_group is not None:
+        meta.save_group = save_group
+    if ranks is not None:
+        meta.ranks = ranks
     return meta  # type: ignore[no-any-return]
 
 

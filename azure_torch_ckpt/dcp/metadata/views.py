@@ -8,7 +8,7 @@ them: ``state_dict_metadata`` is a dict whose tensors have a `Chunks` for a list
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from azure_torch_ckpt._internal.checksums import crc64
 from azure_torch_ckpt._internal.torch_private import StorageInfo
-from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry
+from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry, count_items, entries_of
 from azure_torch_ckpt.dcp.metadata.index import Index, SectionPlace, decode_index, decode_order, encode_index
 from azure_torch_ckpt.dcp.metadata.schema import StoredItem, storage_info
 from azure_torch_ckpt.dcp.metadata.sections import decode_section
@@ -35,6 +35,8 @@ __all__ = [
     "column_metadata",
     "data_paths",
     "in_memory",
+    "plain_metadata",
+    "show_columns",
     "whole_tensors",
 ]
 
@@ -139,14 +141,8 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
             return None
         if entry.layout is None:
             return entry.first
-        offsets, _ = entry.layout.rows
-        hint = key.index
-        if hint is not None and 0 <= hint < len(offsets) and offsets[hint] == key.offset:
-            return entry.first + hint
-        try:
-            return entry.first + offsets.index(cast(torch.Size, key.offset))
-        except ValueError:
-            return None
+        chunk = entry.layout.number_of(cast(torch.Size, key.offset))
+        return None if chunk is None else entry.first + chunk
 
     # What a dict has
 
@@ -154,7 +150,24 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         number = self.number_of(key)
         if number is None:
             raise KeyError(key)
-        return _info(self.fetch([number])[0])
+        blob = int(self.index.blob_of[number])
+        if blob not in self._items:
+            self.fetch([number])
+        return _info(self._items[blob][int(self.index.in_blob[number])])
+
+    def items(self) -> ItemsView[MetadataIndex, StorageInfo]:
+        return _AllItems(self)
+
+    def values(self) -> ValuesView[StorageInfo]:
+        return _AllValues(self)
+
+    def all_items(self) -> Iterator[StoredItem]:
+        """Every item, in the order of their numbers."""
+        self.fetch(range(len(self)))
+        yield from (
+            self._items[blob][at]
+            for blob, at in zip(self.index.blob_of.tolist(), self.index.in_blob.tolist(), strict=True)
+        )
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, MetadataIndex) and self.number_of(key) is not None
@@ -171,21 +184,19 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
                     yield MetadataIndex(entry.name, offset, number)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self.items()) == dict(other.items())
+        return isinstance(other, Mapping) and dict(self) == dict(other)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"<{len(self)} stored items>"
 
-    def items(self) -> ItemsView[MetadataIndex, StorageInfo]:
-        return _Items(self)
-
-    def values(self) -> ValuesView[StorageInfo]:
-        return _Values(self)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self.items()),)
+        return dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[MetadataIndex, StorageInfo]:
+        """The same as a dict. Reads all sections, together."""
+        return dict(zip(self, map(_info, self.fetch(range(len(self)))), strict=True))
 
     def all_sections(self) -> bytes:
         """Read all sections, as they are stored."""
@@ -193,22 +204,22 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         return self._read([(0, _end(places[-1]))])[0] if places else b""
 
 
-class _Items(ItemsView[MetadataIndex, StorageInfo]):
-    """All items, looked up at once."""
+class _AllItems(ItemsView[MetadataIndex, StorageInfo]):
+    """One after the other, without a lookup for each."""
 
     _mapping: StoredItems
 
     def __iter__(self) -> Iterator[tuple[MetadataIndex, StorageInfo]]:
-        return zip(self._mapping, self._mapping.values(), strict=True)
+        yield from zip(self._mapping, map(_info, self._mapping.all_items()), strict=True)
 
 
-class _Values(ValuesView[StorageInfo]):
-    """The same without their keys."""
+class _AllValues(ValuesView[StorageInfo]):
+    """The same, of values."""
 
     _mapping: StoredItems
 
     def __iter__(self) -> Iterator[StorageInfo]:
-        return map(_info, self._mapping.fetch(range(len(self._mapping))))
+        yield from map(_info, self._mapping.all_items())
 
 
 def _end(place: SectionPlace) -> int:
@@ -225,8 +236,8 @@ class ColumnMetadata(Metadata):
     """A `Metadata` of which the entries and items are views of an index.
 
     Its pickle is as small as the index and the sections, and becomes a `ColumnMetadata` again, as long as its
-    ``storage_data`` is a `StoredItems`. With other storage, as another writer sets it, it is pickled as torch's own
-    class with torch's own objects.
+    ``storage_data`` is a `StoredItems` or None. With other storage, as another writer sets it, it is pickled as torch's
+    own class with torch's own objects.
     """
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -235,21 +246,46 @@ class ColumnMetadata(Metadata):
             name: value for name, value in vars(self).items() if name not in ("state_dict_metadata", "storage_data")
         }
         if isinstance(items, StoredItems):
-            packed, length = encode_index(items.index)
-            return _restored, (packed, length, items.all_sections(), rest)
-        entries = {
-            name: TensorStorageMetadata(entry.properties, entry.size, list(entry.chunks))
-            if isinstance(entry, TensorStorageMetadata) and type(entry.chunks) is not list
-            else entry
-            for name, entry in self.state_dict_metadata.items()
-        }
-        return Metadata, (entries,), {**rest, "storage_data": items}
+            return _restored, (*encode_index(items.index), items.all_sections(), rest)
+        if items is None and (entries := entries_of(self)) is not None:
+            nowhere = torch.zeros(count_items(entries), dtype=torch.int32, device="cpu")
+            return _restored, (*encode_index(Index(entries, ["-"], nowhere, [SectionPlace(0, 0, 0, 0)])), None, rest)
+        plain = plain_metadata(self)
+        return Metadata, (plain.state_dict_metadata,), {**rest, "storage_data": items}
 
 
-def _restored(packed: bytes, length: int, sections: bytes, rest: dict[str, Any]) -> ColumnMetadata:
-    # From another rank of this job, so its size bounds nothing.
+def plain_metadata(metadata: Metadata) -> Metadata:
+    """The same metadata of torch's own classes and lists alone, as far as this package has made it."""
+    if not isinstance(metadata, ColumnMetadata):
+        return metadata
+    made = Metadata({})
+    vars(made).update(vars(metadata))
+    made.state_dict_metadata = {
+        name: TensorStorageMetadata(entry.properties, entry.size, list(entry.chunks))
+        if isinstance(entry, TensorStorageMetadata) and isinstance(entry.chunks, Chunks)
+        else entry
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+    return made
+
+
+def _restored(packed: bytes, length: int, sections: bytes | None, rest: dict[str, Any]) -> ColumnMetadata:
     where = "the metadata of another rank"
-    return column_metadata(rest, StoredItems(decode_index(packed, length, 1 << 62, where), in_memory(sections), where))
+    index = decode_index(packed, length, 1 << 62, where)  # from this job, so its size bounds nothing
+    made = column_metadata(rest, StoredItems(index, in_memory(sections or b""), where))
+    if sections is None:
+        made.storage_data = None
+    return made
+
+
+def show_columns(metadata: Metadata, entries: Iterable[Entry]) -> None:
+    """Let a planner's metadata be views of its entries, so that it is small where torch sends it to all ranks."""
+    for entry in entries:
+        tensor = metadata.state_dict_metadata[entry.name]
+        if entry.layout is not None and isinstance(tensor, TensorStorageMetadata):
+            tensor.chunks = cast("list[ChunkStorageMetadata]", Chunks(entry.layout))
+    if type(metadata) is Metadata:
+        metadata.__class__ = ColumnMetadata
 
 
 def in_memory(sections: bytes) -> ReadSections:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
-from azure_torch_ckpt.dcp.plan_paths import PackedPaths
+from azure_torch_ckpt.dcp.plan_paths import LocalPaths, PackedPaths
 from tests.dcp.metadata.virtual_saves import NAMES
 
 
@@ -48,6 +48,9 @@ def mappings(draw: st.DrawFn) -> dict[str, tuple[Any, ...]]:
 @example({"": ("",), ".": ("", ""), "..": (".", ""), "0": (0,), "a.0": ("a", "0"), "a.b": ("a.b",)})
 @example({"True": (True,), "1": (1,), "1.0": (1.0,), "-1": (-1,), "٣": ("٣",), "x": (), "a.b": ("a", "c")})
 def test_paths_come_back(paths: dict[str, tuple[Any, ...]]) -> None:
-    found = pickle.loads(pickle.dumps(PackedPaths.of(paths))).unpacked()
+    assert LocalPaths(paths) == paths
+    sent = pickle.loads(pickle.dumps(LocalPaths(paths)))
+    assert type(sent) is PackedPaths
+    found = sent.unpacked()
     assert found == paths and list(found) == list(paths)
     assert [list(map(type, path)) for path in found.values()] == [list(map(type, path)) for path in paths.values()]

@@ -48,7 +48,7 @@ class VirtualSave:
     def columns(self) -> StoredColumns:
         entries = entries_of(self.planned)
         assert entries is not None
-        columns = join_results(entries, [result for result in self.results if len(result)])
+        columns = join_results(entries, [result.packed() for result in self.results if len(result)])
         assert columns is not None
         return columns
 
@@ -81,7 +81,7 @@ def written(blob: str, items: Sequence[UploadedItem]) -> tuple[WrittenItems, dic
         )
         for item in items
     }
-    return WrittenItems.of(blob, items), storage
+    return WrittenItems(blob, list(items)), storage
 
 
 def tensor_entry(
