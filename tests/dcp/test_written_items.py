@@ -29,7 +29,7 @@ from azure_torch_ckpt import IncompleteSaveError, TransferOptions, UnsafeMetadat
 from azure_torch_ckpt.dcp.metadata.columns import Chunks, entries_of
 from azure_torch_ckpt.dcp.metadata.front import open_metadata, read_front
 from azure_torch_ckpt.dcp.metadata.schema import dump_metadata, load_metadata
-from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, StoredItems
+from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata, StoredItems, whole_tensors
 from azure_torch_ckpt.dcp.written_items import UploadedItem, WrittenItems, join_results
 from tests.dcp.metadata.pickles import WHERE
 from tests.dcp.metadata.virtual_saves import (
@@ -447,6 +447,27 @@ def test_the_views_are_what_they_stand_for() -> None:
     assert type(pickle.loads(pickle.dumps(stored))) is dict and copy.deepcopy(stored) == wanted.storage_data
     assert type(pickle.loads(pickle.dumps(metadata))) is ColumnMetadata
     assert len(pickle.dumps(metadata)) < len(data)
+
+
+def test_metadata_that_was_changed_is_pickled_as_it_is() -> None:
+    """Not as what it was made of; and with all chunks, where it shows none to torch's planner of loads."""
+    save = save_of(two_tensors(), 3)
+    changes: list[Callable[[Any], object]] = [
+        lambda entries: entries.pop("b"),
+        lambda entries: entries.update(x=BytesStorageMetadata()),
+        lambda entries: setattr(entries["b"], "size", torch.Size([5])),
+        lambda entries: entries.update(o=tensor_entry((), [((), ())])),
+    ]
+    for change in changes:
+        for view in (whole_tensors, copy.copy):
+            metadata = view(open_metadata(save.dump(), WHERE))
+            assert type(pickle.loads(pickle.dumps(metadata))) is ColumnMetadata
+            change(metadata.state_dict_metadata)
+            wanted = plain(save.dump())
+            change(wanted.state_dict_metadata)
+            data = pickle.dumps(metadata)
+            assert b"azure" not in data
+            assert_same_metadata(plain(data), wanted)
 
 
 def test_another_writer_pickles_metadata_of_columns_as_torchs_own() -> None:
