@@ -460,7 +460,8 @@ def test_metadata_that_was_changed_is_pickled_as_it_is() -> None:
     ]
     for change in changes:
         for view in (whole_tensors, copy.copy):
-            metadata = view(open_metadata(save.dump(), WHERE))
+            opened: Any = open_metadata(save.dump(), WHERE)
+            metadata = view(opened)
             assert type(pickle.loads(pickle.dumps(metadata))) is ColumnMetadata
             change(metadata.state_dict_metadata)
             wanted = plain(save.dump())
