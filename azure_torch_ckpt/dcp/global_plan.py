@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from azure_torch_ckpt.dcp.metadata.columns import Entry, Layout, column, count_items
+from azure_torch_ckpt.dcp.metadata.columns import Entry, Layout, column, count_items, to_bytes
 from azure_torch_ckpt.dcp.plan_columns import ChosenItems, PlannedItems
 from azure_torch_ckpt.dcp.tensors.chunks import TensorChunk, are_disjoint
 from azure_torch_ckpt.errors import CheckpointError
@@ -45,6 +46,7 @@ def decide(plans: list[PlannedItems], to_lowest: bool) -> GlobalPlan | None:
     """Make the global plan, or take that of equal plans before.
 
     Args:
+        plans: of several ranks. One alone may save a part of a tensor.
         to_lowest: the lowest of the ranks that have a chunk writes it.
 
     Returns:
@@ -55,8 +57,9 @@ def decide(plans: list[PlannedItems], to_lowest: bool) -> GlobalPlan | None:
     """
     key = to_lowest, tuple(plan.key for plan in plans)
     with _lock:
-        for known in _latest:
+        for at, known in enumerate(_latest):
             if known.key == key:
+                _latest.insert(0, _latest.pop(at))
                 return known
     joined = _join(plans)
     if joined is None:
@@ -94,7 +97,7 @@ def _join(plans: list[PlannedItems]) -> _Joined | None:
     """Put the items of all ranks together; None if ranks have different tensors of one name."""
     entries: list[Entry] = []
     positions: dict[str, int] = {}
-    of_structure: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+    of_structure: dict[tuple[bytes, bytes], tuple[torch.Tensor, torch.Tensor]] = {}
     must_agree = plans[0].contents() is None
     for plan in plans:
         structure_key = plan.key[0]
@@ -191,7 +194,7 @@ def _assign(joined: _Joined, lengths: list[int], to_lowest: bool) -> tuple[list[
     chunk_owners = owners[starts]
     counts = torch.bincount(chunk_owners, minlength=len(joined.entries))
     ends = torch.cumsum(counts, dim=0)
-    entries = _entries(joined.entries, offsets[starts], sizes[starts], ends.tolist(), ranks > 1)
+    entries = _entries(joined.entries, offsets[starts], sizes[starts], ends.tolist())
     itemsizes = column(0 if entry.properties is None else entry.properties.dtype.itemsize for entry in joined.entries)
     nbytes = sizes[starts].prod(dim=1) * itemsizes[chunk_owners]
     fits = torch.ones(len(order), dtype=torch.bool, device="cpu")
@@ -200,7 +203,7 @@ def _assign(joined: _Joined, lengths: list[int], to_lowest: bool) -> tuple[list[
         lowest = starts[chunk]
         fits = known & known[lowest] & (crcs == crcs[lowest]) & (sizes == sizes[lowest]).all(dim=1)
         fits[starts] = True
-    writer = _writers(joined.ranks[order], chunk, starts, nbytes, fits, ranks, to_lowest)
+    writer = _writers(joined.ranks[order[fits]], chunk[fits], nbytes, ranks, to_lowest)
     hints = torch.full((sum(lengths),), -1, dtype=torch.int64, device="cpu")
     writes = joined.ranks[order] == writer[chunk]
     hints[joined.places[order[writes]]] = (chunk - (ends - counts)[owners])[writes]
@@ -230,9 +233,7 @@ def _is_ascending(owners: torch.Tensor, offsets: torch.Tensor) -> bool:
     return True
 
 
-def _entries(
-    entries: Sequence[Entry], offsets: torch.Tensor, sizes: torch.Tensor, ends: list[int], must_fill: bool
-) -> list[Entry]:
+def _entries(entries: Sequence[Entry], offsets: torch.Tensor, sizes: torch.Tensor, ends: list[int]) -> list[Entry]:
     layouts: dict[Any, Layout] = {}
     sound: set[tuple[int, torch.Size]] = set()
     made = []
@@ -245,7 +246,7 @@ def _entries(
             cut = Layout(offsets[start:end, :dims].contiguous(), sizes[start:end, :dims].contiguous())
             layout = layouts.setdefault(cut.key, cut)
             if (id(layout), entry.size) not in sound:
-                _check(entry, layout, must_fill)
+                _check(entry, layout)
                 sound.add((id(layout), entry.size))
             made.append(dataclasses.replace(entry, layout=layout))
         else:
@@ -255,8 +256,8 @@ def _entries(
     return made
 
 
-def _check(entry: Entry, layout: Layout, must_fill: bool) -> None:
-    """Raise `CheckpointError` unless the chunks make up a tensor, or of one rank at least lie inside of it."""
+def _check(entry: Entry, layout: Layout) -> None:
+    """Raise `CheckpointError` unless the chunks make up a tensor."""
     assert entry.size is not None
     if not layout.is_inside(entry.size):
         raise CheckpointError(
@@ -268,7 +269,7 @@ def _check(entry: Entry, layout: Layout, must_fill: bool) -> None:
     chunks = [TensorChunk(tuple(start), tuple(size)) for start, size in zip(*layout.rows, strict=True)]
     filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
     volume = sum(math.prod(chunk.sizes) for chunk in filled)
-    if (must_fill and volume != math.prod(entry.size)) or not are_disjoint(filled):
+    if volume != math.prod(entry.size) or not are_disjoint(filled):
         raise CheckpointError(
             f"The shards of {entry.name!r} have {volume} elements where the tensor has {math.prod(entry.size)}, or "
             "have some twice. Nothing was saved; let all ranks that have a shard of it take part"
@@ -276,27 +277,29 @@ def _check(entry: Entry, layout: Layout, must_fill: bool) -> None:
 
 
 def _writers(
-    ranks: torch.Tensor,
-    chunk: torch.Tensor,
-    starts: torch.Tensor,
-    nbytes: torch.Tensor,
-    fits: torch.Tensor,
-    count: int,
-    to_lowest: bool,
+    ranks: torch.Tensor, chunk: torch.Tensor, nbytes: torch.Tensor, count: int, to_lowest: bool
 ) -> torch.Tensor:
-    """Choose a rank for each chunk: of those that have it, the one with the fewest bytes; large chunks come first."""
+    """Choose a rank for each chunk: of those that have it, the one with the fewest bytes; large chunks come first.
+
+    Args:
+        ranks, chunk: of each copy of a chunk, the rank that has it and the number of the chunk, in ascending order.
+        nbytes: of each chunk.
+        count: of ranks.
+    """
+    copies = torch.bincount(chunk, minlength=len(nbytes))
+    starts = torch.cumsum(copies, dim=0) - copies
     writer = ranks[starts]  # the lowest
-    copies = torch.bincount(chunk, minlength=len(starts))
     if to_lowest or not bool((copies > 1).any()):
         return writer
     alone = copies == 1
-    load = torch.bincount(writer[alone], weights=nbytes[alone].to(torch.float64), minlength=count)
+    load = torch.bincount(writer[alone], weights=nbytes[alone].to(torch.float64), minlength=count).tolist()
     shared = torch.nonzero(~alone).flatten()
-    for one in shared[torch.argsort(nbytes[shared], descending=True, stable=True)].tolist():
-        start = int(starts[one])
-        having = ranks[start : start + int(copies[one])]
-        having = having[fits[start : start + int(copies[one])]]
-        best = having[torch.argmin(load[having])]
-        writer[one] = best
-        load[best] += max(int(nbytes[one]), 1)
+    shared = shared[torch.argsort(nbytes[shared], descending=True, stable=True)]
+    having = array("q", to_bytes(ranks))
+    chosen = array("q")
+    for start, copied, size in zip(*(part[shared].tolist() for part in (starts, copies, nbytes)), strict=True):
+        best = min(having[start : start + copied], key=load.__getitem__)
+        chosen.append(best)
+        load[best] += max(size, 1)
+    writer[shared] = column(chosen)
     return writer

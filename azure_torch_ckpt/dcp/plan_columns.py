@@ -22,6 +22,7 @@ from azure_torch_ckpt.dcp.metadata.sections import narrow, widen, width_of
 
 __all__ = ["ChosenItems", "LocalItems", "PlanStructure", "PlannedItems", "planned_items"]
 
+_Structure = tuple[bytes, bytes]  # a `PlanStructure`, encoded: its names (`metadata.names`), and the rest
 _TYPES = (WriteItemType.TENSOR, WriteItemType.SHARD, WriteItemType.BYTE_IO)
 _SHARD = _TYPES.index(WriteItemType.SHARD)
 
@@ -106,7 +107,7 @@ class LocalItems(list[WriteItem]):
         widths = width_of(kinds)
         document = json.dumps(values).encode()
         rest = zlib.compress(len(document).to_bytes(8, "little") + document + narrow(kinds, widths))
-        structure = len(packed).to_bytes(8, "little") + packed + bytes((widths,)) + rest
+        structure = packed, bytes((widths,)) + rest
         flat = column(cuts)
         if len(flat) and int(flat.min()) < 0:
             return None
@@ -123,14 +124,13 @@ class LocalItems(list[WriteItem]):
 
 
 @lru_cache(maxsize=64)
-def _structure(data: bytes) -> PlanStructure:
-    end = 8 + int.from_bytes(data[:8], "little")
-    names = unpack_names(data[8:end])
-    rest = zlib.decompress(data[end + 1 :])
+def _structure(data: _Structure) -> PlanStructure:
+    names = unpack_names(data[0])
+    rest = zlib.decompress(data[1][1:])
     split = 8 + int.from_bytes(rest[:8], "little")
     values: list[Any] = json.loads(rest[8:split])
     made = [make_properties(value) if value and isinstance(value[0], str) else torch.Size(value) for value in values]
-    kinds = widen(rest[split:], data[end], 3 * len(names)) - 1
+    kinds = widen(rest[split:], data[1][0], 3 * len(names)) - 1
     types, described, sizes = kinds.reshape(3, len(names)).tolist()
     dims = column(0 if size < 0 else len(made[size]) for size in sizes)
     # In the cuts, the offsets of an item come first, then its sizes.
@@ -156,7 +156,7 @@ class PlannedItems(Sequence[WriteItem]):
     """
 
     def __init__(
-        self, structure: bytes, cuts: bytes, contents: bytes | None = None, hints: bytes | None = None
+        self, structure: _Structure, cuts: bytes, contents: bytes | None = None, hints: bytes | None = None
     ) -> None:
         self._structure = structure
         self._cuts = cuts
@@ -164,7 +164,7 @@ class PlannedItems(Sequence[WriteItem]):
         self._hints = hints
 
     @property
-    def key(self) -> tuple[bytes, bytes, bytes | None]:
+    def key(self) -> tuple[_Structure, bytes, bytes | None]:
         """Equal for equal plans. The first part is equal for equal structures."""
         return self._structure, self._cuts, self._contents
 

@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 from azure_torch_ckpt.dcp.metadata.names import pack_names, unpack_names
 
-__all__ = ["LocalPaths", "unpack_paths"]
+__all__ = ["LocalPaths", "PackedPaths"]
+
+_Paths = dict[str, tuple[Any, ...]]  # torch's FLATTEN_MAPPING
 
 
-class LocalPaths(dict[str, tuple[Any, ...]]):
-    """The path of each key, as torch's planner has it. A pickle of it is bytes for `unpack_paths`.
+class LocalPaths(_Paths):
+    """The path of each key, as torch's planner has it. A pickle of it is `PackedPaths`."""
 
-    Args:
-        names: that the receiver knows; mostly they are the keys.
-    """
-
-    def __init__(self, paths: dict[str, tuple[Any, ...]], names: tuple[str, ...]) -> None:
-        super().__init__(paths)
-        self._names = names
-
-    def packed(self) -> bytes:
-        odd: dict[str, tuple[Any, ...]] = {}
+    def packed(self) -> PackedPaths:
+        odd: _Paths = {}
         lengths: list[list[int]] = []
         for key, path in self.items():
             # Mostly a key is its path joined with dots, so lengths suffice. A number in a path is an index of a list.
@@ -36,31 +31,36 @@ class LocalPaths(dict[str, tuple[Any, ...]]):
             lengths.append(
                 [~len(text) if type(part) is int else len(text) for part, text in zip(path, parts, strict=True)]
             )
-        known = tuple(self) == self._names
-        packed = b"" if known else pack_names(tuple(self))
-        rest = zlib.compress(pickle.dumps((known, json.dumps(lengths), odd)))
-        return len(packed).to_bytes(8, "little") + packed + rest
+        return PackedPaths(pack_names(tuple(self)), zlib.compress(pickle.dumps((json.dumps(lengths), odd))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return bytes, (self.packed(),)
+        packed = self.packed()
+        return PackedPaths, (packed.names, packed.rest)
 
 
-def unpack_paths(packed: Any, names: tuple[str, ...]) -> Any:
-    """The paths in a pickle of another rank of this job; anything else is returned as it is."""
-    if not isinstance(packed, bytes):
-        return packed
-    end = 8 + int.from_bytes(packed[:8], "little")
-    known, lengths, odd = pickle.loads(zlib.decompress(packed[end:]))
-    paths: dict[str, tuple[Any, ...]] = {}
-    for key, parts in zip(names if known else unpack_names(packed[8:end]), json.loads(lengths), strict=True):
-        if key in odd:
-            paths[key] = odd[key]
-            continue
-        path: list[str | int] = []
-        at = 0
-        for length in parts:
-            text = key[at : at + (length if length >= 0 else ~length)]
-            path.append(text if length >= 0 else int(text))
-            at += len(text) + 1
-        paths[key] = tuple(path)
-    return paths
+@dataclass(frozen=True, slots=True)
+class PackedPaths:
+    """The paths of another rank of this job.
+
+    Attributes:
+        names: the keys (`metadata.names`). Mostly the plan's items have the same object, so a pickle has it once.
+    """
+
+    names: bytes
+    rest: bytes
+
+    def unpacked(self) -> _Paths:
+        lengths, odd = pickle.loads(zlib.decompress(self.rest))
+        paths: _Paths = {}
+        for key, parts in zip(unpack_names(self.names), json.loads(lengths), strict=True):
+            if key in odd:
+                paths[key] = odd[key]
+                continue
+            path: list[str | int] = []
+            at = 0
+            for length in parts:
+                text = key[at : at + (length if length >= 0 else ~length)]
+                path.append(text if length >= 0 else int(text))
+                at += len(text) + 1
+            paths[key] = tuple(path)
+        return paths

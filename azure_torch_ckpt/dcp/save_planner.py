@@ -20,7 +20,7 @@ from azure_torch_ckpt.dcp.global_plan import decide
 from azure_torch_ckpt.dcp.metadata.columns import Chunks, Entry
 from azure_torch_ckpt.dcp.metadata.views import ColumnMetadata
 from azure_torch_ckpt.dcp.plan_columns import ChosenItems, LocalItems, PlannedItems, planned_items
-from azure_torch_ckpt.dcp.plan_paths import LocalPaths, unpack_paths
+from azure_torch_ckpt.dcp.plan_paths import LocalPaths, PackedPaths
 
 __all__ = ["AzureSavePlanner"]
 
@@ -59,8 +59,7 @@ class AzureSavePlanner(DefaultSavePlanner):
             self.plan = SavePlan(LocalItems(items, self._contents(items)))
             if not self.flatten_state_dict:
                 return self.plan
-            names = tuple(item.index.fqn for item in items)
-            return dataclasses.replace(self.plan, planner_data=LocalPaths(self.mappings, names))
+            return dataclasses.replace(self.plan, planner_data=LocalPaths(self.mappings))
 
     def _contents(self, items: list[WriteItem]) -> list[int | None] | None:
         """For a planner of copies that may differ: of each item the CRC64 of its bytes; None: no other copy will do.
@@ -79,7 +78,8 @@ class AzureSavePlanner(DefaultSavePlanner):
                 decided = decide(cast("list[PlannedItems]", columns), self.dedup_save_to_lowest_rank)
             if decided is None:
                 plain = [
-                    dataclasses.replace(plan, items=list(plan.items), planner_data=_paths(plan)) for plan in all_plans
+                    dataclasses.replace(plan, items=list(plan.items), planner_data=_paths(plan.planner_data))
+                    for plan in all_plans
                 ]
                 return super().create_global_plan(plain)
             plans = [
@@ -93,8 +93,8 @@ class AzureSavePlanner(DefaultSavePlanner):
             if self.flatten_state_dict:
                 # Equal on most ranks.
                 distinct = {
-                    (plan.planner_data if isinstance(plan.planner_data, bytes) else id(plan), items.key[0]): plan
-                    for plan, items in zip(all_plans, cast("list[PlannedItems]", columns), strict=True)
+                    plan.planner_data if isinstance(plan.planner_data, PackedPaths) else id(plan): plan.planner_data
+                    for plan in all_plans
                 }
                 self.metadata.planner_data = dict(ChainMap(*map(_paths, distinct.values())))
             return plans, self.metadata
@@ -109,12 +109,9 @@ class AzureSavePlanner(DefaultSavePlanner):
         return self.plan
 
 
-def _paths(plan: SavePlan) -> Any:
-    if not isinstance(plan.planner_data, bytes):
-        return plan.planner_data
-    columns = planned_items(plan.items)
-    names = tuple(item.index.fqn for item in plan.items) if columns is None else columns.structure.names
-    return unpack_paths(plan.planner_data, names)
+def _paths(planner_data: Any) -> Any:
+    # A subclass may have put something else there.
+    return planner_data.unpacked() if isinstance(planner_data, PackedPaths) else planner_data
 
 
 def _metadata(entries: list[Entry]) -> ColumnMetadata:

@@ -25,7 +25,7 @@ SIZES = (1, 2, 3, 4)
 # ---- Tensors -------------------------------------------------------------------------------------------------------
 
 
-def save_all_layouts(url: str, use_collectives: bool = True) -> None:
+def save_all_layouts(url: str, use_collectives: bool = True, planner: dcp.SavePlanner | None = None) -> None:
     """Every tensor in every layout that this world has, each under a key of its own."""
     state: dict[str, Any] = {"scalar": torch.tensor(2.5)}
     for name, (sizes, _) in sharded.GLOBAL.items():
@@ -34,7 +34,7 @@ def save_all_layouts(url: str, use_collectives: bool = True) -> None:
         state[f"{name}.plain"] = sharded.expected(name)
         if name != "none":
             state[f"{name}.sharded_tensor"] = sharded.sharded_tensor(sharded.expected(name))
-    dcp.save(state, storage_writer=sharded.writer(url), use_collectives=use_collectives)
+    dcp.save(state, storage_writer=sharded.writer(url), use_collectives=use_collectives, planner=planner)
 
 
 def load_all_layouts(url: str) -> None:

@@ -18,7 +18,5 @@ def metadata(request: pytest.FixtureRequest) -> Iterator[str]:
     if getattr(request, "param", "plain") == "plain":
         yield ""
         return
-    before = columns.settings()
-    columns.set_columns(columns.COLUMNS)
-    yield ", metadata in columns"
-    columns.set_columns(before)
+    with columns.in_columns():
+        yield ", metadata in columns"

@@ -157,7 +157,13 @@ def _load_front(data: bytes, front: Front, blob_size: int, where: str) -> tuple[
     check_metadata(rest, where)
     if rest.state_dict_metadata or rest.storage_data:
         raise CorruptCheckpointError(f"{where} has entries beside its index. It is damaged; use another checkpoint.")
-    return rest, decode_index(data[front.index], front.raw_length, blob_size, where)
+    index = decode_index(data[front.index], front.raw_length, blob_size, where)
+    if sum(place.length + place.order for place in index.places) != front.sections_end - front.sections:
+        raise CorruptCheckpointError(
+            f"{where} contradicts itself: it has not the sections that its index names. It is damaged; use another "
+            "checkpoint."
+        )
+    return rest, index
 
 
 def dump_with_index(metadata: Metadata, stored: StoredColumns, where: str) -> bytes:

@@ -236,8 +236,8 @@ class ColumnMetadata(Metadata):
     """A `Metadata` of which the entries and items are views of an index.
 
     Its pickle is as small as the index and the sections, and becomes a `ColumnMetadata` again, as long as its
-    ``storage_data`` is a `StoredItems` or None. With other storage, as another writer sets it, it is pickled as torch's
-    own class with torch's own objects.
+    ``storage_data`` is a `StoredItems` or None, and no entry was changed. Otherwise, as with storage that another
+    writer sets, it is pickled as torch's own class with torch's own objects.
     """
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -245,7 +245,7 @@ class ColumnMetadata(Metadata):
         rest = {
             name: value for name, value in vars(self).items() if name not in ("state_dict_metadata", "storage_data")
         }
-        if isinstance(items, StoredItems):
+        if isinstance(items, StoredItems) and _is_unchanged(self.state_dict_metadata, items.index):
             return _restored, (*encode_index(items.index), items.all_sections(), rest)
         if items is None and (entries := entries_of(self)) is not None:
             nowhere = torch.zeros(count_items(entries), dtype=torch.int32, device="cpu")
@@ -260,13 +260,35 @@ def plain_metadata(metadata: Metadata) -> Metadata:
         return metadata
     made = Metadata({})
     vars(made).update(vars(metadata))
-    made.state_dict_metadata = {
-        name: TensorStorageMetadata(entry.properties, entry.size, list(entry.chunks))
-        if isinstance(entry, TensorStorageMetadata) and isinstance(entry.chunks, Chunks)
-        else entry
-        for name, entry in metadata.state_dict_metadata.items()
-    }
+    made.state_dict_metadata = {}
+    items = metadata.storage_data
+    stored = items.index.by_name if isinstance(items, StoredItems) else {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            chunks: Sequence[ChunkStorageMetadata] = entry.chunks
+            known = stored.get(name)
+            if known is not None and known.layout is not None and _shows(entry, known):
+                chunks = Chunks(known.layout)  # `whole_tensors` shows others
+            if isinstance(chunks, Chunks):
+                entry = TensorStorageMetadata(entry.properties, entry.size, list(chunks))
+        made.state_dict_metadata[name] = entry
     return made
+
+
+def _is_unchanged(shown: dict[str, Any], index: Index) -> bool:
+    return list(shown) == [entry.name for entry in index.entries] and all(map(_shows, shown.values(), index.entries))
+
+
+def _shows(shown: TensorStorageMetadata | BytesStorageMetadata, entry: Entry) -> bool:
+    """Whether what metadata has for an entry is what this module has put there."""
+    if entry.layout is None or entry.properties is None:
+        return not isinstance(shown, TensorStorageMetadata)
+    return (
+        isinstance(shown, TensorStorageMetadata)
+        and shown.size == entry.size
+        and shown.properties.dtype is entry.properties.dtype
+        and (isinstance(shown.chunks, Chunks) or len(shown.chunks) == 1)
+    )
 
 
 def _restored(packed: bytes, length: int, sections: bytes | None, rest: dict[str, Any]) -> ColumnMetadata:
