@@ -52,7 +52,9 @@ from tests.support.sharded import same_bits, sharded_tensor, values
 
 OPTIONS = TransferOptions(concurrency=2, block_size=64 * 1024)
 
-_SECONDS = 60.0
+# Longer than the 60 s after which a client repeats a request without an answer: Azurite never answers one of some
+# thousands, a Get Blob of a blob that is replaced just then.
+_SECONDS = 150.0
 _context = multiprocessing.get_context("forkserver")
 
 
