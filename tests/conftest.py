@@ -28,7 +28,6 @@ pytest.register_assert_rewrite(
 )
 
 from tests.faults.tally import Tally  # noqa: E402
-from tests.support import columns  # noqa: E402, F401  (heeds TEST_COLUMNS)
 from tests.support.hierarchical import HierarchicalAccount  # noqa: E402
 from tests.support.proxy import FaultProxy  # noqa: E402
 from tests.support.ranks import Ranks  # noqa: E402

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 from azure_torch_ckpt.blobs import outcome
@@ -36,7 +35,3 @@ def in_columns() -> Iterator[None]:
         yield
     finally:
         set_columns(before)
-
-
-if os.environ.get("TEST_COLUMNS"):  # tox -e columns
-    set_columns(COLUMNS)

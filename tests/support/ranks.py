@@ -224,8 +224,6 @@ class Ranks:
 def _serve(folder: Path) -> None:
     import torch.distributed as dist
 
-    from tests.support import columns  # noqa: F401  (heeds TEST_COLUMNS)
-
     rank = int(os.environ["RANK"])
     if os.getpgrp() != os.getpid():
         os.setpgrp()
