@@ -56,6 +56,12 @@ def attacks(size: int) -> Iterator[tuple[str, bytes]]:
     yield "items that take no bytes", made(parts)
 
     parts = IndexParts.of(blob)
+    parts.document |= {"sizes": [[]], "layouts": [[16 * size, 0]], "widths": [0, 0], "blobs": ["a"]}
+    parts.columns = b""
+    parts.sections = [(SectionParts(16 * size, False, [0, 0, 0], b"", b"").data(), b"")]
+    yield "more items than there can be", made(parts)
+
+    parts = IndexParts.of(blob)
     section = SectionParts.of(parts.sections[0][0])
     section.packed = bomb
     parts.sections[0] = section.data(), b""
