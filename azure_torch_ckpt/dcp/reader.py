@@ -97,6 +97,9 @@ class AzureBlobReader(BaseStorage, StorageReader):
 
         Then the ``state_dict_metadata`` may show, when iterated over, this rank's entries only. It finds all keys.
 
+        A tensor that is stored in many chunks may be shown as one, which a plan may request any part of. `inspect` and
+        ``storage_data`` tell where its chunks are stored.
+
         Raises:
             CheckpointNotFoundError: there is no complete checkpoint; without ``rank=``, none that was saved with
                 collectives.
