@@ -2,7 +2,7 @@
 
 The index says what ``Metadata.state_dict_metadata`` says, and which data blob has which item. Where an item lies in its
 blob is in the blob's section (`sections.py`), so a rank reads the index and the sections of the blobs that it loads
-from. `blob.py` says where all of that lies in ``.metadata``.
+from. `front.py` says where all of that lies in ``.metadata``.
 
 An encoded index is compressed: a JSON document, then two columns of numbers: the blob of each item, and the offsets and
 sizes of the chunks of each layout.

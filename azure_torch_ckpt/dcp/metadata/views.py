@@ -336,7 +336,7 @@ def whole_tensors(metadata: ColumnMetadata) -> ColumnMetadata:
     """The same metadata for a load planner: each tensor that is stored whole appears as one chunk.
 
     torch's planner looks at all chunks of all tensors, on every rank. It need not: which chunks have a region is found
-    in the columns once the region is known (`plan_items.py`).
+    in the columns once the region is known (`dcp.stored_pieces`).
     """
     made = ColumnMetadata(dict(metadata.state_dict_metadata), storage_data=metadata.storage_data)
     vars(made).update(_attributes(vars(metadata)))
