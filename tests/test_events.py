@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from azure_torch_ckpt import (
     CorruptCheckpointError,
     TransferOptions,
 )
+from azure_torch_ckpt.dcp.report import report_abandoned
 from azure_torch_ckpt.emulator import Azurite
 from azure_torch_ckpt.events import TransferEvent, add_listener, listening, remove_listener
 from tests.support import sharded
@@ -258,6 +260,7 @@ class FailingPlanner(dcp.DefaultSavePlanner):
 
 
 def events_of_this_rank(url: str) -> list[tuple[str, int, int, int | None, str]]:
+    report_abandoned(threading.current_thread())  # what an earlier test in this process has left
     heard: list[TransferEvent] = []
     with listening(heard.append):
         dcp.save(sharded.rows(1), storage_writer=sharded.writer(url))

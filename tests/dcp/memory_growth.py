@@ -74,6 +74,8 @@ def measured(step: Callable[..., _T], *args: Any) -> tuple[int, _T]:
     if child == 0:
         code = 1
         try:
+            # A forked process makes the pool of threads of torch anew, which fails now and then if two threads do it.
+            torch.set_num_threads(torch.get_num_threads())
             before = status("VmSize")
             returned = step(*args)
             os.write(write, pickle.dumps((status("VmPeak") - before, returned)))
