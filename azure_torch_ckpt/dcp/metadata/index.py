@@ -79,6 +79,7 @@ class Index:
     blob_of: torch.Tensor
     places: list[SectionPlace]
     _by_name: dict[str, Entry] = field(default_factory=dict)
+    _by_blob: torch.Tensor | None = None
     _in_blob: torch.Tensor | None = None
 
     @property
@@ -88,11 +89,17 @@ class Index:
         return self._by_name
 
     @property
+    def by_blob(self) -> torch.Tensor:
+        """The numbers of all items, those of one blob together."""
+        if self._by_blob is None:
+            self._by_blob = torch.argsort(self.blob_of, stable=True)
+        return self._by_blob
+
+    @property
     def in_blob(self) -> torch.Tensor:
         """Of each item, how many items of the same blob have a lower number."""
         if self._in_blob is None:
-            by_blob = torch.argsort(self.blob_of, stable=True)
-            counts = self.counts()
+            by_blob, counts = self.by_blob, self.counts()
             starts = torch.cumsum(counts, dim=0) - counts
             in_blob = torch.empty(len(by_blob), dtype=torch.int32, device="cpu")
             within = torch.arange(len(by_blob), device="cpu") - starts[self.blob_of[by_blob]]

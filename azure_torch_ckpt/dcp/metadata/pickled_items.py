@@ -126,7 +126,7 @@ def _storage(
     offset_of = torch.cat([none if entry.layout is None else chunks[id(entry.layout)][1] for entry in index.entries])
     is_tensor = offset_of >= 0
     # The columns of the sections, in the order of the items.
-    by_blob = torch.argsort(index.blob_of, stable=True)
+    by_blob = index.by_blob
     shifted = []
     start = 0
     for section, order in zip(sections, stored.orders, strict=True):

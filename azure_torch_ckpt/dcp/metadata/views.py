@@ -59,7 +59,7 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         self._read = read
         self._where = where
         self._lock = threading.Lock()
-        # By blob: the items in the order of their numbers; and how many there should be.
+        # By blob: the items in the order of their numbers.
         self._items: dict[int, list[StoredItem]] = {}
         self._volumes: torch.Tensor | None = None
 
@@ -90,10 +90,9 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
         spans = [(places[run[0]].start, _end(places[run[-1]]) - places[run[0]].start) for run in runs]
         if not spans:
             return
-        counts = self.index.counts().tolist()
         if self._volumes is None:
             self._volumes = self.index.volumes()
-        numbers = torch.argsort(self.index.blob_of, stable=True).split(counts) if len(blobs) > 8 else None
+        numbers = self.index.by_blob.split(self.index.counts().tolist())
         for run, (start, _), data in zip(runs, spans, self._read(spans), strict=True):
             for blob in run:
                 place = places[blob]
@@ -104,9 +103,8 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
                         "does not have the CRC64 that was stored with it. Try again to rule out the transfer, or use "
                         "another checkpoint"
                     )
-                of_blob = torch.nonzero(self.index.blob_of == blob).flatten() if numbers is None else numbers[blob]
                 try:
-                    self._items[blob] = self._decoded(blob, mine, place, self._volumes[of_blob])
+                    self._items[blob] = self._decoded(blob, mine, place, self._volumes[numbers[blob]])
                 except ValueError as error:
                     raise CorruptCheckpointError(
                         f"{self._where} contradicts itself: its part on {self.index.blobs[blob]} is {error}. It is "
@@ -161,14 +159,6 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
     def values(self) -> ValuesView[StorageInfo]:
         return _AllValues(self)
 
-    def all_items(self) -> Iterator[StoredItem]:
-        """Every item, in the order of their numbers."""
-        self.fetch(range(len(self)))
-        yield from (
-            self._items[blob][at]
-            for blob, at in zip(self.index.blob_of.tolist(), self.index.in_blob.tolist(), strict=True)
-        )
-
     def __contains__(self, key: object) -> bool:
         return isinstance(key, MetadataIndex) and self.number_of(key) is not None
 
@@ -184,7 +174,7 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
                     yield MetadataIndex(entry.name, offset, number)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self) == dict(other)
+        return isinstance(other, Mapping) and self.to_dict() == dict(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -196,7 +186,7 @@ class StoredItems(Mapping[MetadataIndex, StorageInfo]):
 
     def to_dict(self) -> dict[MetadataIndex, StorageInfo]:
         """The same as a dict. Reads all sections, together."""
-        return dict(zip(self, map(_info, self.fetch(range(len(self)))), strict=True))
+        return dict(iter(self.items()))
 
     def all_sections(self) -> bytes:
         """Read all sections, as they are stored."""
@@ -210,7 +200,7 @@ class _AllItems(ItemsView[MetadataIndex, StorageInfo]):
     _mapping: StoredItems
 
     def __iter__(self) -> Iterator[tuple[MetadataIndex, StorageInfo]]:
-        yield from zip(self._mapping, map(_info, self._mapping.all_items()), strict=True)
+        yield from zip(self._mapping, self._mapping.values(), strict=True)
 
 
 class _AllValues(ValuesView[StorageInfo]):
@@ -219,7 +209,7 @@ class _AllValues(ValuesView[StorageInfo]):
     _mapping: StoredItems
 
     def __iter__(self) -> Iterator[StorageInfo]:
-        yield from map(_info, self._mapping.all_items())
+        yield from map(_info, self._mapping.fetch(range(len(self._mapping))))
 
 
 def _end(place: SectionPlace) -> int:
